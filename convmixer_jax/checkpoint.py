@@ -1,0 +1,84 @@
+"""Checkpoints of the train state; the only file that names orbax."""
+
+import os
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from convmixer_jax import UserError
+from convmixer_jax.step import TrainState
+
+KEEP = 3  # The newest ones; a damaged file then costs one interval.
+
+
+class Checkpointer:
+  """Saves and restores states under `workdir`/checkpoints.
+
+  Writing goes on in the background while training continues; a checkpoint
+  appears under its final name only when it is whole, so a process killed while
+  writing leaves the one before.
+  """
+
+  def __init__(self, workdir: str | os.PathLike):
+    self._manager = ocp.CheckpointManager(
+      _directory(workdir),
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=KEEP, cleanup_tmp_directories=True
+      ),
+    )
+
+  def save(self, step: int, state: TrainState) -> None:
+    """Starts to write, unless `step` is saved already."""
+    if step != self._manager.latest_step():
+      self._manager.save(step, args=ocp.args.StandardSave(state))
+
+  def restore(self, template: TrainState) -> TrainState | None:
+    """The newest state, laid out like `template`; None if there is none."""
+    step = self._manager.latest_step()
+    if step is None:
+      return None
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
+    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+
+  def preempted(self, step: int) -> bool:
+    """Whether the cluster asks a run of several processes to stop.
+
+    All processes must call it at every step, and all get the same answer. With
+    one process it is always False: the signal comes to the process itself.
+    """
+    return self._manager.reached_preemption(step)
+
+  def close(self) -> None:
+    """Waits for what is being written."""
+    self._manager.close()
+
+
+def load_variables(workdir: str | os.PathLike) -> tuple[int, dict[str, Any]]:
+  """The newest checkpoint's step, and its params and batch_stats as numpy.
+
+  Raises:
+    UserError: no checkpoint there.
+  """
+  directory = _directory(workdir)
+  if not os.path.isdir(directory):
+    raise UserError(f"{workdir}: holds no checkpoints")
+  with ocp.CheckpointManager(
+    directory, item_handlers=ocp.PyTreeCheckpointHandler()
+  ) as manager:
+    step = manager.latest_step()
+    if step is None:
+      raise UserError(f"{workdir}: holds no checkpoints")
+    saved = manager.item_metadata(step).tree
+    as_numpy = jax.tree.map(
+      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
+    )
+    state = manager.restore(
+      step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+    )
+  return step, {name: state[name] for name in ("params", "batch_stats")}
+
+
+def _directory(workdir):
+  return os.path.join(os.path.abspath(workdir), "checkpoints")

@@ -1,0 +1,165 @@
+"""What a config must hold: every field, its values, and how fields fit."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import ml_collections
+
+from convmixer_jax import UserError
+from convmixer_jax.models import convmixer
+
+Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
+
+
+def _integer(low: int) -> Rule:
+  test = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+  return f"an integer of at least {low}", test
+
+
+def _number(low: float, high: float = float("inf")) -> Rule:
+  test = lambda v: (
+    isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
+  )
+  if high == float("inf"):
+    return f"a number of at least {low}", test
+  return f"a number from {low} to {high}", test
+
+
+def _numbers(count: int, low: float, high: float = float("inf")) -> Rule:
+  text, test = _number(low, high)
+  return (
+    f"{count} values, each {text}",
+    lambda v: (
+      isinstance(v, (tuple, list)) and len(v) == count and all(map(test, v))
+    ),
+  )
+
+
+def _ascending(rule: Rule) -> Rule:
+  text, test = rule
+  return f"{text}, ascending", lambda v: test(v) and list(v) == sorted(v)
+
+
+def _choice(*names: str) -> Rule:
+  return f"one of {', '.join(names)}", lambda v: v in names
+
+
+def _optional(rule: Rule) -> Rule:
+  text, test = rule
+  return f"{text}, or None", lambda v: v is None or test(v)
+
+
+_TEXT: Rule = ("a string", lambda v: isinstance(v, str) and bool(v))
+_BOOL: Rule = ("true or false", lambda v: isinstance(v, bool))
+_NAMES: Rule = (
+  "a tuple of strings",
+  lambda v: isinstance(v, (tuple, list)) and all(isinstance(x, str) for x in v),
+)
+
+# Every config has exactly these.
+FIELDS: dict[str, Rule] = {
+  "model.name": _TEXT,
+  "model.dim": _optional(_integer(1)),
+  "model.depth": _optional(_integer(1)),
+  "model.patch_size": _optional(_integer(1)),
+  "model.kernel_size": _optional(_integer(1)),
+  "model.activation": _optional(_choice(*convmixer.ACTIVATIONS)),
+  "model.norm": _optional(_choice(*convmixer.NORMS)),
+  "model.depthwise_residual": _optional(_BOOL),
+  "model.pointwise_residual": _optional(_BOOL),
+  "model.bn_group_size": _optional(_integer(0)),
+  "model.scan": _optional(_BOOL),
+  "model.remat": _optional(_choice(*convmixer.REMAT_POLICIES)),
+  "model.dtype": _optional(_choice("float32", "bfloat16")),
+  "data.name": _TEXT,
+  "data.dir": _optional(_TEXT),
+  "data.image_size": _integer(1),
+  "data.train_split": _TEXT,
+  "data.eval_split": _TEXT,
+  "data.mean": _numbers(3, 0, 1),
+  "data.std": _numbers(3, 1e-3, 1),
+  "data.crop_pct": _number(0.1, 1),
+  "data.num_workers": _integer(0),
+  "augment.flip": _BOOL,
+  "augment.crop_scale": _ascending(_numbers(2, 0.01, 1)),
+  "augment.crop_ratio": _ascending(_numbers(2, 0.01, 100)),
+  "augment.interpolation": _choice("bilinear", "bicubic", "random"),
+  "augment.label_smoothing": _number(0, 0.999),
+  "optim.learning_rate": _number(0),
+  "optim.weight_decay": _number(0),
+  "optim.decay_all": _BOOL,
+  "optim.eps": _number(1e-12),
+  "optim.betas": _numbers(2, 0, 0.999999),
+  "optim.clip_norm": _number(0),
+  "epochs": _integer(1),
+  "batch_size": _integer(1),
+  "accum_steps": _integer(1),
+  "seed": _integer(0),
+  "deterministic": _BOOL,
+  "log_every": _integer(1),
+  "eval_every": _integer(1),
+  "save_every": _integer(1),
+  "init_from": _optional(_TEXT),
+  "freeze": _NAMES,
+  "backbone_lr_scale": _number(0),
+}
+
+# Those that leave the numbers of a run as they are: a resumed run may differ.
+FREE_FIELDS = (
+  "data.dir",
+  "data.num_workers",
+  "log_every",
+  "eval_every",
+  "save_every",
+)
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
+  """{'model.dim': 256, ...}, in the order of the config."""
+  flat = {}
+  for name in config:
+    value = config[name]
+    if isinstance(value, (dict, ml_collections.ConfigDict)):
+      flat |= {f"{name}.{k}": v for k, v in flatten(value).items()}
+    else:
+      flat[name] = value
+  return flat
+
+
+def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
+  """Refuses a config that cannot train, before anything is written.
+
+  Args:
+    config: of a run.
+    num_devices: over all processes.
+
+  Raises:
+    UserError: naming the field, its value and what is accepted.
+  """
+  values = flatten(config)
+  for name in FIELDS:
+    if name not in values:
+      raise UserError(f"config.{name}: missing; must be {FIELDS[name][0]}")
+  for name, value in values.items():
+    if name not in FIELDS:
+      raise UserError(f"config.{name}={value!r}: no such field")
+    text, test = FIELDS[name]
+    if not test(value):
+      raise UserError(f"config.{name}={value!r}: must be {text}")
+
+  batch, accum = config.batch_size, config.accum_steps
+  group = config.model.bn_group_size or 1
+  if batch % num_devices:
+    raise UserError(
+      f"config.batch_size={batch}: must be a multiple of the {num_devices}"
+      " devices"
+    )
+  if batch % accum:
+    raise UserError(
+      f"config.accum_steps={accum}: must divide batch_size={batch}"
+    )
+  if batch // accum % group:
+    raise UserError(
+      f"config.model.bn_group_size={group}: must divide the {batch // accum}"
+      " images of batch_size / accum_steps"
+    )

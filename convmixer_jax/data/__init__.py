@@ -1,0 +1,1 @@
+"""Images from disk to batches on the host: uint8 RGB and integer labels."""

@@ -1,0 +1,282 @@
+"""Where images come from: TFDS, a folder of classes, scikit-learn's digits.
+
+A source has a length, `num_classes` and `class_names`, and is one of two kinds:
+`InMemory`, small images of one size as arrays, or `Encoded`, image files that
+are read and decoded one by one.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+import tensorflow_datasets as tfds
+import tqdm
+
+from convmixer_jax import UserError
+from convmixer_jax.data import decode
+
+# Larger sets of small images (ImageNet at 64 pixels) are decoded on the way.
+IN_MEMORY_BYTES = 2 * 2**30
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+  """images: uint8 [N, S, S, 3]; labels: int32 [N]."""
+
+  images: np.ndarray
+  labels: np.ndarray
+  class_names: Sequence[str]
+
+  def __len__(self) -> int:
+    return len(self.labels)
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+  """read: index -> (bytes of an image file, label); picklable."""
+
+  read: Callable[[int], tuple[bytes, int]]
+  size: int
+  class_names: Sequence[str]
+
+  def __len__(self) -> int:
+    return self.size
+
+  @property
+  def num_classes(self) -> int:
+    return len(self.class_names)
+
+
+Source = InMemory | Encoded
+
+
+def open_source(
+  name: str, directory: str | None, split: str, image_size: int
+) -> Source:
+  """Opens one split of a data set.
+
+  Args:
+    name: 'digits', 'folder', or a TFDS data set ('cifar10',
+      'imagenet2012', 'cifar10:3.0.2').
+    directory: the folder's root, or the TFDS data directory (None: TFDS's own
+      default, $TFDS_DATA_DIR or ~/tensorflow_datasets).
+    split: TFDS notation for every source: 'train', 'train[:90%]',
+      'validation', 'train[45000:]'. A folder's splits are its subfolders.
+    image_size: small images of one other size are resized to it at once.
+
+  Raises:
+    UserError: naming the field of `config.data` and what is wrong with it.
+  """
+  if name == "digits":
+    return _digits(split, image_size)
+  if directory is not None and not os.path.isdir(os.path.expanduser(directory)):
+    raise UserError(f"data.dir={directory}: no such directory")
+  if name == "folder":
+    return _folder(directory, split)
+  return _tfds(name, directory, split, image_size)
+
+
+def _slice(split: str, lengths: dict[str, int]) -> dict[str, range]:
+  """'train[:90%]' -> {'train': range(0, 1293)}; 'a+b' has two entries."""
+  infos = {
+    name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
+    for name, n in lengths.items()
+  }
+  try:
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
+  except (ValueError, AssertionError) as e:
+    raise UserError(
+      f"data split {split!r}: has {', '.join(lengths)}; slices are written"
+      f" train[:90%] or train[45000:] ({str(e).splitlines()[0]})"
+    ) from e
+  ranges = {
+    p.splitname: range(lengths[p.splitname])[slice(p.from_, p.to)]
+    for p in parts
+  }
+  if not sum(map(len, ranges.values())):
+    raise UserError(f"data split {split!r}: has no images")
+  return ranges
+
+
+def _digits(split, image_size):
+  """1,797 real handwritten digits, 8 x 8; every fifth one is held out."""
+  # Imported here: scikit-learn takes a second and nothing else needs it.
+  from sklearn import datasets
+
+  digits = datasets.load_digits()
+  images = np.round(digits.images * (255 / 16)).astype(np.uint8)
+  images = np.repeat(images[..., None], 3, axis=-1)
+  held_out = np.arange(len(images)) % 5 == 0
+  ids = {"train": np.flatnonzero(~held_out), "test": np.flatnonzero(held_out)}
+  chosen = np.concatenate(
+    [
+      ids[name][list(rows)]
+      for name, rows in _slice(
+        split, {name: len(rows) for name, rows in ids.items()}
+      ).items()
+    ]
+  )
+  return InMemory(
+    np.stack(
+      [
+        decode.resize_image(Image.fromarray(image), image_size)
+        for image in images[chosen]
+      ]
+    ),
+    digits.target[chosen].astype(np.int32),
+    [str(i) for i in range(10)],
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _FolderReader:
+  files: Sequence[str]
+  labels: np.ndarray
+
+  def __call__(self, index):
+    return Path(self.files[index]).read_bytes(), int(self.labels[index])
+
+
+def _folder(directory, split):
+  """ROOT/SPLIT/CLASS/*.jpeg, as torchvision's ImageFolder reads it."""
+  if directory is None:
+    raise UserError(
+      "data.dir: must be given for data.name=folder; a directory that holds"
+      " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
+    )
+  root = Path(directory).expanduser()
+  folders = lambda parent: sorted(
+    p.name for p in parent.iterdir() if p.is_dir()
+  )
+  names = folders(root)
+  if not names:
+    raise UserError(f"data.dir={directory}: holds no folders, one per split")
+  # All splits' classes together: labels do not depend on which one is opened.
+  classes = sorted({c for name in names for c in folders(root / name)})
+  listing = {}
+  for name in names:
+    files = [
+      (str(root / name / c / f), label)
+      for label, c in enumerate(classes)
+      if (root / name / c).is_dir()
+      for f in sorted(os.listdir(root / name / c))
+      if f.lower().endswith(SUFFIXES)
+    ]
+    # In a fixed random order, so that a slice holds every class.
+    order = np.random.default_rng(0).permutation(len(files))
+    listing[name] = [files[i] for i in order]
+  ranges = _slice(split, {name: len(files) for name, files in listing.items()})
+  chosen = [listing[name][i] for name, rows in ranges.items() for i in rows]
+  files, labels = zip(*chosen)
+  return Encoded(
+    _FolderReader(files, np.array(labels, np.int32)), len(files), classes
+  )
+
+
+@dataclasses.dataclass(frozen=True)
+class _TfdsReader:
+  source: Any
+  image: str
+  label: str
+
+  def __call__(self, index):
+    record = self.source[index]
+    return record[self.image], int(record[self.label])
+
+
+def _tfds(name, directory, split, image_size):
+  builder, image, label = _prepared_builder(name, directory)
+  # Checks the split's name and slice before TFDS does, in our words.
+  ranges = _slice(
+    split, {k: v.num_examples for k, v in builder.info.splits.items()}
+  )
+  size = sum(map(len, ranges.values()))
+  source = builder.as_data_source(
+    split, decoders={image: tfds.decode.SkipDecoding()}
+  )
+  read = _TfdsReader(source, image, label)
+  classes = builder.info.features[label].names
+  shape = builder.info.features[image].shape
+  if None in shape or size * image_size**2 * 3 > IN_MEMORY_BYTES:
+    return Encoded(read, size, classes)
+  images = np.empty((size, image_size, image_size, 3), np.uint8)
+  labels = np.empty(size, np.int32)
+  with tqdm.tqdm(
+    total=size, desc=f"reading {name} {split}", unit="img", disable=None
+  ) as progress:
+    for start in range(0, size, 1000):  # Records are read faster in chunks.
+      chunk = range(start, min(start + 1000, size))
+      for i, record in zip(chunk, source.__getitems__(chunk)):
+        images[i] = decode.whole_image(record[image], image_size)
+        labels[i] = record[label]
+      progress.update(len(chunk))
+  return InMemory(images, labels, classes)
+
+
+def _prepared_builder(name, directory):
+  """A TFDS builder whose data are on disk, prepared if need be, as ArrayRecord.
+
+  Returns:
+    The builder, and the names of its image and its label feature.
+  """
+  try:
+    builder = tfds.builder(name, data_dir=directory)
+  except tfds.core.DatasetNotFoundError as e:
+    known = ["digits", "folder", *tfds.list_builders()]
+    near = difflib.get_close_matches(name.split(":")[0], known, 3, cutoff=0)
+    raise UserError(
+      f"data.name={name}: unknown; nearest are {', '.join(near)}"
+    ) from e
+  except Exception as e:
+    reason = str(e).splitlines()[0]
+    raise UserError(f"data.name={name}: {reason}") from e
+  image, label = _image_and_label(builder.info)
+  array_record = tfds.core.FileFormat.ARRAY_RECORD
+  if not builder.is_prepared():
+    try:
+      builder = tfds.builder(name, data_dir=directory, file_format=array_record)
+      builder.download_and_prepare()
+    except Exception as e:
+      reason = str(e).strip().splitlines()[0]
+      raise UserError(
+        f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
+        f" it failed: {reason}"
+      ) from e
+  elif array_record not in builder.info.available_file_formats():
+    raise UserError(
+      f"data.name={name}: {builder.data_path} is in the format"
+      f" {builder.info.file_format.value}, which has no random access; add"
+      " ArrayRecord beside it with: pip install apache-beam mlcroissant &&"
+      " tfds convert_format --out_file_format=array_record"
+      f" --dataset_dir={builder.data_path.parent}"
+    )
+  return builder, image, label
+
+
+def _image_and_label(info):
+  """The names of the image and of the class label among the features."""
+  of_type = lambda kind: [
+    name for name, feature in info.features.items() if type(feature) is kind
+  ]
+  images = of_type(tfds.features.Image)
+  labels = of_type(tfds.features.ClassLabel)
+  supervised = info.supervised_keys or ()
+  if len(supervised) == 2:
+    images = [k for k in images if k == supervised[0]] or images
+    labels = [k for k in labels if k == supervised[1]] or labels
+  if len(images) != 1 or len(labels) != 1:
+    raise UserError(
+      f"data.name={info.name}: not an image classification set; its features"
+      f" are {', '.join(info.features)}"
+    )
+  return images[0], labels[0]

@@ -1,0 +1,184 @@
+"""Batches on the host, each a pure function of (seed, step).
+
+Sample n = step * batch_size + row of a training run is entry n mod N of
+permutation n // N of the N images. So batches cross epochs, no image is lost at
+an epoch's end, a resumed run needs no iterator state, and any number of hosts
+sees the same global batch, each reading its own rows of it.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+
+from absl import flags
+import grain
+import numpy as np
+
+from convmixer_jax.data import decode
+from convmixer_jax.data import sources
+
+Batch = dict[str, np.ndarray]
+
+
+@functools.lru_cache(maxsize=2)  # The two epochs that a batch can touch.
+def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
+  return np.random.default_rng((seed, epoch)).permutation(size)
+
+
+def sample_indices(seed: int, samples: np.ndarray, size: int) -> np.ndarray:
+  """Which images the samples of a run are.
+
+  Args:
+    seed: of the order.
+    samples: [R] int, counted from the start of the run: step * batch_size + row.
+    size: N, images in the data set.
+
+  Returns:
+    [R] int in [0, N).
+  """
+  epochs, positions = np.divmod(samples, size)
+  indices = np.empty_like(positions)
+  for epoch in np.unique(epochs):
+    chosen = epochs == epoch
+    indices[chosen] = _permutation(seed, int(epoch), size)[positions[chosen]]
+  return indices
+
+
+def train_batches(
+  source: sources.Source,
+  *,
+  seed: int,
+  batch_size: int,
+  rows: np.ndarray,
+  start: int,
+  stop: int,
+  image_size: int,
+  num_workers: int = 0,
+  **crop,
+) -> Iterator[Batch]:
+  """This process's part of the batches of steps start, ..., stop - 1.
+
+  Args:
+    source: images; those not in memory are cropped at random as they are
+      decoded.
+    seed: of order and crops.
+    batch_size: of the global batch.
+    rows: the rows of the global batch to produce.
+    start: first step.
+    stop: one after the last step.
+    image_size: side of the images in pixels.
+    num_workers: processes that decode; 0 decodes in threads of this one.
+    **crop: scale, ratio and interpolation; see `decode.train_image`.
+
+  Yields:
+    image, uint8 [R, S, S, 3]; label, int32 [R].
+  """
+  if isinstance(source, sources.InMemory):
+    for step in range(start, stop):
+      indices = sample_indices(seed, step * batch_size + rows, len(source))
+      yield {"image": source.images[indices], "label": source.labels[indices]}
+    return
+  load = _LoadTrain(
+    source, seed, batch_size, rows, start, image_size, tuple(crop.items())
+  )
+  yield from _decoded(load, stop - start, len(rows), num_workers)
+
+
+def eval_batches(
+  source: sources.Source,
+  *,
+  batch_size: int,
+  rows: np.ndarray,
+  image_size: int,
+  crop_pct: float,
+  num_workers: int = 0,
+) -> Iterator[Batch]:
+  """This process's part of every image once, in order; the last batch is padded.
+
+  Args:
+    source: images; those not in memory are resized and cropped at the centre.
+    batch_size: of the global batch.
+    rows: the rows of the global batch to produce.
+    image_size: side of the images in pixels.
+    crop_pct: see `decode.eval_image`.
+    num_workers: processes that decode; 0 decodes in threads of this one.
+
+  Yields:
+    image, uint8 [R, S, S, 3]; label, int32 [R]; mask, bool [R], False for
+    padding.
+  """
+  steps = -(-len(source) // batch_size)
+  if isinstance(source, sources.InMemory):
+    for step in range(steps):
+      samples = step * batch_size + rows
+      mask = samples < len(source)
+      indices = np.where(mask, samples, 0)
+      yield {
+        "image": source.images[indices],
+        "label": source.labels[indices],
+        "mask": mask,
+      }
+    return
+  load = _LoadEval(source, batch_size, rows, image_size, crop_pct)
+  yield from _decoded(load, steps, len(rows), num_workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadTrain:
+  """Position in this process's samples -> one cropped image."""
+
+  source: sources.Encoded
+  seed: int
+  batch_size: int
+  rows: np.ndarray
+  start: int
+  image_size: int
+  crop: tuple
+
+  def __call__(self, position: int):
+    step, row = divmod(position, len(self.rows))
+    sample = (self.start + step) * self.batch_size + self.rows[row]
+    index = sample_indices(self.seed, sample[None], len(self.source))[0]
+    data, label = self.source.read(int(index))
+    rng = np.random.default_rng((self.seed, int(sample)))
+    image = decode.train_image(data, self.image_size, rng, **dict(self.crop))
+    return {"image": image, "label": np.int32(label)}
+
+
+@dataclasses.dataclass(frozen=True)
+class _LoadEval:
+  """Position in this process's samples -> one image, or padding."""
+
+  source: sources.Encoded
+  batch_size: int
+  rows: np.ndarray
+  image_size: int
+  crop_pct: float
+
+  def __call__(self, position: int):
+    step, row = divmod(position, len(self.rows))
+    sample = int(step * self.batch_size + self.rows[row])
+    if sample >= len(self.source):
+      image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
+      return {"image": image, "label": np.int32(0), "mask": np.False_}
+    data, label = self.source.read(sample)
+    image = decode.eval_image(data, self.image_size, self.crop_pct)
+    return {"image": image, "label": np.int32(label), "mask": np.True_}
+
+
+def _decoded(
+  load: Callable[[int], Batch], steps: int, rows: int, num_workers: int
+) -> Iterator[Batch]:
+  """Runs `load` over all positions with grain, ahead of the consumer."""
+  samples = grain.MapDataset.range(steps * rows).map(load)
+  if not num_workers:
+    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * rows)
+    batches = samples.to_iter_dataset(options).batch(rows)
+  else:
+    # grain's workers read absl's flags; a notebook has not parsed them.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    batches = samples.batch(rows).to_iter_dataset(options)
+    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))
+  yield from batches

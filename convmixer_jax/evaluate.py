@@ -1,0 +1,76 @@
+"""Exact metrics: every image of the split counted once."""
+
+from collections.abc import Callable, Iterable
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from convmixer_jax import sharding
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+from convmixer_jax.step import TrainState
+
+
+def make_evaluate(
+  eval_step: Callable,
+  source: sources.Source,
+  mesh: Mesh,
+  *,
+  batch_size: int,
+  image_size: int,
+  crop_pct: float,
+  num_workers: int,
+  progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+) -> Callable[..., dict[str, float] | None]:
+  """Returns the function that scores a state on all of `source`.
+
+  Args:
+    eval_step: from `make_eval_step`; jitted here.
+    source: the split.
+    mesh: the devices.
+    batch_size: rounded up to a multiple of the number of devices.
+    image_size: side of the images in pixels.
+    crop_pct: see `decode.eval_image`.
+    num_workers: see `stream.eval_batches`.
+    progress: wraps the batches, given their number; a progress bar.
+
+  Returns:
+    (state, stopped=None) -> top1 and top5 in percent, loss in nats, and count,
+    the number of images. It raises RuntimeError if that is not the size of the
+    split. `stopped` is asked before each batch; if it says so, the result is
+    None.
+  """
+  batch_size = -(-batch_size // mesh.size) * mesh.size
+  rows = sharding.local_rows(mesh, batch_size)
+  jitted = jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+
+  def evaluate(state: TrainState, stopped: Callable | None = None):
+    batches = stream.eval_batches(
+      source,
+      batch_size=batch_size,
+      rows=rows,
+      image_size=image_size,
+      crop_pct=crop_pct,
+      num_workers=num_workers,
+    )
+    sums = []
+    for batch in progress(batches, -(-len(source) // batch_size)):
+      if stopped is not None and stopped():
+        return None
+      sums.append(jitted(state, sharding.to_global(mesh, batch, batch_size)))
+    total = jax.tree.map(
+      lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums)
+    )
+    if total["count"] != len(source):
+      raise RuntimeError(
+        f"scored {total['count']:.0f} of {len(source)} images: a bug"
+      )
+    return {
+      "top1": 100 * total["top1"] / total["count"],
+      "top5": 100 * total["top5"] / total["count"],
+      "loss": total["loss"] / total["count"],
+      "count": int(total["count"]),
+    }
+
+  return evaluate

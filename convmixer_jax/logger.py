@@ -1,0 +1,267 @@
+"""What a run writes down: metrics, config, environment, progress."""
+
+from collections.abc import Iterable, Mapping, Sequence
+import datetime
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import platform
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import numpy as np
+import tqdm
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+
+class Logger:
+  """Writes into a workdir, and shows progress; silent but on one process.
+
+  config.json, run.json (one entry per start: commit, versions, devices, times),
+  metrics.jsonl (a JSON object a record: the source of every table),
+  TensorBoard events; a progress bar on a terminal and lines elsewhere.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike,
+    config_json: str,
+    *,
+    first_step: int,
+    total_steps: int,
+    batch_size: int,
+    active: bool,
+  ):
+    """Opens the files.
+
+    Args:
+      workdir: made if absent.
+      config_json: of the run.
+      first_step: updates already done; later records in metrics.jsonl, of a run
+        that went on after its last checkpoint, are dropped.
+      total_steps: of the run.
+      batch_size: images per step, for the rates.
+      active: False writes and prints nothing.
+    """
+    self._active = active
+    self._total = total_steps
+    self._batch_size = batch_size
+    self._step = first_step
+    self._clock = None
+    if not active:
+      return
+    self._workdir = Path(workdir)
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    _write_whole(self._workdir / "config.json", config_json)
+    self._starts = _read_json(self._workdir / "run.json", {"starts": []})
+    self._starts["starts"].append(
+      _environment() | {"first_step": first_step, "status": "running"}
+    )
+    self._write_run()
+    records = self._workdir / "metrics.jsonl"
+    _write_whole(
+      records,
+      "".join(
+        json.dumps(record) + "\n"
+        for record in read_metrics(workdir)
+        if record["step"] <= first_step
+      ),
+    )
+    self._records = open(records, "a", buffering=1)
+    self._tensorboard = _tensorboard(self._workdir)
+    self._bar = tqdm.tqdm(
+      total=total_steps * batch_size,
+      initial=first_step * batch_size,
+      unit="img",
+      unit_scale=True,
+      dynamic_ncols=True,
+      disable=not sys.stderr.isatty(),
+    )
+
+  def say(self, text: str) -> None:
+    """Prints a line without tearing the bar."""
+    if self._active:
+      tqdm.tqdm.write(text, file=sys.stdout)
+      sys.stdout.flush()
+
+  def overview(self, params: Any) -> None:
+    """Prints the table of parameters."""
+    if self._active:
+      from clu import parameter_overview  # Imports tensorflow if it is there.
+
+      table = parameter_overview.get_parameter_overview(
+        params, include_stats=False
+      )
+      self.say(table)
+
+  def start_clock(self, step: int) -> None:
+    """Rates count from here on: call after compilation and after pauses."""
+    self._clock, self._step = time.perf_counter(), step
+
+  def train(
+    self, step: int, metrics: Sequence[Mapping[str, Any]], **more: float
+  ) -> None:
+    """Records the means of the steps since the last record.
+
+    Args:
+      step: updates done.
+      metrics: scalars of each step.
+      **more: scalars of this moment.
+    """
+    means = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
+    images = (step - self._step) * self._batch_size
+    elapsed = time.perf_counter() - self._clock if self._clock else 0.0
+    if images and elapsed:
+      means["images_per_second"] = images / elapsed
+    self._record(step, "train", means | more)
+    self.start_clock(step)
+    if not self._active:
+      return
+    rate = means.get("images_per_second", 0.0)
+    left = (self._total - step) * self._batch_size / rate if rate else None
+    self._bar.set_description(f"step {step}/{self._total}", refresh=False)
+    self._bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
+    self._bar.update(step * self._batch_size - self._bar.n)
+    if self._bar.disable:
+      self.say(
+        f"step {step}/{self._total}  loss {means['loss']:.4f}  "
+        + (f"{rate:.0f} img/s  {_duration(left)} left" if rate else "")
+      )
+
+  def evaluated(self, step: int, metrics: Mapping[str, float] | None) -> None:
+    """Records and prints the metrics of a whole split; None: it was stopped."""
+    self.start_clock(step)
+    if metrics is None:
+      return
+    self._record(step, "eval", metrics)
+    self.say(f"step {step}/{self._total}  {eval_line(metrics)}")
+
+  def close(self, status: str, step: int) -> None:
+    """Ends the run's entry with 'finished', 'interrupted' or 'failed'."""
+    if not self._active:
+      return
+    self._bar.close()
+    self._starts["starts"][-1] |= {
+      "status": status,
+      "last_step": step,
+      "ended": _now(),
+    }
+    self._write_run()
+    self._records.close()
+    if self._tensorboard is not None:
+      self._tensorboard.close()
+
+  def _record(self, step, kind, scalars):
+    if not self._active:
+      return
+    record = {"step": step, "kind": kind, "time": _now(), **scalars}
+    self._records.write(json.dumps(record) + "\n")
+    if self._tensorboard is not None:
+      self._tensorboard.write_scalars(
+        step, {f"{kind}/{k}": v for k, v in scalars.items()}
+      )
+      self._tensorboard.flush()
+
+  def _write_run(self):
+    _write_whole(
+      self._workdir / "run.json", json.dumps(self._starts, indent=2) + "\n"
+    )
+
+
+def progress(batches: Iterable, total: int) -> Iterable:
+  """A bar over an evaluation's batches, where the terminal is ours."""
+  show = sys.stderr.isatty() and jax.process_index() == 0
+  return tqdm.tqdm(
+    batches,
+    desc="evaluating",
+    total=total,
+    leave=False,
+    delay=1,
+    disable=not show,
+  )
+
+
+def eval_line(metrics: Mapping[str, float]) -> str:
+  """One line for people."""
+  return (
+    f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %"
+    f"  loss {metrics['loss']:.4f}  on {metrics['count']} images"
+  )
+
+
+def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """The whole records of metrics.jsonl; a line cut off by a crash is left."""
+  path = Path(workdir) / "metrics.jsonl"
+  records = []
+  if path.exists():
+    for line in path.read_text().splitlines():
+      try:
+        records.append(json.loads(line))
+      except json.JSONDecodeError:
+        continue
+  return records
+
+
+def _environment() -> dict[str, Any]:
+  git = lambda *args: subprocess.run(
+    ["git", *args],
+    cwd=Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.strip()
+  try:
+    commit = git("rev-parse", "HEAD")
+    if git("status", "--porcelain", "--untracked-files=no"):
+      commit += "+changes"
+  except (OSError, subprocess.CalledProcessError):
+    commit = None
+  devices = jax.devices()
+  return {
+    "started": _now(),
+    "commit": commit,
+    "arguments": sys.argv[1:],
+    "python": platform.python_version(),
+    "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+    "device": devices[0].device_kind,
+    "num_devices": len(devices),
+    "num_processes": jax.process_count(),
+    "cpu_count": os.cpu_count(),
+  }
+
+
+def _tensorboard(workdir):
+  """clu's writer, which needs tensorflow; None without."""
+  # tensorflow only writes the files here; its chatter is about computing.
+  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+  try:
+    from clu import metric_writers  # Takes seconds, so not at the top.
+  except ImportError as e:
+    print(f"no TensorBoard events: {e}; everything else is written")
+    return None
+  return metric_writers.SummaryWriter(str(workdir))
+
+
+def _duration(seconds):
+  return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def _now():
+  return datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+
+
+def _read_json(path, default):
+  return json.loads(path.read_text()) if path.exists() else default
+
+
+def _write_whole(path: Path, text: str) -> None:
+  """Writes so that a crash leaves the old file or the new one."""
+  temporary = path.with_suffix(path.suffix + ".tmp")
+  temporary.write_text(text)
+  temporary.replace(path)

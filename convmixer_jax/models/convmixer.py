@@ -1,0 +1,195 @@
+"""ConvMixer (Trockman and Kolter, "Patches Are All You Need?", 2022).
+
+A patch embedding, `depth` identical blocks at constant width and resolution,
+global average pooling and a linear head:
+
+  stem    cuts the image into p x p patches and embeds each one
+          [B, H, W, 3] -> [B, H/p, W/p, dim]
+  block   depthwise k x k convolution: mixes locations, one channel at a time,
+            with a residual connection around it
+          pointwise convolution: mixes channels, one location at a time
+  head    mean over locations, then one linear layer -> [B, num_classes]
+
+Every convolution is followed by the activation and then by BatchNorm, in this
+order. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
+"""
+
+import functools
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from convmixer_jax import ops
+
+ACTIVATIONS = {
+  "gelu": functools.partial(nn.gelu, approximate=False),
+  "relu": nn.relu,
+}
+NORMS = ("batch", "layer")
+REMAT_POLICIES = (
+  "nothing_saveable",
+  "dots_saveable",
+  "dots_with_no_batch_dims_saveable",
+)
+
+
+def _init(fan_in: int) -> dict[str, nn.initializers.Initializer]:
+  """PyTorch's default for kernel and bias, for layers with that fan-in."""
+
+  def uniform(key, shape, dtype=jnp.float32):
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return {"kernel_init": uniform, "bias_init": uniform}
+
+
+def _depthwise(x, kernel, strides, padding, **kwargs):
+  """`ops.depthwise_conv` in the form in which `nn.Conv` calls its convolution.
+
+  The padding that nn.Conv would ask for, SAME, is the op's own.
+  """
+  del strides, padding, kwargs
+  return ops.depthwise_conv(x, kernel[:, :, 0, :])
+
+
+class Block(nn.Module):
+  """One ConvMixer block: [B, H, W, dim] -> the same shape."""
+
+  dim: int
+  kernel_size: int
+  activation: str
+  norm: str
+  depthwise_residual: bool
+  pointwise_residual: bool
+  bn_group_size: int
+  dtype: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    k = self.kernel_size
+    y = nn.Conv(
+      self.dim,
+      (k, k),
+      feature_group_count=self.dim,
+      conv_general_dilated=_depthwise,
+      dtype=self.dtype,
+      name="depthwise",
+      **_init(k * k),
+    )(x)
+    y = _activate_and_norm(self, y, train, "depthwise_norm")
+    x = x + y if self.depthwise_residual else y
+    y = nn.Dense(
+      self.dim, dtype=self.dtype, name="pointwise", **_init(self.dim)
+    )(x)
+    y = _activate_and_norm(self, y, train, "pointwise_norm")
+    return x + y if self.pointwise_residual else y
+
+
+def _activate_and_norm(module, x, train, name):
+  """Called inside `module`'s compact method, whose submodule the norm is."""
+  x = ACTIVATIONS[module.activation](x)
+  if module.norm == "layer":
+    return nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(x)
+  return ops.BatchNorm(module.bn_group_size, dtype=module.dtype, name=name)(
+    x, train
+  )
+
+
+class ConvMixer(nn.Module):
+  """ConvMixer-dim/depth.
+
+  Attributes:
+    dim: width of every block (the paper's h).
+    depth: number of blocks (the paper's d).
+    patch_size: side of a patch and stride of the stem. Rows and columns that do
+      not fill a patch are dropped, as in PyTorch.
+    kernel_size: side of the depthwise kernels; may be even.
+    num_classes: size of the head.
+    activation: 'gelu' (exact, not the tanh approximation) or 'relu'.
+    norm: 'batch', or 'layer' over the channels of each location.
+    depthwise_residual: the residual around the depthwise stage (the paper's).
+    pointwise_residual: one around the pointwise stage too (an ablation).
+    bn_group_size: see `ops.BatchNorm`.
+    scan: run the blocks under one `nn.scan`: compiles faster, and stacks the
+      blocks' variables along a leading axis, under `blocks`.
+    remat: None, or what a block keeps for its backward pass; a name from
+      `jax.checkpoint_policies`.
+    dtype: of the computation; parameters and logits are float32.
+  """
+
+  dim: int
+  depth: int
+  patch_size: int
+  kernel_size: int
+  num_classes: int
+  activation: str = "gelu"
+  norm: str = "batch"
+  depthwise_residual: bool = True
+  pointwise_residual: bool = False
+  bn_group_size: int = 0
+  scan: bool = False
+  remat: str | None = None
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, images: jax.Array, train: bool, return_features: bool = False
+  ) -> jax.Array:
+    """Returns logits, or what the head would pool.
+
+    Args:
+      images: [B, H, W, C], normalised floats.
+      train: normalise by batch statistics and update the running ones (apply
+        with mutable=['batch_stats']).
+      return_features: stop after the last block.
+
+    Returns:
+      [B, num_classes] float32, or features [B, H // p, W // p, dim].
+    """
+    p = self.patch_size
+    x = nn.Conv(
+      self.dim,
+      (p, p),
+      strides=p,
+      padding="VALID",
+      dtype=self.dtype,
+      name="stem",
+      **_init(p * p * images.shape[-1]),
+    )(images)
+    x = _activate_and_norm(self, x, train, "stem_norm")
+
+    block = Block
+    if self.remat is not None:
+      policy = getattr(jax.checkpoint_policies, self.remat)
+      block = nn.remat(
+        Block, policy=policy, prevent_cse=not self.scan, static_argnums=(2,)
+      )
+    block = functools.partial(
+      block,
+      self.dim,
+      self.kernel_size,
+      self.activation,
+      self.norm,
+      self.depthwise_residual,
+      self.pointwise_residual,
+      self.bn_group_size,
+      self.dtype,
+    )
+    if self.scan:
+      x, _ = nn.scan(
+        lambda block, x, _: (block(x, train), None),
+        variable_axes={"params": 0, "batch_stats": 0},
+        split_rngs={"params": True},
+        length=self.depth,
+      )(block(name="blocks"), x, None)
+    else:
+      for i in range(self.depth):
+        x = block(name=f"block_{i}")(x, train)
+    if return_features:
+      return x
+
+    x = x.astype(jnp.float32).mean((1, 2))
+    return nn.Dense(self.num_classes, name="head", **_init(self.dim))(x)

@@ -1,0 +1,53 @@
+"""One mesh axis, `data`: parameters on every device, batches cut across them."""
+
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+
+def make_mesh() -> Mesh:
+  """All devices of all processes along one axis named `data`."""
+  return Mesh(np.array(jax.devices()), ("data",))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """Every device holds the whole array."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """The leading axis is cut across the devices."""
+  return NamedSharding(mesh, PartitionSpec("data"))
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+  """The rows of a global batch that this process feeds, ascending.
+
+  Args:
+    mesh: from `make_mesh`.
+    batch_size: of the global batch; a multiple of the number of devices.
+  """
+  shards = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
+  rows = np.arange(batch_size)
+  return np.sort(np.concatenate([rows[index] for index in shards.values()]))
+
+
+def to_global(
+  mesh: Mesh, local: Mapping[str, np.ndarray], batch_size: int
+) -> dict[str, jax.Array]:
+  """Joins every process's rows into global arrays, sharded by batch.
+
+  Args:
+    mesh: from `make_mesh`.
+    local: arrays whose leading axis holds the rows of `local_rows`.
+    batch_size: of the global batch.
+  """
+  sharding = batch_sharding(mesh)
+  return {
+    name: jax.make_array_from_process_local_data(
+      sharding, array, (batch_size, *array.shape[1:])
+    )
+    for name, array in local.items()
+  }

@@ -1,0 +1,193 @@
+"""The jitted train and eval steps, and the state that they carry."""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import optax
+
+Batch = dict[str, jax.Array]
+# (key, images uint8 [B, H, W, C], targets [B, K]) -> (float images, targets)
+Augment = Callable[
+  [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
+]
+
+
+@flax.struct.dataclass
+class TrainState:
+  """All that a run carries from step to step; nothing random is stored.
+
+  Attributes:
+    step: int32, the number of updates done.
+    params: parameters, float32.
+    batch_stats: running statistics of BatchNorm; empty without it.
+    opt_state: the optimiser's.
+  """
+
+  step: jax.Array
+  params: Any
+  batch_stats: Any
+  opt_state: Any
+
+
+def init_state(
+  key: jax.Array,
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  image_size: int,
+) -> TrainState:
+  """A fresh state, from a PRNG key, for square RGB images."""
+  images = jnp.zeros((1, image_size, image_size, 3))
+  variables = model.init(key, images, train=False)
+  params = variables["params"]
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    batch_stats=variables.get("batch_stats", {}),
+    opt_state=tx.init(params),
+  )
+
+
+def soft_targets(
+  labels: jax.Array, num_classes: int, smoothing: float
+) -> jax.Array:
+  """[B] int labels -> [B, num_classes] probabilities.
+
+  The true class gets 1 - smoothing, and smoothing is spread over all classes,
+  the true one among them, as in PyTorch.
+  """
+  return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  """[B, K] logits and probabilities -> [B] losses in nats."""
+  return optax.softmax_cross_entropy(logits, targets)
+
+
+def make_train_step(
+  model: nn.Module,
+  tx: optax.GradientTransformation,
+  augment: Augment,
+  *,
+  seed: int,
+  label_smoothing: float = 0.0,
+  accum_steps: int = 1,
+  batch_sharding: jax.sharding.NamedSharding | None = None,
+) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
+  """Returns the function that does one update; jit it with the state donated.
+
+  Args:
+    model: called with `train=True` on augmented images.
+    tx: the optimiser.
+    augment: the random part, on the device; see `Augment`. Its key depends on
+      (seed, step) alone, so a resumed run repeats what a whole one does.
+    seed: of the augmentation.
+    label_smoothing: see `soft_targets`.
+    accum_steps: the batch is cut into so many equal microbatches of consecutive
+      images, whose gradients, metrics and BatchNorm updates are averaged.
+    batch_sharding: how batches lie on the devices; microbatches lie likewise.
+
+  Returns:
+    (state, batch) -> (state, metrics). batch: image uint8 [B, H, W, C], label
+    int [B], or [B, K] float for soft targets. metrics, all scalars: loss, top1
+    (of the augmented images, in percent) and grad_norm (before clipping).
+  """
+
+  def loss_fn(params, batch_stats, images, targets):
+    variables = {"params": params, "batch_stats": batch_stats}
+    logits, updated = model.apply(
+      variables, images, train=True, mutable=["batch_stats"]
+    )
+    loss = cross_entropy(logits, targets).mean()
+    hits = logits.argmax(-1) == targets.argmax(-1)
+    metrics = {"loss": loss, "top1": 100 * hits.mean(dtype=jnp.float32)}
+    return loss, (updated.get("batch_stats", {}), metrics)
+
+  def split(x):  # [B, ...] -> [accum_steps, B / accum_steps, ...]
+    x = x.reshape(accum_steps, -1, *x.shape[1:])
+    if batch_sharding is None:
+      return x
+    spec = jax.sharding.PartitionSpec(None, *batch_sharding.spec)
+    return jax.lax.with_sharding_constraint(x, batch_sharding.update(spec=spec))
+
+  def train_step(state, batch):
+    targets = batch["label"]
+    if targets.ndim == 1:
+      targets = soft_targets(targets, model.num_classes, label_smoothing)
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    images, targets = augment(key, batch["image"], targets)
+
+    def gradients(images, targets):
+      grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
+        state.params, state.batch_stats, images, targets
+      )
+      return grads, batch_stats, metrics
+
+    if accum_steps == 1:
+      grads, batch_stats, metrics = gradients(images, targets)
+    else:
+      micro = jax.tree.map(split, (images, targets))
+      add = lambda total, part: total + part / accum_steps
+      zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype),
+        jax.eval_shape(gradients, *jax.tree.map(lambda x: x[0], micro)),
+      )
+      (grads, batch_stats, metrics), _ = jax.lax.scan(
+        lambda total, part: (
+          jax.tree.map(add, total, gradients(*part)),
+          None,
+        ),
+        zeros,
+        micro,
+      )
+
+    updates, opt_state = tx.update(grads, state.opt_state, state.params)
+    metrics["grad_norm"] = optax.tree.norm(grads)
+    state = TrainState(
+      step=state.step + 1,
+      params=optax.apply_updates(state.params, updates),
+      batch_stats=batch_stats,
+      opt_state=opt_state,
+    )
+    return state, metrics
+
+  return train_step
+
+
+def make_eval_step(
+  model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
+) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
+  """Returns the function that scores one batch.
+
+  Args:
+    model: called with `train=False`.
+    normalize: uint8 images -> the model's floats.
+
+  Returns:
+    (state, batch) -> sums over the batch's real images: count, loss (nats),
+    top1 and top5 (numbers of hits). batch: image, label int [B], and mask bool
+    [B], False for padding.
+  """
+
+  def eval_step(state, batch):
+    logits = model.apply(
+      {"params": state.params, "batch_stats": state.batch_stats},
+      normalize(batch["image"]),
+      train=False,
+    )
+    labels, mask = batch["label"], batch["mask"]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    _, best = jax.lax.top_k(logits, min(5, model.num_classes))
+    hits = best == labels[:, None]
+    total = lambda x: jnp.where(mask, x, 0).sum(dtype=jnp.float32)
+    return {
+      "count": total(mask),
+      "loss": total(losses),
+      "top1": total(hits[:, 0]),
+      "top5": total(hits.any(-1)),
+    }
+
+  return eval_step

@@ -1,0 +1,331 @@
+"""Training: `train_and_evaluate` reads from top to bottom."""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import os
+from pathlib import Path
+import signal
+import threading
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+
+from convmixer_jax import augment
+from convmixer_jax import checkpoint
+from convmixer_jax import config as config_lib
+from convmixer_jax import evaluate as evaluate_lib
+from convmixer_jax import logger as logger_lib
+from convmixer_jax import models
+from convmixer_jax import optim
+from convmixer_jax import sharding
+from convmixer_jax import step as step_lib
+from convmixer_jax import UserError
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+
+
+def train_and_evaluate(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> step_lib.TrainState:
+  """Trains as `config` says; goes on where `workdir` has been left.
+
+  Args:
+    config: see `config.FIELDS`.
+    workdir: see `logger.Logger`; a second call with the same config resumes, or
+      says that the run is finished.
+
+  Returns:
+    The last state.
+
+  Raises:
+    UserError: something in `config` or `workdir` is not as it must be; nothing
+      has been written.
+    SystemExit: SIGTERM or SIGINT came, and the state is saved.
+  """
+  # --- Data. All that can be wrong is found before anything is written.
+  config_lib.check(config, jax.device_count())
+  _refuse_another_config(config, workdir)
+  data, batch_size, seed = config.data, config.batch_size, config.seed
+  train_source, eval_source = (
+    sources.open_source(data.name, data.dir, split, data.image_size)
+    for split in (data.train_split, data.eval_split)
+  )
+  steps_per_epoch = len(train_source) / batch_size
+  total_steps = -(-config.epochs * len(train_source) // batch_size)
+  due = lambda step, every: step % every == 0 or step == total_steps
+
+  # --- Model and optimiser.
+  model, shapes = _make_model(config, train_source.num_classes)
+  schedule = optim.make_schedule(
+    config.optim.learning_rate, config.epochs, steps_per_epoch
+  )
+  tx = optim.make_optimizer(
+    schedule,
+    shapes["params"],
+    weight_decay=config.optim.weight_decay,
+    decay_all=config.optim.decay_all,
+    eps=config.optim.eps,
+    betas=config.optim.betas,
+    clip_norm=config.optim.clip_norm,
+    freeze=config.freeze,
+    backbone_lr_scale=config.backbone_lr_scale,
+  )
+
+  # --- The step, compiled for all devices.
+  mesh = sharding.make_mesh()
+  replicated = sharding.replicated(mesh)
+  batch_sharding = sharding.batch_sharding(mesh)
+  host_crops = isinstance(train_source, sources.Encoded)
+  train_step = jax.jit(
+    step_lib.make_train_step(
+      model,
+      tx,
+      augment.make_augment(
+        augment.make_normalize(data.mean, data.std),
+        flip=config.augment.flip,
+        crop_scale=None if host_crops else config.augment.crop_scale,
+        crop_ratio=config.augment.crop_ratio,
+        interpolation=config.augment.interpolation,
+      ),
+      seed=seed,
+      label_smoothing=config.augment.label_smoothing,
+      accum_steps=config.accum_steps,
+      batch_sharding=batch_sharding,
+    ),
+    in_shardings=(replicated, batch_sharding),
+    out_shardings=replicated,
+    donate_argnums=0,
+    compiler_options={"xla_gpu_deterministic_ops": config.deterministic},
+  )
+
+  # --- State: what was saved here > the weights of another run > scratch.
+  init = lambda key: step_lib.init_state(key, model, tx, data.image_size)
+  state = jax.jit(init, out_shardings=replicated)(jax.random.key(seed))
+  if config.init_from is not None:
+    fresh = {"params": state.params, "batch_stats": state.batch_stats}
+    _, weights = _load_variables(config.init_from, fresh, new_head=True)
+    state = state.replace(**jax.device_put(weights, replicated))
+  checkpointer = checkpoint.Checkpointer(workdir)
+  state = checkpointer.restore(state) or state
+  first_step = int(state.step)
+  scored = [
+    record
+    for record in logger_lib.read_metrics(workdir)
+    if record["kind"] == "eval" and record["step"] == first_step
+  ]
+  if first_step == total_steps and scored:
+    checkpointer.close()
+    if jax.process_index() == 0:
+      print(
+        f"{workdir}: finished at step {first_step}; nothing to do\n"
+        + logger_lib.eval_line(scored[-1])
+      )
+    return state
+
+  # --- The loop. Step n means n updates done; only a log waits for the device.
+  logger = logger_lib.Logger(
+    workdir,
+    config.to_json(indent=2),
+    first_step=first_step,
+    total_steps=total_steps,
+    batch_size=batch_size,
+    active=jax.process_index() == 0,
+  )
+  if first_step == 0:
+    logger.overview(shapes["params"])
+  else:
+    logger.say(f"going on in {workdir} from step {first_step}")
+  evaluate = _make_evaluate(
+    config, model, eval_source, mesh, logger_lib.progress
+  )
+  batches = stream.train_batches(
+    train_source,
+    seed=seed,
+    batch_size=batch_size,
+    rows=sharding.local_rows(mesh, batch_size),
+    start=first_step,
+    stop=total_steps,
+    image_size=data.image_size,
+    num_workers=data.num_workers,
+    scale=config.augment.crop_scale,
+    ratio=config.augment.crop_ratio,
+    interpolation=config.augment.interpolation,
+  )
+  status, step, pending, metrics = "failed", first_step, [], None
+  try:
+    with _stop_signals() as stopped:
+      # A run that was stopped while it scored a step scores it now.
+      if first_step and due(first_step, config.eval_every) and not scored:
+        metrics = evaluate(state, stopped)
+        logger.evaluated(step, metrics)
+      for step, batch in enumerate(batches, start=first_step + 1):
+        state, scalars = train_step(
+          state, sharding.to_global(mesh, batch, batch_size)
+        )
+        pending.append(scalars)
+        if step == first_step + 1:
+          logger.start_clock(step)  # Compilation does not count in the rates.
+        if due(step, config.log_every):
+          logger.train(
+            step,
+            jax.device_get(pending),
+            epoch=step / steps_per_epoch,
+            learning_rate=float(schedule(step - 1)),
+          )
+          pending = []
+        if due(step, config.eval_every):
+          metrics = evaluate(state, stopped)
+          logger.evaluated(step, metrics)
+        stop = checkpointer.preempted(step) or stopped()
+        if due(step, config.save_every) or stop:
+          checkpointer.save(step, state)
+          logger.start_clock(step)
+        if stop:
+          status = "interrupted"
+          break
+      else:
+        status = "finished"
+  finally:
+    checkpointer.close()
+    logger.close(status, step)
+  if status == "interrupted":
+    signum = stopped() or signal.SIGTERM
+    logger.say(
+      f"stopped by {signal.Signals(signum).name}: step {step} is saved in"
+      f" {workdir}; the same command goes on from there"
+    )
+    raise SystemExit(128 + signum)
+  logger.say(f"finished: {logger_lib.eval_line(metrics)}; workdir {workdir}")
+  return state
+
+
+def evaluate_checkpoint(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> dict[str, float]:
+  """Scores the newest checkpoint in `workdir` on `config.data.eval_split`.
+
+  Returns:
+    step, and what `evaluate.make_evaluate` says.
+
+  Raises:
+    UserError: something in `config` or `workdir` is not as it must be.
+  """
+  config_lib.check(config, num_devices=1)  # Padding makes any batch size fit.
+  data = config.data
+  source = sources.open_source(
+    data.name, data.dir, data.eval_split, data.image_size
+  )
+  model, shapes = _make_model(config, source.num_classes)
+  step, variables = _load_variables(workdir, shapes)
+  mesh = sharding.make_mesh()
+  variables = jax.device_put(variables, sharding.replicated(mesh))
+  state = step_lib.TrainState(step=step, opt_state=(), **variables)
+  evaluate = _make_evaluate(config, model, source, mesh, logger_lib.progress)
+  metrics = evaluate(state)
+  return {"step": step, **metrics}
+
+
+def _make_model(config, num_classes):
+  """The model, and the shapes of its variables."""
+  fields = config.model.to_dict()
+  model = models.create_model(
+    fields.pop("name"), num_classes=num_classes, **fields
+  )
+  size, patch = config.data.image_size, model.patch_size
+  if patch > size:
+    raise UserError(
+      f"config.model.patch_size={patch}: larger than data.image_size={size}"
+    )
+  images = jnp.zeros((1, size, size, 3))
+  init = lambda: model.init(jax.random.key(0), images, train=False)
+  return model, {"batch_stats": {}} | jax.eval_shape(init)
+
+
+def _make_evaluate(config, model, source, mesh, progress):
+  data = config.data
+  return evaluate_lib.make_evaluate(
+    step_lib.make_eval_step(model, augment.make_normalize(data.mean, data.std)),
+    source,
+    mesh,
+    batch_size=config.batch_size,
+    image_size=data.image_size,
+    crop_pct=data.crop_pct,
+    num_workers=data.num_workers,
+    progress=progress,
+  )
+
+
+def _load_variables(workdir, wanted, new_head=False):
+  """A run's newest step and variables, which must fit `wanted`.
+
+  Args:
+    workdir: of the run.
+    wanted: {'params', 'batch_stats'}, arrays or shapes.
+    new_head: keep `wanted`'s head where the run's has another shape.
+  """
+  step, loaded = checkpoint.load_variables(workdir)
+  loaded = flax.traverse_util.flatten_dict(loaded, sep="/")
+  wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
+  for name in sorted(loaded.keys() | wanted.keys()):
+    has, wants = (
+      x[name].shape if name in x else None for x in (loaded, wanted)
+    )
+    if has == wants:
+      continue
+    if new_head and has and wants and name.startswith("params/head/"):
+      print(f"{name}: {has} in {workdir}; starts anew as {wants}")
+      loaded[name] = wanted[name]
+    else:
+      raise UserError(f"{workdir}: {name} is {has}; this model has {wants}")
+  return step, flax.traverse_util.unflatten_dict(loaded, sep="/")
+
+
+def _refuse_another_config(config, workdir):
+  """Two configs in one workdir would make neither reproducible."""
+  path = Path(workdir) / "config.json"
+  if not path.exists():
+    return
+  old, new = (
+    config_lib.flatten(json.loads(text))
+    for text in (path.read_text(), config.to_json())
+  )
+  changed = [
+    f"{name} is {old.get(name)} there and {new.get(name)} here"
+    for name in sorted(old.keys() | new.keys())
+    if old.get(name) != new.get(name) and name not in config_lib.FREE_FIELDS
+  ]
+  if changed:
+    raise UserError(
+      f"{workdir} holds a run of another config ({'; '.join(changed)}); give"
+      " another --workdir"
+    )
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[Callable[[], int]]:
+  """Turns SIGINT and SIGTERM into a question: which has come, or 0.
+
+  A second Ctrl-C stops at once. With several processes the signals are left to
+  jax, which makes all of them stop at the same step (`Checkpointer.preempted`).
+  """
+  received = []
+
+  def note(signum, frame):
+    del frame
+    received.append(signum)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  in_main_thread = threading.current_thread() is threading.main_thread()
+  if not in_main_thread or jax.process_count() > 1:
+    yield lambda: 0
+    return
+  signals = (signal.SIGINT, signal.SIGTERM)
+  previous = {signum: signal.signal(signum, note) for signum in signals}
+  try:
+    yield lambda: received[0] if received else 0
+  finally:
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
