@@ -1,15 +1,15 @@
 """One mesh axis, `data`: parameters on every device, batches cut across them."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
 
-def make_mesh() -> Mesh:
-  """All devices of all processes along one axis named `data`."""
-  return Mesh(np.array(jax.devices()), ("data",))
+def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+  """`devices` (None: all, of all processes) along one axis named `data`."""
+  return Mesh(np.array(devices or jax.devices()), ("data",))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

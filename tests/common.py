@@ -1,0 +1,97 @@
+"""What several test files need."""
+
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import ml_collections
+from ml_collections import config_flags
+import numpy as np
+
+from convmixer_jax import interop
+from convmixer_jax import models
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+
+
+def assert_close(ours, golden, tolerance, name=""):
+  """max|a - b| / max|b|, the measure of every golden test."""
+  ours, golden = np.asarray(ours), np.asarray(golden)
+  assert ours.shape == golden.shape, name
+  error = relative_error(ours, golden)
+  assert error <= tolerance, f"{name}: {error:.2e} > {tolerance:.0e}"
+
+
+def relative_error(ours, golden):
+  ours, golden = np.asarray(ours), np.asarray(golden)
+  return np.abs(ours - golden).max() / max(np.abs(golden).max(), 1e-30)
+
+
+def tree_error(ours, golden):
+  """The worst leaf's relative error; both trees have the same names."""
+  errors = jax.tree.map(relative_error, ours, golden)
+  return max(jax.tree.leaves(errors))
+
+
+def golden(name):
+  return dict(np.load(DATA / f"{name}.npz"))
+
+
+def variables(golden_file, prefix):
+  """The tensors under `prefix`/ as our variables."""
+  names = [k for k in golden_file if k.startswith(f"{prefix}/")]
+  return interop.from_torch(
+    {k.removeprefix(f"{prefix}/"): golden_file[k] for k in names}
+  )
+
+
+def nhwc(images):
+  return np.moveaxis(images, -3, -1)
+
+
+def digits_config(**overrides) -> ml_collections.ConfigDict:
+  """configs/digits.py with a model of negligible cost, 46 steps an epoch."""
+  config = load_config("configs/digits.py")
+  config.update_from_flattened_dict(
+    {
+      "model.dim": 8,
+      "model.depth": 1,
+      "batch_size": 32,
+      "epochs": 1,
+      "log_every": 10,
+      "eval_every": 100,
+      "save_every": 100,
+      **overrides,
+    }
+  )
+  return config
+
+
+def load_config(path) -> ml_collections.ConfigDict:
+  path, *variant = str(path).split(":")
+  file = config_flags.config_flags._LoadConfigModule("config", str(ROOT / path))
+  return file.get_config(*variant).lock()
+
+
+def run_main(*args, devices=1, **popen):
+  """Starts `python -m convmixer_jax.main` as a user would."""
+  env = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "convmixer_jax.main", *map(str, args)],
+    env=env,
+    text=True,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    **{"cwd": ROOT, **popen},
+  )
+
+
+def tiny_model(**overrides):
+  fields = {"dim": 8, "depth": 2, "patch_size": 2, "kernel_size": 3}
+  return models.ConvMixer(**{**fields, "num_classes": 10, **overrides})

@@ -1,0 +1,281 @@
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from convmixer_jax import interop
+from convmixer_jax import models
+from convmixer_jax import step as step_lib
+from convmixer_jax import UserError
+from tests import common
+
+# (variant, patch size, kernel size, classes, parameters): timm's counts for the
+# published three, the paper's tables for the rest; None keeps the variant's.
+PARAMETERS = [
+  ("convmixer_1536_20", None, None, 1000, 51_625_960),
+  ("convmixer_768_32", None, None, 1000, 21_110_248),
+  ("convmixer_1024_20_ks9_p14", None, None, 1000, 24_383_464),
+  ("convmixer_1536_20", 7, 3, 1000, 49_414_120),
+  ("convmixer_1536_20", 14, 9, 1000, 52_303_336),
+  ("convmixer_1024_12", None, None, 1000, 14_621_672),
+  ("convmixer_512_16", None, None, 1000, 5_357_544),
+  ("convmixer_1024_16", None, None, 1000, 19_381_224),
+  ("convmixer_512_12", None, None, 1000, 4_165_608),
+  ("convmixer_768_32", 14, 3, 1000, 20_465_896),
+  ("convmixer_256_8", None, None, 10, 706_570),
+  ("convmixer_256_8", 1, 3, 10, 559_114),
+  ("convmixer_256_8", 1, 5, 10, 591_882),
+  ("convmixer_256_8", 1, 7, 10, 641_034),
+  ("convmixer_256_8", 2, 9, 10, 708_874),
+  ("convmixer_256_8", 4, 9, 10, 718_090),
+  ("convmixer_256_8", 2, 5, 10, 594_186),
+  ("convmixer_128_4", None, None, 10, 103_434),
+]
+
+
+def init_shapes(model, size=32):
+  images = jnp.zeros((1, size, size, 3))
+  return jax.eval_shape(
+    lambda: model.init(jax.random.key(0), images, train=False)
+  )
+
+
+def num_parameters(model):
+  return sum(x.size for x in jax.tree.leaves(init_shapes(model)["params"]))
+
+
+@pytest.mark.parametrize(
+  ("name", "patch", "kernel", "classes", "count"), PARAMETERS
+)
+def test_parameter_counts(name, patch, kernel, classes, count):
+  model = models.create_model(
+    name, classes, patch_size=patch, kernel_size=kernel
+  )
+  assert num_parameters(model) == count
+  h, d, n = model.dim, model.depth, model.num_classes
+  k, p = model.kernel_size, model.patch_size
+  assert count == h * (d * (k**2 + h + 6) + 3 * p**2 + n + 3) + n
+
+
+def test_every_variant_has_a_count():
+  assert {row[0] for row in PARAMETERS} == set(models.VARIANTS)
+
+
+@pytest.mark.parametrize("name", ["k7p4", "k8p1", "relu_k3p2"])
+class TestGoldens:
+  """timm's numbers, on random weights and BatchNorm statistics.
+
+  Among them an even kernel, ReLU, and images that the patch does not divide.
+  """
+
+  def setup(self, name):
+    golden = common.golden(f"convmixer_{name}")
+    before = common.variables(golden, "before")
+    params = before["params"]
+    model = models.ConvMixer(
+      dim=params["stem"]["bias"].shape[0],
+      depth=sum(name.startswith("block_") for name in params),
+      patch_size=params["stem"]["kernel"].shape[0],
+      kernel_size=params["block_0"]["depthwise"]["kernel"].shape[0],
+      num_classes=params["head"]["bias"].shape[0],
+      activation="relu" if "relu" in name else "gelu",
+    )
+    return golden, model, before, common.nhwc(golden["input_nchw"])
+
+  def test_inference(self, name):
+    golden, model, variables, images = self.setup(name)
+    logits = model.apply(variables, images, train=False)
+    features = model.apply(variables, images, train=False, return_features=True)
+    common.assert_close(logits, golden["eval_logits"], 2e-5)
+    common.assert_close(
+      features, common.nhwc(golden["eval_features_nchw"]), 2e-5
+    )
+
+  def test_training(self, name):
+    golden, model, variables, images = self.setup(name)
+    targets = step_lib.soft_targets(
+      jnp.array(golden["labels"]), model.num_classes, 0.1
+    )
+
+    def loss_fn(params):
+      logits, updated = model.apply(
+        {**variables, "params": params},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+      )
+      loss = step_lib.cross_entropy(logits, targets).mean()
+      return loss, (logits, updated)
+
+    (loss, (logits, updated)), grads = jax.value_and_grad(
+      loss_fn, has_aux=True
+    )(variables["params"])
+    common.assert_close(logits, golden["train_logits"], 2e-5)
+    common.assert_close(loss, golden["train_loss"], 2e-5)
+    after = common.variables(golden, "after")
+    assert common.tree_error(updated, after) <= 2e-5
+    golden_grads = common.variables(golden, "grad")["params"]
+    assert common.tree_error(grads, golden_grads) <= 5e-5
+
+
+def test_interop_round_trip():
+  golden = common.golden("convmixer_k7p4")
+  before = {
+    k.removeprefix("before/"): v
+    for k, v in golden.items()
+    if k.startswith("before/") and "num_batches" not in k
+  }
+  back = interop.to_torch(interop.from_torch(before))
+  assert back.keys() == before.keys()
+  assert all(np.array_equal(back[k], before[k]) for k in before)
+  with pytest.raises(UserError, match="layers.0.weight"):
+    interop.from_torch({"layers.0.weight": np.zeros(3)})
+
+
+def perturbed(model, size=8):
+  """Variables with every leaf random, BatchNorm's included."""
+  images = jnp.zeros((1, size, size, 3))
+  variables = model.init(jax.random.key(0), images, train=False)
+  leaves, tree = jax.tree.flatten(variables)
+  keys = jax.random.split(jax.random.key(1), len(leaves))
+  leaves = [
+    jnp.abs(x + 0.1 * jax.random.normal(key, x.shape))
+    for key, x in zip(keys, leaves)
+  ]
+  return jax.tree.unflatten(tree, leaves)
+
+
+def stacked(variables, depth):
+  """The unrolled tree as `scan=True` names it."""
+
+  def stack(tree):
+    blocks = [tree[f"block_{i}"] for i in range(depth)]
+    rest = {k: v for k, v in tree.items() if not k.startswith("block_")}
+    return {**rest, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
+
+  return {k: stack(v) for k, v in variables.items()}
+
+
+@pytest.mark.parametrize("remat", [None, "nothing_saveable", "dots_saveable"])
+@pytest.mark.parametrize("scan", [False, True])
+def test_scan_and_remat_compute_the_same(scan, remat):
+  plain = common.tiny_model(depth=3)
+  variables = perturbed(plain)
+  images = jax.random.normal(jax.random.key(2), (4, 8, 8, 3))
+
+  def loss_fn(model):
+    def loss(params, batch_stats):
+      logits, updated = model.apply(
+        {"params": params, "batch_stats": batch_stats},
+        images,
+        train=True,
+        mutable=["batch_stats"],
+      )
+      return jnp.square(logits).sum(), updated["batch_stats"]
+
+    return jax.grad(loss, has_aux=True)
+
+  as_scan = (lambda v: stacked(v, 3)) if scan else (lambda v: v)
+  expected = loss_fn(plain)(variables["params"], variables["batch_stats"])
+  expected = as_scan(dict(zip(("params", "batch_stats"), expected)))
+  inputs = as_scan(variables)
+  model = common.tiny_model(depth=3, scan=scan, remat=remat)
+  shapes = jax.tree.map(jnp.shape, init_shapes(model, 8))
+  assert shapes == jax.tree.map(jnp.shape, inputs)
+  ours = loss_fn(model)(inputs["params"], inputs["batch_stats"])
+  ours = dict(zip(("params", "batch_stats"), ours))
+  assert common.tree_error(ours, expected) <= 5e-5
+
+
+def test_init_is_pytorchs():
+  """Uniform in +-1/sqrt(fan_in), biases too; BatchNorm 1 and 0."""
+  model = models.ConvMixer(128, 1, 4, 5, 50)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[
+    "params"
+  ]
+  fan_in = {
+    "stem": 3 * 4 * 4,
+    "block_0/depthwise": 5 * 5,
+    "block_0/pointwise": 128,
+    "head": 128,
+  }
+  flat = flax.traverse_util.flatten_dict(params, sep="/")
+  for name, value in flat.items():
+    layer, _, leaf = name.rpartition("/")
+    if layer.endswith("_norm"):
+      assert np.all(value == (1 if leaf == "scale" else 0)), name
+      continue
+    bound = fan_in[layer] ** -0.5
+    assert np.abs(value).max() <= bound, name
+    assert np.abs(value).max() > 0.9 * bound, name
+    # The variance of a uniform law is bound^2 / 3.
+    spread = 3 if value.size < 1000 else 1.15
+    assert 1 / spread < 3 * value.var() / bound**2 < spread, name
+
+
+def test_switches_change_what_they_name():
+  images = jax.random.normal(jax.random.key(0), (2, 8, 8, 3))
+  plain = common.tiny_model()
+  variables = perturbed(plain)
+  base = plain.apply(variables, images, train=False)
+  for field in (
+    {"depthwise_residual": False},
+    {"pointwise_residual": True},
+    {"activation": "relu"},
+  ):
+    other = common.tiny_model(**field).apply(variables, images, train=False)
+    assert common.relative_error(other, base) > 1e-2, field
+
+
+def test_layer_norm_is_over_channels():
+  model = common.tiny_model(norm="layer", depth=1)
+  variables = model.init(
+    jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False
+  )
+  assert "batch_stats" not in variables
+  features = model.apply(
+    variables,
+    jax.random.normal(jax.random.key(1), (2, 8, 8, 3)),
+    train=True,
+    return_features=True,
+  )
+  assert np.abs(features.mean(-1)).max() < 1e-5
+  assert np.allclose(features.var(-1), 1, atol=2e-2)
+  assert num_parameters(model) == num_parameters(common.tiny_model(depth=1))
+
+
+def test_bfloat16_computes_in_bfloat16_and_returns_float32():
+  model = common.tiny_model(dtype=jnp.bfloat16)
+  variables = perturbed(model)
+  assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(variables))
+  images = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
+  features = model.apply(variables, images, train=False, return_features=True)
+  logits = model.apply(variables, images, train=False)
+  exact = common.tiny_model().apply(variables, images, train=False)
+  assert features.dtype == jnp.bfloat16
+  assert logits.dtype == jnp.float32
+  assert 0 < common.relative_error(logits, exact) < 2e-2
+
+
+def test_create_model_refuses():
+  with pytest.raises(UserError, match="convmixer_256_8"):
+    models.create_model("convmixer_256_9")
+  with pytest.raises(UserError, match="heads"):
+    models.create_model("convmixer_256_8", heads=3)
+
+
+def test_soft_targets_are_pytorchs():
+  targets = step_lib.soft_targets(jnp.array([1]), 4, 0.2)
+  assert np.allclose(targets, [[0.05, 0.85, 0.05, 0.05]])
+  logits = jnp.array([[0.1, 2.0, -1.0, 0.3]])
+  expected = -(targets * jax.nn.log_softmax(logits)).sum(-1)
+  assert np.allclose(step_lib.cross_entropy(logits, targets), expected)
+  hard = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1]))
+  assert np.allclose(
+    step_lib.cross_entropy(
+      logits, step_lib.soft_targets(jnp.array([1]), 4, 0.0)
+    ),
+    hard,
+  )

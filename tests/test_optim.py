@@ -1,0 +1,156 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from convmixer_jax import models
+from convmixer_jax import optim
+from convmixer_jax import step as step_lib
+from convmixer_jax import UserError
+from tests import common
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 9, 10, 25, 150])
+@pytest.mark.parametrize("steps_per_epoch", [1, 3.5, 97.66])
+def test_schedule_is_the_authors(epochs, steps_per_epoch):
+  schedule = optim.make_schedule(0.01, epochs, steps_per_epoch)
+  steps = np.ceil(epochs * steps_per_epoch)
+  counts = np.unique(np.linspace(0, steps - 1, 500).astype(int))
+  expected = np.interp(
+    (counts + 1) / steps_per_epoch,
+    [0, epochs * 2 // 5, epochs * 4 // 5, epochs],
+    [0, 0.01, 0.01 / 20, 0],
+  )
+  ours = jax.vmap(schedule)(jnp.array(counts))
+  assert np.abs(ours - expected).max() < 1e-7
+  assert ours[-1] == 0  # The last update does not move the weights.
+
+
+def trajectory(name, **changes):
+  """Twelve steps of the recipe; returns losses, grad norms, variables."""
+  golden = common.golden(name)
+  config = json.loads(str(golden["config"])) | changes
+  model = models.ConvMixer(
+    config["dim"],
+    config["depth"],
+    config["patch_size"],
+    config["kernel_size"],
+    config["num_classes"],
+  )
+  variables = common.variables(golden, "before")
+  schedule = config.get("schedule") or optim.make_schedule(
+    config["lr"], config["epochs"], config["steps_per_epoch"]
+  )
+  tx = optim.make_optimizer(
+    schedule,
+    variables["params"],
+    weight_decay=config["weight_decay"],
+    decay_all=config.get("decay_all", False),
+    eps=config["eps"],
+    betas=config["betas"],
+    clip_norm=config["clip"],
+  )
+  state = step_lib.TrainState(
+    step=jnp.zeros((), jnp.int32),
+    opt_state=tx.init(variables["params"]),
+    **jax.tree.map(jnp.asarray, variables),
+  )
+  no_augment = lambda key, images, targets: (images, targets)
+  step = jax.jit(step_lib.make_train_step(model, tx, no_augment, seed=0))
+  losses, norms = [], []
+  for images, targets in zip(golden["input_nchw"], golden["targets"]):
+    batch = {"image": common.nhwc(images), "label": targets}
+    state, metrics = step(state, batch)
+    losses.append(metrics["loss"])
+    norms.append(metrics["grad_norm"])
+  after = {"params": state.params, "batch_stats": state.batch_stats}
+  error = max(
+    common.relative_error(np.array(losses), golden["losses"]),
+    common.tree_error(after, common.variables(golden, "after")),
+  )
+  return golden, schedule, np.array(norms), error
+
+
+@pytest.mark.parametrize("name", ["trajectory", "trajectory_clip"])
+def test_trajectory(name):
+  """Twelve steps as PyTorch and timm take them: losses and every tensor."""
+  golden, schedule, norms, error = trajectory(name)
+  assert error <= 2e-5
+  common.assert_close(norms, golden["grad_norms"], 2e-5)
+  lrs = [schedule(i) for i in range(12)]
+  common.assert_close(np.array(lrs), golden["lrs"], 1e-6)
+
+
+def late_schedule(count):
+  """The same, without its + 1."""
+  config = json.loads(str(common.golden("trajectory_clip")["config"]))
+  schedule = optim.make_schedule(
+    config["lr"], config["epochs"], config["steps_per_epoch"]
+  )
+  return schedule(count - 1)
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"clip": 0},
+    {"decay_all": True},
+    {"weight_decay": 0.0},
+    {"eps": 1e-8},
+    {"schedule": late_schedule},
+    {"betas": [0.9, 0.99]},
+  ],
+  ids=lambda change: next(iter(change)),
+)
+def test_trajectory_needs(change):
+  """Each part of the recipe: without it the golden is missed, and not narrowly."""
+  *_, error = trajectory("trajectory_clip", **change)
+  assert error > 2e-4
+
+
+def one_update(**settings):
+  model = common.tiny_model()
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[
+    "params"
+  ]
+  settings = {
+      "weight_decay": 0.1, "decay_all": False, "eps": 1e-3,
+      "betas": (0.9, 0.999), "clip_norm": 1.0, **settings,
+  }  # fmt: skip
+  tx = optim.make_optimizer(lambda count: 0.1, params, **settings)
+  grads = jax.tree.map(jnp.ones_like, params)
+  updates, _ = tx.update(grads, tx.init(params), params)
+  return updates
+
+
+def test_freeze_keeps_what_it_names():
+  updates = one_update(freeze=("stem", "block_0/depthwise"))
+  zero = lambda tree: all(not np.any(x) for x in jax.tree.leaves(tree))
+  assert zero(updates["stem"])
+  assert zero(updates["block_0"]["depthwise"])
+  assert not zero(updates["stem_norm"])
+  assert not zero(updates["block_0"]["depthwise_norm"])
+  # Frozen gradients do not count in the norm that is clipped.
+  some, none = (
+    one_update(freeze=freeze, eps=1.0)["head"]["bias"][0]
+    for freeze in (("stem", "block_0"), ())
+  )
+  assert abs(some) > abs(none)
+  with pytest.raises(UserError, match="block_7"):
+    one_update(freeze=("block_7",))
+
+
+def test_backbone_lr_scale():
+  whole, scaled = one_update(), one_update(backbone_lr_scale=0.25)
+  assert common.tree_error(scaled["head"], whole["head"]) == 0
+  quarter = jax.tree.map(lambda x: x / 4, whole["block_1"])
+  assert common.tree_error(scaled["block_1"], quarter) < 1e-6
+
+
+def test_no_clip_is_no_clip():
+  grads_norm = optax.tree.norm(one_update(clip_norm=0.0, eps=1e3))
+  clipped = optax.tree.norm(one_update(clip_norm=1e-3, eps=1e3))
+  assert grads_norm > clipped

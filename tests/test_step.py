@@ -1,0 +1,176 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convmixer_jax import augment
+from convmixer_jax import evaluate
+from convmixer_jax import optim
+from convmixer_jax import sharding
+from convmixer_jax import step as step_lib
+from convmixer_jax.data import sources
+from tests import common
+
+RNG = np.random.default_rng(0)
+IMAGES = RNG.integers(0, 256, (10, 32, 8, 8, 3), np.uint8)
+LABELS = RNG.integers(0, 10, (10, 32)).astype(np.int32)
+
+
+def run(
+  *, devices=1, steps=10, bn_group_size=0, accum_steps=1, augmented=False
+):
+  """Trains a small ConvMixer for some steps; returns its state as numpy."""
+  model = common.tiny_model(bn_group_size=bn_group_size)
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  replicated = sharding.replicated(mesh)
+  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[
+    "params"
+  ]
+  tx = optim.make_optimizer(
+    optim.make_schedule(0.01, 5, 4),
+    params,
+    weight_decay=0.01,
+    decay_all=False,
+    eps=1e-3,
+    betas=(0.9, 0.999),
+    clip_norm=1.0,
+  )
+  augment_fn = augment.make_augment(
+    augment.make_normalize((0.5,) * 3, (0.25,) * 3),
+    flip=augmented,
+    crop_scale=(0.5, 1.0) if augmented else (1.0, 1.0),
+    crop_ratio=(0.75, 4 / 3) if augmented else (1.0, 1.0),
+    interpolation="bilinear",
+  )
+  step = jax.jit(
+    step_lib.make_train_step(
+      model,
+      tx,
+      augment_fn,
+      seed=1,
+      accum_steps=accum_steps,
+      batch_sharding=sharding.batch_sharding(mesh),
+    ),
+    in_shardings=(replicated, sharding.batch_sharding(mesh)),
+    out_shardings=replicated,
+    donate_argnums=0,
+  )
+  init = lambda key: step_lib.init_state(key, model, tx, 8)
+  state = jax.jit(init, out_shardings=replicated)(jax.random.key(0))
+  for images, labels in zip(IMAGES[:steps], LABELS):
+    batch = {"image": images, "label": labels}
+    state, metrics = step(state, sharding.to_global(mesh, batch, 32))
+  assert state.step == steps
+  return jax.device_get(
+    (
+      {"params": state.params, "batch_stats": state.batch_stats},
+      metrics,
+    )
+  )
+
+
+# Groups of 0 (all 32 images) and 8 span devices that hold 4 images each; groups
+# of 4 do not. Float32 sums in another order: 2e-5 after ten steps.
+@pytest.mark.parametrize("bn_group_size", [0, 4, 8])
+def test_one_device_equals_eight(bn_group_size):
+  settings = {"bn_group_size": bn_group_size, "augmented": True}
+  (one, metrics_one), (eight, metrics_eight) = (
+    run(devices=devices, **settings) for devices in (1, 8)
+  )
+  assert common.tree_error(eight, one) <= 2e-5
+  assert common.tree_error(metrics_eight, metrics_one) <= 2e-5
+
+
+@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("accum_steps", [2, 4])
+def test_accumulation_equals_one_large_batch(devices, accum_steps):
+  group = 32 // accum_steps
+  whole, metrics = run(bn_group_size=group, augmented=True)
+  parts, metrics_parts = run(
+    devices=devices,
+    bn_group_size=group,
+    accum_steps=accum_steps,
+    augmented=True,
+  )
+  assert common.tree_error(parts, whole) <= 2e-5
+  assert common.tree_error(metrics_parts, metrics) <= 2e-5
+
+
+def test_accumulation_without_groups_is_another_thing():
+  """So the test above can fail: statistics over 32 images are not those over 16."""
+  whole, _ = run()
+  parts, _ = run(accum_steps=2)
+  assert common.tree_error(parts, whole) > 1e-3
+
+
+def test_augmentation_depends_on_seed_and_step_alone():
+  first, _ = run(steps=3, augmented=True)
+  again, _ = run(steps=3, augmented=True)
+  plain, _ = run(steps=3)
+  assert common.tree_error(again, first) == 0
+  assert common.tree_error(plain, first) > 1e-3
+
+
+class Scores:
+  """A stand-in for a model: pixel 0 says which class it answers."""
+
+  num_classes = 7
+
+  def apply(self, variables, images, train):
+    assert not train
+    guess = images[:, 0, 0, 0].astype(int)
+    # Classes after the guess, cyclically, get ever lower scores.
+    return -((jnp.arange(7) - guess[:, None]) % 7).astype(jnp.float32)
+
+
+# 3, 8 and 20 do not divide 45; 64 exceeds it.
+@pytest.mark.parametrize("batch_size", [3, 8, 20, 45, 64])
+@pytest.mark.parametrize("devices", [1, 8])
+def test_every_image_counts_once(batch_size, devices):
+  rng = np.random.default_rng(2)
+  labels = rng.integers(0, 7, 45).astype(np.int32)
+  guesses = rng.integers(0, 7, 45)
+  images = np.zeros((45, 2, 2, 3), np.uint8)
+  images[:, 0, 0, 0] = guesses
+  source = sources.InMemory(images, labels, [str(i) for i in range(7)])
+  state = step_lib.TrainState(jnp.zeros(()), {}, {}, ())
+  score = evaluate.make_evaluate(
+    step_lib.make_eval_step(Scores(), lambda images: images),
+    source,
+    sharding.make_mesh(jax.devices()[:devices]),
+    batch_size=batch_size,
+    image_size=2,
+    crop_pct=1.0,
+    num_workers=0,
+  )
+  metrics = score(state)
+  distance = (labels - guesses) % 7
+  losses = distance + np.log(np.exp(-np.arange(7)).sum())
+  assert metrics["count"] == 45
+  assert metrics["top1"] == pytest.approx(100 * np.mean(distance == 0))
+  assert metrics["top5"] == pytest.approx(100 * np.mean(distance < 5))
+  assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+  assert score(state, stopped=lambda: True) is None
+
+
+def test_a_lost_image_is_an_error(monkeypatch):
+  source = sources.InMemory(
+    np.zeros((9, 2, 2, 3), np.uint8), np.zeros(9, np.int32), list("abcdefg")
+  )
+  batches = evaluate.stream.eval_batches
+  monkeypatch.setattr(
+    evaluate.stream,
+    "eval_batches",
+    lambda *a, **k: list(batches(*a, **k))[:-1],
+  )
+  score = evaluate.make_evaluate(
+    step_lib.make_eval_step(Scores(), lambda images: images),
+    source,
+    sharding.make_mesh(jax.devices()[:1]),
+    batch_size=4,
+    image_size=2,
+    crop_pct=1.0,
+    num_workers=0,
+  )
+  with pytest.raises(RuntimeError, match="8 of 9"):
+    score(step_lib.TrainState(jnp.zeros(()), {}, {}, ()))
