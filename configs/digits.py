@@ -50,7 +50,7 @@ def get_config() -> config_dict.ConfigDict:
   config.augment = config_dict.ConfigDict(
     {
       "flip": False,
-      "crop_scale": (0.7, 1.0),
+      "crop_scale": (0.8, 1.0),
       "crop_ratio": (0.8, 1.25),
       "interpolation": "bilinear",
       "label_smoothing": 0.1,
@@ -68,7 +68,7 @@ def get_config() -> config_dict.ConfigDict:
     }
   )
 
-  config.epochs = 30
+  config.epochs = 20
   config.batch_size = 64
   config.accum_steps = 1
   config.seed = 0

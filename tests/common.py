@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 from ml_collections import config_flags
 import numpy as np
@@ -95,3 +96,9 @@ def run_main(*args, devices=1, **popen):
 def tiny_model(**overrides):
   fields = {"dim": 8, "depth": 2, "patch_size": 2, "kernel_size": 3}
   return models.ConvMixer(**{**fields, "num_classes": 10, **overrides})
+
+
+def init_shapes(model, size=32):
+  images = jnp.zeros((1, size, size, 3))
+  init = lambda: model.init(jax.random.key(0), images, train=False)
+  return jax.eval_shape(init)

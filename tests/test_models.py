@@ -35,15 +35,10 @@ PARAMETERS = [
 ]
 
 
-def init_shapes(model, size=32):
-  images = jnp.zeros((1, size, size, 3))
-  return jax.eval_shape(
-    lambda: model.init(jax.random.key(0), images, train=False)
-  )
-
-
 def num_parameters(model):
-  return sum(x.size for x in jax.tree.leaves(init_shapes(model)["params"]))
+  return sum(
+    x.size for x in jax.tree.leaves(common.init_shapes(model)["params"])
+  )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +177,7 @@ def test_scan_and_remat_compute_the_same(scan, remat):
   expected = as_scan(dict(zip(("params", "batch_stats"), expected)))
   inputs = as_scan(variables)
   model = common.tiny_model(depth=3, scan=scan, remat=remat)
-  shapes = jax.tree.map(jnp.shape, init_shapes(model, 8))
+  shapes = jax.tree.map(jnp.shape, common.init_shapes(model, 8))
   assert shapes == jax.tree.map(jnp.shape, inputs)
   ours = loss_fn(model)(inputs["params"], inputs["batch_stats"])
   ours = dict(zip(("params", "batch_stats"), ours))

@@ -104,6 +104,8 @@ def _windows(x, k, padding):
   *_, height, width, _ = x.shape
   unpadded = [(0, 0)] * (x.ndim - 3)
   x = jnp.pad(x.astype(jnp.float32), [*unpadded, padding, padding, (0, 0)])
+  # Without the barrier XLA computes what x is made of anew for every window.
+  x = lax.optimization_barrier(x)
   for i in range(k):
     for j in range(k):
       yield x[..., i : i + height, j : j + width, :]
@@ -113,7 +115,8 @@ def _correlate(x, kernel, padding):
   k, _, channels = kernel.shape
   taps = kernel.astype(jnp.float32).reshape(k * k, channels)
   total = sum(w * tap for w, tap in zip(_windows(x, k, padding), taps))
-  return total.astype(x.dtype)
+  # And this sum anew for every reduction over it, as in BatchNorm.
+  return lax.optimization_barrier(total.astype(x.dtype))
 
 
 def _shift(x, kernel):

@@ -1,0 +1,327 @@
+import io
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+import pytest
+import tensorflow_datasets as tfds
+
+from convmixer_jax import UserError
+from convmixer_jax.data import decode
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+
+
+def photo(seed, width, height):
+  """Smooth random colours with a little noise: what a JPEG is made for."""
+  rng = np.random.default_rng(seed)
+  coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), np.uint8))
+  smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
+  noise = rng.integers(-9, 10, smooth.shape)
+  return Image.fromarray(np.clip(smooth + noise, 0, 255).astype(np.uint8))
+
+
+def encoded(image, **options):
+  file = io.BytesIO()
+  image.save(file, **{"format": "JPEG", **options})
+  return file.getvalue()
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+  """An ImageFolder: 3 classes with 7 photographs each, and 2 to validate on."""
+  root = tmp_path_factory.mktemp("folder")
+  for split, count in (("train", 7), ("val", 2)):
+    for label, name in enumerate(("n01", "n02", "n03")):
+      (root / split / name).mkdir(parents=True)
+      for i in range(count):
+        image = photo(100 * label + i, 40 + 5 * i, 60 - 4 * label)
+        data = encoded(image)
+        (root / split / name / f"{split}_{i}.JPEG").write_bytes(data)
+  (root / "train" / "n01" / "notes.txt").write_text("not an image")
+  return root
+
+
+# --- The stream.
+
+
+def test_an_epoch_is_a_permutation_and_the_next_is_another():
+  size, batch = 50, 8
+  samples = stream.sample_indices(3, np.arange(4 * size), size)
+  epochs = samples.reshape(4, size)
+  for epoch in epochs:
+    assert sorted(epoch) == list(range(size))
+  assert len({tuple(epoch) for epoch in epochs}) == 4
+  # Batches cut that same sequence: batch 6 crosses into the second epoch.
+  step = 6
+  crossing = stream.sample_indices(3, step * batch + np.arange(batch), size)
+  assert np.array_equal(crossing, samples[48:56])
+  other_seed = stream.sample_indices(4, np.arange(size), size)
+  assert not np.array_equal(other_seed, epochs[0])
+
+
+def collect(source, hosts, start=0, stop=5, num_workers=0, batch_size=8):
+  """The global batches, joined from every host's rows."""
+  per_host = [
+    list(
+      stream.train_batches(
+        source,
+        seed=0,
+        batch_size=batch_size,
+        rows=rows,
+        start=start,
+        stop=stop,
+        image_size=16,
+        num_workers=num_workers,
+        scale=(0.3, 1.0),
+        ratio=(0.75, 4 / 3),
+        interpolation="random",
+      )
+    )
+    for rows in np.split(np.arange(batch_size), hosts)
+  ]
+  return [
+    {k: np.concatenate([b[k] for b in batches]) for k in batches[0]}
+    for batches in zip(*per_host)
+  ]
+
+
+def same(a, b):
+  assert len(a) == len(b) > 0
+  for x, y in zip(a, b):
+    assert x.keys() == y.keys()
+    assert all(np.array_equal(x[k], y[k]) for k in x)
+
+
+@pytest.fixture(params=["in memory", "encoded"])
+def source(request, folder):
+  if request.param == "encoded":
+    return sources.open_source("folder", str(folder), "train", 16)
+  return sources.open_source("digits", None, "train[:21]", 16)
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_any_number_of_hosts_sees_the_same_batches(source, hosts):
+  same(collect(source, hosts), collect(source, 1))
+
+
+def test_a_stream_begun_later_continues_the_same(source):
+  same(collect(source, 1, start=3), collect(source, 1)[3:])
+
+
+def test_an_epoch_of_batches_loses_no_image(source):
+  batches = collect(source, 1, stop=21, batch_size=8)  # 8 epochs of 21 images
+  labels = np.concatenate([b["label"] for b in batches])
+  expected = np.bincount([source_label(source, i) for i in range(21)])
+  for epoch in labels.reshape(8, 21):
+    assert np.array_equal(np.bincount(epoch), expected)
+
+
+def source_label(source, i):
+  if isinstance(source, sources.InMemory):
+    return source.labels[i]
+  return source.read(i)[1]
+
+
+def test_worker_processes_give_the_same_batches(folder):
+  source = sources.open_source("folder", str(folder), "train", 16)
+  same(collect(source, 1, num_workers=2), collect(source, 1))
+
+
+@pytest.mark.parametrize("batch_size", [4, 5, 21, 32])
+def test_eval_batches_cover_the_split_once(source, batch_size):
+  batches = list(
+    stream.eval_batches(
+      source,
+      batch_size=batch_size,
+      rows=np.arange(batch_size),
+      image_size=16,
+      crop_pct=0.9,
+    )
+  )
+  mask = np.concatenate([b["mask"] for b in batches])
+  labels = np.concatenate([b["label"] for b in batches])
+  assert mask.sum() == 21
+  assert np.all(mask[:21])
+  assert np.array_equal(
+    labels[mask], [source_label(source, i) for i in range(21)]
+  )
+  assert all(b["image"].shape == (batch_size, 16, 16, 3) for b in batches)
+  assert all(b["image"].dtype == np.uint8 for b in batches)
+
+
+# --- Decoding.
+
+
+@pytest.mark.parametrize(
+  ("width", "height"), [(300, 400), (517, 233), (256, 256)]
+)
+def test_eval_image_is_pillows(width, height):
+  """Resize the short side to 233, bicubic, and crop the centre 224 of it."""
+  data = encoded(photo(0, width, height))
+  ours = decode.eval_image(data, 224, 0.96)
+  image = Image.open(io.BytesIO(data)).convert("RGB")
+  # torchvision's Resize(233) and CenterCrop(224), in Pillow's terms.
+  if width <= height:
+    resized = (233, int(233 * height / width))
+  else:
+    resized = (int(233 * width / height), 233)
+  image = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
+  top = int(round((resized[1] - 224) / 2.0))
+  left = int(round((resized[0] - 224) / 2.0))
+  assert np.array_equal(ours, image[top : top + 224, left : left + 224])
+
+
+def test_train_image_is_a_resized_box():
+  data = encoded(photo(0, 80, 60))
+  whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+  whole = np.asarray(Image.fromarray(whole).resize((32, 32), decode.BILINEAR))
+  options = {"scale": (1.0, 1.0), "ratio": (80 / 60, 80 / 60)}
+  ours = decode.train_image(
+    data,
+    32,
+    np.random.default_rng(0),
+    interpolation="bilinear",
+    **options,
+  )
+  assert np.array_equal(ours, whole)
+
+
+def test_random_boxes_follow_their_law():
+  rng = np.random.default_rng(0)
+  boxes = np.array(
+    [
+      decode._random_box(450, 450, rng, (0.08, 1.0), (3 / 4, 4 / 3))
+      for _ in range(4000)
+    ]
+  )
+  left, top, right, bottom = boxes.T
+  assert left.min() >= 0
+  assert top.min() >= 0
+  assert right.max() <= 450
+  assert bottom.max() <= 450
+  share = (right - left) * (bottom - top) / 450**2
+  ratio = (right - left) / (bottom - top)
+  assert 0.078 < share.min() < 0.1
+  assert share.max() > 0.95
+  assert 0.74 < ratio.min() < 0.77
+  assert 1.30 < ratio.max() < 1.35
+  assert abs(np.log(ratio).mean()) < 0.02  # Log-uniform about 1.
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
+def test_other_colour_modes_become_rgb(mode):
+  data = encoded(photo(0, 40, 30).convert(mode))
+  assert decode.eval_image(data, 16, 1.0).shape == (16, 16, 3)
+
+
+# --- Sources.
+
+
+def test_digits():
+  train, test = (
+    sources.open_source("digits", None, split, 8) for split in ("train", "test")
+  )
+  assert (len(train), len(test), train.num_classes) == (1437, 360, 10)
+  from sklearn import datasets
+
+  digits = datasets.load_digits()
+  assert np.array_equal(test.labels, digits.target[::5])
+  exact = digits.images[::5] * 255 / 16
+  assert np.abs(test.images[..., 1] - exact).max() <= 0.5
+  part = sources.open_source("digits", None, "train[90%:]", 8)
+  assert np.array_equal(part.images, train.images[1293:])
+  both = sources.open_source("digits", None, "train+test", 8)
+  assert len(both) == 1797
+  large = sources.open_source("digits", None, "test[:5]", 24)
+  assert large.images.shape == (5, 24, 24, 3)
+
+
+def test_folder(folder):
+  train = sources.open_source("folder", str(folder), "train", 16)
+  assert len(train) == 21
+  assert train.class_names == ["n01", "n02", "n03"]
+  for i in range(21):
+    data, label = train.read(i)
+    path = Path(train.read.files[i])
+    assert path.parent.name == train.class_names[label]
+    assert path.read_bytes() == data
+  # A slice holds every class: the order is random, and always the same.
+  some = sources.open_source("folder", str(folder), "train[:50%]", 16)
+  assert {some.read(i)[1] for i in range(len(some))} == {0, 1, 2}
+  rest = sources.open_source("folder", str(folder), "train[50%:]", 16)
+  assert len(some) + len(rest) == 21
+  assert not {*some.read.files} & {*rest.read.files}
+
+
+@pytest.fixture(scope="session")
+def tfds_dir(tmp_path_factory):
+  """Two prepared sets with the same images: ArrayRecord and TFRecord."""
+  root = tmp_path_factory.mktemp("tfds")
+  images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
+  for name, file_format, shape in (
+    ("small", "array_record", (8, 8, 3)),
+    ("photos", "array_record", (None, None, 3)),
+    ("old", "tfrecord", (8, 8, 3)),
+  ):
+    tfds.dataset_builders.store_as_tfds_dataset(
+      name=name,
+      version="1.0.0",
+      features=tfds.features.FeaturesDict(
+        {
+          "id": tfds.features.Text(),
+          "picture": tfds.features.Image(shape=shape),
+          "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
+        }
+      ),
+      split_datasets={
+        "train": [
+          (str(i), {"id": str(i), "picture": image, "kind": i % 3})
+          for i, image in enumerate(images)
+        ]
+      },
+      data_dir=root,
+      file_format=file_format,
+      disable_shuffling=True,
+    )
+  return root, images
+
+
+def test_tfds_in_memory(tfds_dir):
+  root, images = tfds_dir
+  source = sources.open_source("small", str(root), "train[4:]", 8)
+  assert isinstance(source, sources.InMemory)
+  assert np.array_equal(source.images, images[4:])
+  assert np.array_equal(source.labels, np.arange(4, 24) % 3)
+  assert list(source.class_names) == ["a", "b", "c"]
+
+
+def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
+  root, images = tfds_dir
+  source = sources.open_source("photos", str(root), "train[:5]", 8)
+  assert isinstance(source, sources.Encoded)
+  assert len(source) == 5
+  data, label = source.read(4)
+  assert np.array_equal(Image.open(io.BytesIO(data)), images[4])
+  assert label == 1
+  same(collect(source, 1, stop=2, num_workers=2), collect(source, 2, stop=2))
+
+
+def test_what_sources_refuse(tfds_dir, folder, tmp_path):
+  root, _ = tfds_dir
+
+  def refused(match, *args):
+    with pytest.raises(UserError, match=match) as e:
+      sources.open_source(*args, 8)
+    assert "\n" not in str(e.value)
+
+  refused("format tfrecord.*convert_format.*old", "old", str(root), "train")
+  refused("small.*|digits", "smal", str(root), "train")
+  refused("cifar10", "cifar11", str(root), "train")
+  refused("no such directory", "cifar10", str(tmp_path / "none"), "train")
+  refused("data.dir: must be given", "folder", None, "train")
+  refused("holds no folders", "folder", str(tmp_path), "train")
+  refused("'test': has train, val", "folder", str(folder), "test")
+  refused(r"'train\[:9'", "digits", None, "train[:9")
+  refused("has no images", "digits", None, "train[5:5]")
+  refused("not an image classification set", "glue/cola", str(root), "train")
