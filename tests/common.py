@@ -2,13 +2,13 @@
 
 import os
 from pathlib import Path
+import runpy
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import ml_collections
-from ml_collections import config_flags
 import numpy as np
 
 from convmixer_jax import interop
@@ -73,8 +73,7 @@ def digits_config(**overrides) -> ml_collections.ConfigDict:
 
 def load_config(path) -> ml_collections.ConfigDict:
   path, *variant = str(path).split(":")
-  file = config_flags.config_flags._LoadConfigModule("config", str(ROOT / path))
-  return file.get_config(*variant).lock()
+  return runpy.run_path(str(ROOT / path))["get_config"](*variant).lock()
 
 
 def run_main(*args, devices=1, **popen):

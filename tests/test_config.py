@@ -1,0 +1,261 @@
+"""Every config loads, passes the check and traces; mistakes get one line."""
+
+import ast
+from concurrent import futures
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import pytest
+
+from convmixer_jax import augment
+from convmixer_jax import config as config_lib
+from convmixer_jax import optim
+from convmixer_jax import step as step_lib
+from convmixer_jax import train
+from convmixer_jax import UserError
+from tests import common
+
+CONFIGS = [
+  "configs/digits.py",
+  "configs/cifar10.py",
+  "configs/imagenet.py",
+  "configs/imagenet.py:1536_20",
+  "configs/imagenet.py:768_32",
+  "configs/imagenet.py:1024_20",
+]
+
+
+def test_no_config_is_missing_here():
+  files = {
+    str(p.relative_to(common.ROOT)) for p in common.ROOT.glob("configs/*.py")
+  }
+  assert files == {c.partition(":")[0] for c in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS)
+def test_configs_trace_one_step_on_their_real_shapes(path):
+  config = common.load_config(path)
+  config_lib.check(config, num_devices=8)
+  assert set(config_lib.flatten(config)) == set(config_lib.FIELDS)
+  classes = 1000 if "imagenet" in path else 10
+  model, shapes = train._make_model(config, classes)
+  assert model.dtype == jnp.dtype(config.model.dtype or "float32")
+  settings = config.optim.to_dict()
+  del settings["learning_rate"]
+  tx = optim.make_optimizer(lambda count: 0.1, shapes["params"], **settings)
+  size = config.data.image_size
+  state = jax.eval_shape(
+    lambda key: step_lib.init_state(key, model, tx, size), jax.random.key(0)
+  )
+  step = step_lib.make_train_step(
+    model,
+    tx,
+    augment.make_augment(
+      augment.make_normalize(config.data.mean, config.data.std),
+      flip=config.augment.flip,
+      crop_scale=config.augment.crop_scale,
+      crop_ratio=config.augment.crop_ratio,
+      interpolation=config.augment.interpolation,
+    ),
+    seed=0,
+    label_smoothing=config.augment.label_smoothing,
+  )
+  b = config.batch_size
+  batch = {
+    "image": jax.ShapeDtypeStruct((b, size, size, 3), jnp.uint8),
+    "label": jax.ShapeDtypeStruct((b,), jnp.int32),
+  }
+  new_state, metrics = jax.eval_shape(step, state, batch)
+  assert jax.tree.map(jnp.shape, new_state) == jax.tree.map(jnp.shape, state)
+  assert metrics["loss"].shape == ()
+
+
+# Values that no config may have, and what the message must name.
+BAD = [
+  ("model.kernel_size", 0, "at least 1"),
+  ("model.kernel_size", 2.5, "integer"),
+  ("model.activation", "swish", "gelu, relu"),
+  ("model.norm", "group", "batch, layer"),
+  ("model.remat", "everything", "nothing_saveable"),
+  ("model.dtype", "float16", "float32, bfloat16"),
+  ("model.bn_group_size", 7, "must divide the 64"),
+  ("data.mean", (0.5,), "3 values"),
+  ("data.std", (0.0, 1.0, 1.0), "3 values"),
+  ("data.image_size", -8, "at least 1"),
+  ("augment.crop_scale", (1.0, 0.5), "ascending"),
+  ("augment.interpolation", "lanczos", "bilinear"),
+  ("augment.label_smoothing", 1.5, "from 0"),
+  ("optim.weight_decay", -1.0, "at least 0"),
+  ("optim.betas", (0.9, 1.0), "2 values"),
+  ("epochs", 0, "at least 1"),
+  ("batch_size", 60, "multiple of the 8"),
+  ("accum_steps", 3, "must divide batch_size=64"),
+  ("freeze", (1,), "strings"),
+  ("backbone_lr_scale", float("nan"), "at least 0"),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "says"), BAD)
+def test_check_refuses(field, value, says):
+  config = common.load_config("configs/digits.py")
+  with config.unlocked(), config.ignore_type():
+    config.update_from_flattened_dict({field: value})
+  with pytest.raises(UserError, match=says) as e:
+    config_lib.check(config, num_devices=8)
+  assert field in str(e.value)
+  assert "\n" not in str(e.value)
+
+
+def test_check_refuses_missing_and_unknown_fields():
+  config = common.load_config("configs/digits.py")
+  with config.unlocked():
+    del config.optim.eps
+  with pytest.raises(UserError, match=r"config.optim.eps: missing"):
+    config_lib.check(config, 1)
+  config = common.load_config("configs/digits.py")
+  with config.unlocked():
+    config.model.heads = 3
+  with pytest.raises(UserError, match=r"config.model.heads=3: no such field"):
+    config_lib.check(config, 1)
+
+
+def test_flatten():
+  config = ml_collections.ConfigDict({"a": 1, "b": {"c": {"d": (2, 3)}}})
+  assert config_lib.flatten(config) == {"a": 1, "b.c.d": (2, 3)}
+
+
+# Command lines, and what the one line of error must say.
+DIGITS = "--config=configs/digits.py"
+MISTAKES = [
+    ([], "--config: must be given"),
+    (["--config=configs/none.py"], "configs/none.py"),
+    (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
+    ([DIGITS, "--config.batchsize=3"], "nearest is batch_size"),
+    ([DIGITS, "--config.modle.dim=3"], "nearest is model.dim"),
+    ([DIGITS, "--config.batch_size=many"], "integer of at least 1"),
+    ([DIGITS, "--config.epochs=1.5"], "integer of at least 1"),
+    ([DIGITS, "--config.deterministic=7"], "true or false"),
+    ([DIGITS, "--config.batch_size=30"], "multiple of the 4 devices"),
+    ([DIGITS, "--config.model.kernel_size=0"], "config.model.kernel_size=0"),
+    ([DIGITS, "--config.model.patch_size=9"], "larger than data.image_size=8"),
+    ([DIGITS, "--config.model.name=convmixer_1"], "nearest is convmixer_1"),
+    ([DIGITS, "--config.data.name=digit"], "nearest are digits"),
+    ([DIGITS, "--config.data.name=folder", "--config.data.dir=no/where"],
+     "data.dir=no/where: no such directory"),
+    ([DIGITS, "--config.data.train_split=trian"], "has train, test"),
+    ([DIGITS, "--mode=test"], "train|eval"),
+    ([DIGITS, "--mode=eval"], "holds no checkpoints"),
+    ([DIGITS, "--wrokdir=x"], "wrokdir"),
+    ([DIGITS, "extra"], "extra: not a flag"),
+    (["--config.seed=1", DIGITS], "config.seed"),
+]  # fmt: skip
+
+
+def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
+  workdir = tmp_path / "workdir"
+  with futures.ThreadPoolExecutor(2) as pool:
+
+    def attempt(mistake):
+      args, says = mistake
+      process = common.run_main(
+          *args, f"--workdir={workdir}", devices=4,
+      )  # fmt: skip
+      out, err = process.communicate(timeout=120)
+      problems = []
+      if process.returncode != 2:
+        problems.append(f"exit code {process.returncode}")
+      if says not in err or not err.startswith("error: "):
+        problems.append(f"does not say {says!r}")
+      if len(err.strip().splitlines()) != 1 or out:
+        problems.append("is not one line")
+      return f"{args}: {problems}\n{out}{err}" if problems else ""
+
+    wrong = [text for text in pool.map(attempt, MISTAKES) if text]
+  assert not wrong, "\n".join(wrong)
+  assert not workdir.exists()
+
+
+def test_help_explains_every_flag():
+  process = common.run_main("--help")
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  for flag in ("config", "workdir", "mode", "distributed", "coordinator",
+               "num_processes", "process_id"):  # fmt: skip
+    # An example of each: the flag stands in its own explanation again.
+    assert out.count(f"--{flag}") >= 2, flag
+
+
+# --- The import rule.
+
+LEAVES = ("models", "ops", "augment", "optim", "logger", "sharding", "interop")
+MAY_IMPORT = {
+  "configs": set(),
+  "models": {"ops"},
+  "step": {"augment", "optim"},
+  "data": set(),
+  "config": {"models"},
+  "checkpoint": {"step"},
+  "evaluate": {"data", "sharding", "step"},
+}
+
+
+def imported_modules(path):
+  """Every module that a file imports, inside functions too."""
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+      for alias in node.names:
+        yield f"{node.module}.{alias.name}"
+
+
+def package_files():
+  for path in sorted((common.ROOT / "convmixer_jax").rglob("*.py")):
+    part = path.relative_to(common.ROOT / "convmixer_jax").parts[0]
+    yield path, part.removesuffix(".py")
+
+
+def test_imports_go_one_way():
+  rules = dict.fromkeys(LEAVES, set()) | MAY_IMPORT
+  for path, part in package_files():
+    if part not in rules:
+      assert part in ("train", "main", "__init__"), f"{path}: has no rule"
+      continue
+    for module in imported_modules(path):
+      package, _, rest = module.partition(".")
+      sibling = rest.partition(".")[0]
+      if package == "convmixer_jax" and sibling != "UserError":
+        assert sibling in {part, *rules[part]}, f"{path}: imports {module}"
+  for path in common.ROOT.glob("configs/*.py"):
+    for module in imported_modules(path):
+      assert module.startswith("ml_collections"), f"{path}: imports {module}"
+
+
+def test_only_checkpoint_names_orbax():
+  users = [
+    path.name
+    for path, _ in package_files()
+    if any(m.startswith("orbax") for m in imported_modules(path))
+  ]
+  assert users == ["checkpoint.py"]
+
+
+def test_the_model_and_the_step_need_no_data_library():
+  """They run where only jax, flax, optax and ml_collections are installed."""
+  heavy = ["tensorflow", "tensorflow_datasets", "grain", "torch", "orbax", "clu",
+           "sklearn", "PIL"]  # fmt: skip
+  code = (
+    "import sys, convmixer_jax.models, convmixer_jax.step, convmixer_jax.ops,"
+    " convmixer_jax.augment, convmixer_jax.optim, convmixer_jax.sharding\n"
+    f"print([m for m in {heavy} if m in sys.modules])"
+  )
+  out = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=common.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert out.stdout.strip() == "[]", out.stdout + out.stderr

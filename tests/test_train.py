@@ -1,0 +1,351 @@
+import json
+import os
+import random
+import signal
+import socket
+import time
+
+import jax
+import numpy as np
+import pytest
+
+from convmixer_jax import checkpoint
+from convmixer_jax import logger
+from convmixer_jax import train
+from convmixer_jax import UserError
+from tests import common
+
+# Ten steps of 32 images.
+TEN_STEPS = {"data.train_split": "train[:320]", "log_every": 2}
+
+
+def train_digits(workdir, **overrides):
+  config = common.digits_config(**TEN_STEPS, **overrides)
+  return train.train_and_evaluate(config, workdir)
+
+
+def same_state(a, b):
+  same = jax.tree.map(np.array_equal, jax.device_get(a), jax.device_get(b))
+  return all(jax.tree.leaves(same))
+
+
+def records(workdir):
+  """metrics.jsonl without what depends on the clock."""
+  clock = ("time", "images_per_second")
+  return [
+    {k: v for k, v in record.items() if k not in clock}
+    for record in logger.read_metrics(workdir)
+  ]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("unbroken")
+  return workdir, train_digits(workdir, eval_every=4)
+
+
+def test_a_run(unbroken, capsys):
+  workdir, state = unbroken
+  assert int(state.step) == 10
+  config = json.loads((workdir / "config.json").read_text())
+  assert config["model"]["dim"] == 8
+  (start,) = json.loads((workdir / "run.json").read_text())["starts"]
+  assert start["status"] == "finished"
+  assert start["last_step"] == 10
+  assert start["versions"]["jax"] == jax.__version__
+  assert start["num_devices"] == 8
+  train_steps, eval_steps = (
+    [r["step"] for r in records(workdir) if r["kind"] == kind]
+    for kind in ("train", "eval")
+  )
+  assert train_steps == [2, 4, 6, 8, 10]
+  assert eval_steps == [4, 8, 10]
+  last = records(workdir)[-1]
+  assert last["count"] == 360
+  assert 0 <= last["top1"] <= last["top5"] <= 100
+  assert any(
+    p.name.startswith("events.out.tfevents") for p in workdir.iterdir()
+  )
+  step, variables = checkpoint.load_variables(workdir)
+  assert step == 10
+  assert same_state(variables["params"], state.params)
+  # The same command again.
+  again = train_digits(workdir, eval_every=4)
+  assert "finished at step 10" in capsys.readouterr().out
+  assert same_state(again, state)
+
+
+def raise_signal_before(monkeypatch, step, signum):
+  """The signal comes while the batch of that update is being made."""
+  batches = train.stream.train_batches
+
+  def interrupted(*args, start, **kwargs):
+    for done, batch in enumerate(batches(*args, start=start, **kwargs), start):
+      if done + 1 == step:
+        signal.raise_signal(signum)
+      yield batch
+
+  monkeypatch.setattr(train.stream, "train_batches", interrupted)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("step", [5, 8])  # 8 is a step that is evaluated.
+def test_five_steps_and_five_more_equal_ten(
+  unbroken, tmp_path, monkeypatch, signum, step
+):
+  with monkeypatch.context() as context:
+    raise_signal_before(context, step, signum)
+    with pytest.raises(SystemExit) as e:
+      train_digits(tmp_path, eval_every=4)
+  assert e.value.code == 128 + signum
+  assert checkpoint.load_variables(tmp_path)[0] == step
+  assert signal.getsignal(signum) not in (signal.SIG_IGN, None)
+  # Records of a run that went on after its last checkpoint, and a broken line.
+  with open(tmp_path / "metrics.jsonl", "a") as f:
+    f.write('{"step": 9, "kind": "train", "loss": 7.0}\n{"step": 9, "ki')
+  state = train_digits(tmp_path, eval_every=4)
+  workdir, expected = unbroken
+  assert same_state(state, expected)
+  by_step = lambda workdir: {
+    (r["step"], r["kind"]): r for r in records(workdir)
+  }
+  ours, theirs = by_step(tmp_path), by_step(workdir)
+  assert ours.keys() == theirs.keys()
+  for key, record in ours.items():
+    # A mean over an interval that was cut in two has fewer steps in it.
+    if key != (6, "train"):
+      assert record == theirs[key]
+  starts = json.loads((tmp_path / "run.json").read_text())["starts"]
+  assert [s["status"] for s in starts] == ["interrupted", "finished"]
+
+
+def test_another_config_is_refused(unbroken):
+  workdir, _ = unbroken
+  before = sorted(p.name for p in workdir.iterdir())
+  with pytest.raises(UserError, match="seed is 0 there and 1 here"):
+    train_digits(workdir, eval_every=4, seed=1)
+  assert sorted(p.name for p in workdir.iterdir()) == before
+
+
+def test_a_crash_is_recorded(tmp_path, monkeypatch):
+  def broken(*args, **kwargs):
+    yield from ()
+    raise OSError("disk on fire")
+
+  monkeypatch.setattr(train.stream, "train_batches", broken)
+  with pytest.raises(OSError, match="disk on fire"):
+    train_digits(tmp_path)
+  (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
+  assert start["status"] == "failed"
+
+
+def test_init_from_a_run(unbroken, tmp_path, capsys):
+  workdir, state = unbroken
+  frozen = {
+    "init_from": str(workdir),
+    "freeze": ("stem", "block_0"),
+    "seed": 3,
+  }
+  tuned = train_digits(tmp_path / "tuned", **frozen)
+  for name in ("stem", "block_0"):
+    assert same_state(tuned.params[name], state.params[name])
+  assert not same_state(tuned.params["head"], state.params["head"])
+  with pytest.raises(UserError, match=r"is \(8,\); this model has \(4,\)"):
+    train_digits(tmp_path / "other", init_from=str(workdir), **{"model.dim": 4})
+  assert not (tmp_path / "other").exists()
+  with pytest.raises(UserError, match="holds no checkpoints"):
+    train_digits(tmp_path / "other", init_from=str(tmp_path / "none"))
+
+
+def test_two_learning_rates_of_zero_train_nothing(tmp_path):
+  state = train_digits(
+    tmp_path, **{"optim.learning_rate": 0.0, "optim.weight_decay": 0.0}
+  )
+  config = common.digits_config()
+  model, _ = train._make_model(config, 10)
+  fresh = model.init(
+    jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32), train=False
+  )
+  assert common.tree_error(state.params, fresh["params"]) < 1e-6
+
+
+def test_encoded_images_train(tmp_path):
+  """The path of ImageNet: a folder of JPEGs, cropped by grain on the host."""
+  from tests import test_data
+
+  root = tmp_path / "images"
+  for split in ("train", "val"):
+    for label in range(3):
+      folder = root / split / f"class_{label}"
+      folder.mkdir(parents=True)
+      for i in range(11):
+        data = test_data.encoded(test_data.photo(20 * label + i, 40, 30))
+        (folder / f"{i}.jpeg").write_bytes(data)
+  config = common.load_config("configs/imagenet.py")
+  config.update_from_flattened_dict(
+    {
+      "model.name": "convmixer_128_4",
+      "model.dim": 8,
+      "model.depth": 1,
+      "model.patch_size": 8,
+      "model.kernel_size": 3,
+      "model.bn_group_size": 8,
+      "data.name": "folder",
+      "data.dir": str(root),
+      "data.eval_split": "val",
+      "data.image_size": 32,
+      "data.num_workers": 2,
+      "batch_size": 16,
+      "accum_steps": 2,
+      "epochs": 2,
+      "log_every": 1,
+    }
+  )
+  state = train.train_and_evaluate(config, tmp_path / "run")
+  assert int(state.step) == 5  # ceil(2 * 33 / 16)
+  assert state.params["head"]["bias"].shape == (3,)
+  assert records(tmp_path / "run")[-1]["count"] == 33
+  metrics = train.evaluate_checkpoint(config, tmp_path / "run")
+  assert metrics["count"] == 33
+  assert metrics["top1"] == records(tmp_path / "run")[-1]["top1"]
+
+
+# --- Real processes.
+
+FLAGS = (
+    "--config=configs/digits.py", "--config.model.dim=8",
+    "--config.model.depth=1", "--config.batch_size=32", "--config.epochs=1",
+    "--config.log_every=1", "--config.eval_every=1000",
+    "--config.save_every=4",
+)  # fmt: skip
+
+
+def finish(process, code=0):
+  out, err = process.communicate(timeout=300)
+  assert process.returncode == code, out + err
+  return out, err
+
+
+def test_sigkill_then_resume_and_evaluate(tmp_path):
+  """45 steps: killed at a random one, and resumed, twice; then --mode eval."""
+  whole = common.run_main(*FLAGS, f"--workdir={tmp_path / 'whole'}")
+  broken_flags = (*FLAGS, f"--workdir={tmp_path / 'broken'}")
+  rng = random.Random(os.urandom(4))
+  kills = sorted(rng.sample(range(2, 44), 2))
+  print(f"killed after the records of steps {kills}")
+  for kill in kills:
+    process = common.run_main(*broken_flags)
+    while process.poll() is None:
+      done = logger.read_metrics(tmp_path / "broken")
+      if done and done[-1]["step"] >= kill:
+        process.kill()
+      time.sleep(0.01)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+  out, _ = finish(common.run_main(*broken_flags))
+  assert "on 360 images" in out
+  finish(whole)
+  _, expected = checkpoint.load_variables(tmp_path / "whole")
+  step, resumed = checkpoint.load_variables(tmp_path / "broken")
+  assert step == 45
+  assert same_state(resumed, expected)
+  assert records(tmp_path / "broken") == records(tmp_path / "whole")
+
+  # Evaluated on four devices, by batches of 50 that neither divides.
+  out, _ = finish(
+    common.run_main(
+      *broken_flags, "--mode=eval", "--config.batch_size=50", devices=4
+    )
+  )
+  line, last = out.strip().splitlines()[-2:]
+  metrics = json.loads(last)
+  expected = records(tmp_path / "whole")[-1]
+  assert f"top-1 {expected['top1']:.2f} %" in line
+  assert metrics["count"] == 360
+  for name in ("top1", "top5", "loss"):
+    assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_two_processes_equal_one(tmp_path):
+  """Gloo between two processes of one device, and one process of two devices."""
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    port = s.getsockname()[1]
+  # 360 images in batches of 14: the last one is ragged.
+  flags = (
+    *FLAGS,
+    "--config.batch_size=14",
+    "--config.data.train_split=train[:140]",
+  )
+  pair = [
+    common.run_main(
+      *flags,
+      f"--workdir={tmp_path / 'two'}",
+      "--distributed",
+      f"--coordinator=localhost:{port}",
+      "--num_processes=2",
+      f"--process_id={i}",
+    )
+    for i in range(2)
+  ]
+  (out, _), (silent, _) = (finish(process) for process in pair)
+  assert "on 360 images" in out
+  assert "step" not in silent
+  finish(common.run_main(*flags, f"--workdir={tmp_path / 'one'}", devices=2))
+  for a, b in zip(records(tmp_path / "two"), records(tmp_path / "one")):
+    assert a.keys() == b.keys()
+    assert a.pop("kind") == b.pop("kind")
+    assert a == pytest.approx(b, rel=1e-4)
+  _, two = checkpoint.load_variables(tmp_path / "two")
+  _, one = checkpoint.load_variables(tmp_path / "one")
+  assert common.tree_error(two, one) <= 2e-5
+
+
+@pytest.mark.slow
+def test_digits_reach_their_accuracy(tmp_path):
+  """README's figure: the mean of three seeds is at least 98.0 %."""
+  top1 = []
+  for seed in range(3):
+    out, _ = finish(
+      common.run_main(
+        "--config=configs/digits.py",
+        f"--config.seed={seed}",
+        f"--workdir={tmp_path / str(seed)}",
+      )
+    )
+    assert "finished" in out
+    top1.append(records(tmp_path / str(seed))[-1]["top1"])
+  print(top1)
+  assert np.mean(top1) >= 98.0
+
+
+def cifar10_absent():
+  """Says why, or nothing where TFDS has it as ArrayRecord."""
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder("cifar10")
+  if not builder.is_prepared():
+    return f"NO CIFAR-10 in {builder.data_path}"
+  return ""
+
+
+@pytest.mark.slow
+def test_cifar10_learns(tmp_path):
+  """A hundred steps on the real images end well above chance."""
+  if why := cifar10_absent():
+    pytest.skip(why)
+  finish(
+    common.run_main(
+      "--config=configs/cifar10.py",
+      "--config.model.name=convmixer_128_4",
+      "--config.model.patch_size=4",
+      "--config.data.train_split=train[:12800]",
+      "--config.data.eval_split=test[:1000]",
+      "--config.batch_size=128",
+      "--config.epochs=1",
+      f"--workdir={tmp_path}",
+    )
+  )
+  last = records(tmp_path)[-1]
+  assert last["count"] == 1000
+  assert last["top1"] > 35
