@@ -15,9 +15,8 @@ Data: TFDS's imagenet2012 as ArrayRecord, or with --config.data.name=folder
 
 from ml_collections import config_dict
 
-
-# variant -> (model, epochs). The epochs of 1024_20 are not established; those of
-# 1536_20 are taken.
+# variant -> (model, epochs). The epochs of 1024_20 are not established: those
+# of 1536_20 are taken.
 VARIANTS = {
   "1536_20": ("convmixer_1536_20", 150),
   "768_32": ("convmixer_768_32", 300),

@@ -2,6 +2,7 @@
 
 import os
 from typing import Any
+from typing import cast
 
 import jax
 import numpy as np
@@ -40,7 +41,8 @@ class Checkpointer:
     if step is None:
       return None
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
+    args = ocp.args.StandardRestore(abstract)
+    return cast(TrainState, self._manager.restore(step, args=args))
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster asks a run of several processes to stop.

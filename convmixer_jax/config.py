@@ -1,6 +1,7 @@
 """What a config must hold: every field, its values, and how fields fit."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import ml_collections

@@ -1,6 +1,7 @@
 """Exact metrics: every image of the split counted once."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from collections.abc import Iterable
 
 import jax
 from jax.sharding import Mesh

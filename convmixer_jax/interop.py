@@ -1,10 +1,10 @@
-"""PyTorch's names and layouts, as timm's ConvMixer has them, to ours and back."""
+"""PyTorch's names and layouts, as in timm's ConvMixer, to ours and back."""
 
 from collections.abc import Mapping
 import re
 from typing import Any
 
-import flax
+from flax import traverse_util
 import numpy as np
 
 from convmixer_jax import UserError
@@ -60,7 +60,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     elif value.ndim == 2:
       value = value.T
     flat[(collection, *path, our_leaf)] = value
-  return flax.traverse_util.unflatten_dict(flat)
+  return traverse_util.unflatten_dict(flat)
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -70,7 +70,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     ours: name for name, ours in (_NORM_LEAVES | _LAYER_LEAVES).items()
   } | {("params", "scale"): "weight"}
   state_dict = {}
-  for path, value in flax.traverse_util.flatten_dict(variables).items():
+  for path, value in traverse_util.flatten_dict(variables).items():
     collection, *modules, leaf = path
     module = theirs[modules[-1]]
     if modules[0].startswith("block_"):

@@ -1,6 +1,8 @@
 """What a run writes down: metrics, config, environment, progress."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
+from collections.abc import Mapping
+from collections.abc import Sequence
 import datetime
 import importlib.metadata
 import json
@@ -72,7 +74,7 @@ class Logger:
         if record["step"] <= first_step
       ),
     )
-    self._records = open(records, "a", buffering=1)
+    self._records = records.open("a", buffering=1)
     self._tensorboard = _tensorboard(self._workdir)
     self._bar = tqdm.tqdm(
       total=total_steps * batch_size,
@@ -253,7 +255,7 @@ def _duration(seconds):
 
 
 def _now():
-  return datetime.datetime.now(datetime.timezone.utc).isoformat("T", "seconds")
+  return datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
 
 
 def _read_json(path, default):

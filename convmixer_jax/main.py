@@ -1,13 +1,13 @@
 """Trains and evaluates.
 
   python -m convmixer_jax.main --config configs/digits.py
-  python -m convmixer_jax.main --config configs/cifar10.py --workdir runs/p4 \\
-      --config.model.patch_size=4 --config.seed=1
+  python -m convmixer_jax.main --config configs/cifar10.py \\
+      --workdir runs/p4 --config.model.patch_size=4 --config.seed=1
   python -m convmixer_jax.main --config configs/imagenet.py:768_32 \\
       --config.data.name=folder --config.data.dir=/data/imagenet
   python -m convmixer_jax.main --config configs/cifar10.py --mode eval
 
-Any field of a config is a flag: --config.field=value, --config.part.field=value.
+Any field of a config is a flag: --config.epochs=9 --config.model.depth=4.
 Running the same command again goes on where the workdir was left.
 """
 
@@ -78,6 +78,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 
 
 def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
   if len(argv) > 1:
     raise UserError(f"{argv[1]}: not a flag; see --help")
   config = _CONFIG.value

@@ -15,8 +15,8 @@ def make_schedule(
 ) -> optax.Schedule:
   """The authors' one-cycle schedule, piecewise linear in epochs.
 
-  Through (0, 0), (2E // 5, peak), (4E // 5, peak / 20) and (E, 0). Update number
-  i, counted from 0, uses the value at the end of its step, i + 1, so the first
+  Through (0, 0), (2E // 5, peak), (4E // 5, peak / 20) and (E, 0). Update i,
+  counted from 0, uses the value at the end of its step, i + 1, so the first
   update moves the weights and the last one does not.
 
   Args:
@@ -32,7 +32,7 @@ def make_schedule(
 
   def schedule(count):
     epoch = (count + 1) / steps_per_epoch
-    # As numpy's interp, where the knots of a short run coincide: the later wins.
+    # Where the knots of a short run coincide, the later wins, as in numpy.
     return jnp.interp(epoch, jnp.array(knots, jnp.float32), jnp.array(values))
 
   return schedule
@@ -56,8 +56,8 @@ def make_optimizer(
     schedule: see `make_schedule`.
     params: the tree to optimise; shapes and names are enough.
     weight_decay: decoupled, multiplied by the learning rate (PyTorch's AdamW).
-    decay_all: decay every tensor; otherwise kernels alone, which are the tensors
-      that have two or more dimensions in PyTorch: no bias, no norm's parameter.
+    decay_all: decay every tensor; otherwise kernels alone, the tensors that
+      have two or more dimensions in PyTorch: no bias, no norm's parameter.
     eps: added to the root of the second moment.
     betas: decay of the first and second moments.
     clip_norm: largest global gradient norm; 0 does not clip.

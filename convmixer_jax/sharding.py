@@ -1,13 +1,17 @@
-"""One mesh axis, `data`: parameters on every device, batches cut across them."""
+"""One mesh axis, `data`: parameters everywhere, batches cut across devices."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import numpy as np
 
 
-def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(devices: Sequence[Any] | None = None) -> Mesh:
   """`devices` (None: all, of all processes) along one axis named `data`."""
   return Mesh(np.array(devices or jax.devices()), ("data",))
 

@@ -1,6 +1,7 @@
 """Training: `train_and_evaluate` reads from top to bottom."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 import contextlib
 import json
 import os
@@ -8,7 +9,7 @@ from pathlib import Path
 import signal
 import threading
 
-import flax
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -267,8 +268,8 @@ def _load_variables(workdir, wanted, new_head=False):
     new_head: keep `wanted`'s head where the run's has another shape.
   """
   step, loaded = checkpoint.load_variables(workdir)
-  loaded = flax.traverse_util.flatten_dict(loaded, sep="/")
-  wanted = flax.traverse_util.flatten_dict(wanted, sep="/")
+  loaded = traverse_util.flatten_dict(loaded, sep="/")
+  wanted = traverse_util.flatten_dict(wanted, sep="/")
   for name in sorted(loaded.keys() | wanted.keys()):
     has, wants = (
       x[name].shape if name in x else None for x in (loaded, wanted)
@@ -280,7 +281,7 @@ def _load_variables(workdir, wanted, new_head=False):
       loaded[name] = wanted[name]
     else:
       raise UserError(f"{workdir}: {name} is {has}; this model has {wants}")
-  return step, flax.traverse_util.unflatten_dict(loaded, sep="/")
+  return step, traverse_util.unflatten_dict(loaded, sep="/")
 
 
 def _refuse_another_config(config, workdir):

@@ -25,9 +25,9 @@ def test_flip():
 def test_crop_is_pillows(interpolation):
   """The boxes that it drew, cut and resized by Pillow.
 
-  One level of difference is left where the exact value is a half: bilinear
-  weights are small fractions, so that is common, and Pillow's weights of 22 bits
-  and our float32 break the tie differently.
+  One level of difference is left where the exact value is a half. Bilinear
+  weights are small fractions, so that is common, and Pillow's weights of 22
+  bits and our float32 break the tie differently.
   """
   key = jax.random.key(3)
   options = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}

@@ -167,8 +167,8 @@ def test_eval_image_is_pillows(width, height):
   else:
     resized = (int(233 * width / height), 233)
   image = np.asarray(image.resize(resized, Image.Resampling.BICUBIC))
-  top = int(round((resized[1] - 224) / 2.0))
-  left = int(round((resized[0] - 224) / 2.0))
+  top = round((resized[1] - 224) / 2)
+  left = round((resized[0] - 224) / 2)
   assert np.array_equal(ours, image[top : top + 224, left : left + 224])
 
 

@@ -125,7 +125,7 @@ def test_interop_round_trip():
   back = interop.to_torch(interop.from_torch(before))
   assert back.keys() == before.keys()
   assert all(np.array_equal(back[k], before[k]) for k in before)
-  with pytest.raises(UserError, match="layers.0.weight"):
+  with pytest.raises(UserError, match=r"layers\.0\.weight"):
     interop.from_torch({"layers.0.weight": np.zeros(3)})
 
 

@@ -106,7 +106,7 @@ def late_schedule(count):
   ids=lambda change: next(iter(change)),
 )
 def test_trajectory_needs(change):
-  """Each part of the recipe: without it the golden is missed, and not narrowly."""
+  """Without each part of the recipe the golden is missed, not narrowly."""
   *_, error = trajectory("trajectory_clip", **change)
   assert error > 2e-4
 

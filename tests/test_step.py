@@ -98,7 +98,7 @@ def test_accumulation_equals_one_large_batch(devices, accum_steps):
 
 
 def test_accumulation_without_groups_is_another_thing():
-  """So the test above can fail: statistics over 32 images are not those over 16."""
+  """So the test above can fail: 32 images have other statistics than 16."""
   whole, _ = run()
   parts, _ = run(accum_steps=2)
   assert common.tree_error(parts, whole) > 1e-3

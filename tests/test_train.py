@@ -267,7 +267,7 @@ def test_sigkill_then_resume_and_evaluate(tmp_path):
 
 
 def test_two_processes_equal_one(tmp_path):
-  """Gloo between two processes of one device, and one process of two devices."""
+  """Gloo between two processes of one device; one process of two devices."""
   with socket.socket() as s:
     s.bind(("localhost", 0))
     port = s.getsockname()[1]

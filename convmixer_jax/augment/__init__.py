@@ -1,6 +1,7 @@
 """Augmentation on the device: pure functions of (key, images)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +21,12 @@ def make_normalize(
     mean: of each channel, in units of 255 (ImageNet's red: 0.485).
     std: likewise.
   """
-  mean, std = jnp.array(mean), jnp.array(std)
-  return lambda images: (images.astype(jnp.float32) / 255 - mean) / std
+
+  def normalize(images):
+    scaled = images.astype(jnp.float32) / 255
+    return (scaled - jnp.array(mean)) / jnp.array(std)
+
+  return normalize
 
 
 def make_augment(

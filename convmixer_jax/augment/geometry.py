@@ -1,6 +1,7 @@
 """Flip and crop, as torchvision and Pillow define them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import math
 
 import jax
@@ -80,7 +81,7 @@ def _random_boxes(key, batch, height, width, scale, ratio, attempts=10):
   aspect = jnp.exp(aspect)
   widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
   heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-  fits = (0 < widths) & (widths <= width) & (0 < heights) & (heights <= height)
+  fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
   first = fits.argmax(1)[:, None]
   any_fits = fits.any(1)
 

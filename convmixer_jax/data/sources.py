@@ -5,7 +5,8 @@ A source has a length, `num_classes` and `class_names`, and is one of two kinds:
 are read and decoded one by one.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from collections.abc import Sequence
 import dataclasses
 import difflib
 import os

@@ -6,7 +6,8 @@ an epoch's end, a resumed run needs no iterator state, and any number of hosts
 sees the same global batch, each reading its own rows of it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from collections.abc import Iterator
 import dataclasses
 import functools
 
@@ -30,7 +31,7 @@ def sample_indices(seed: int, samples: np.ndarray, size: int) -> np.ndarray:
 
   Args:
     seed: of the order.
-    samples: [R] int, counted from the start of the run: step * batch_size + row.
+    samples: [R] int, counted from the run's start: step * batch_size + row.
     size: N, images in the data set.
 
   Returns:
@@ -93,7 +94,7 @@ def eval_batches(
   crop_pct: float,
   num_workers: int = 0,
 ) -> Iterator[Batch]:
-  """This process's part of every image once, in order; the last batch is padded.
+  """This process's part of every image once, in order; padded at the end.
 
   Args:
     source: images; those not in memory are resized and cropped at the centre.

@@ -1,0 +1,39 @@
+# Needs Python 3.11 and make; everything else goes into .venv.
+
+PYTHON ?= $(or $(shell command -v python3.11),python3)
+RUN := .venv/bin/python -m
+
+.PHONY: train test test-slow lint clean .venv
+
+## train: the quick start; a minute or so on two cores
+train: .venv
+	$(RUN) convmixer_jax.main --config configs/digits.py --workdir runs/digits
+
+## test: everything but what takes minutes
+test: .venv/dev
+	$(RUN) pytest -m "not slow"
+
+## test-slow: accuracies, and what needs CIFAR-10
+test-slow: .venv/dev
+	$(RUN) pytest -m slow
+
+lint: .venv/dev
+	$(RUN) ruff check .
+	$(RUN) ruff format --check .
+	$(RUN) pyright
+
+## .venv: sets up and does nothing else
+.venv: .venv/ready
+
+.venv/ready: requirements.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}; make PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(RUN) pip install --disable-pip-version-check -r requirements.txt
+	@touch $@
+
+.venv/dev: requirements-dev.txt .venv/ready
+	$(RUN) pip install --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+clean:
+	rm -rf .venv
