@@ -37,16 +37,16 @@ def make_evaluate(
     progress: wraps the batches, given their number; a progress bar.
 
   Returns:
-    (state, stopped=None) -> top1 and top5 in percent, loss in nats, and count,
+    (state, stopped=never) -> top1 and top5 in percent, loss in nats, and count,
     the number of images. It raises RuntimeError if that is not the size of the
-    split. `stopped` is asked before each batch; if it says so, the result is
-    None.
+    split. `stopped` is asked before each batch; once it says so, the result
+    is None.
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
   jitted = jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
 
-  def evaluate(state: TrainState, stopped: Callable | None = None):
+  def evaluate(state: TrainState, stopped: Callable = lambda: False):
     batches = stream.eval_batches(
       source,
       batch_size=batch_size,
@@ -56,10 +56,11 @@ def make_evaluate(
       num_workers=num_workers,
     )
     sums = []
+    batches = stream.until(stopped, batches)
     for batch in progress(batches, -(-len(source) // batch_size)):
-      if stopped is not None and stopped():
-        return None
       sums.append(jitted(state, sharding.to_global(mesh, batch, batch_size)))
+    if stopped():
+      return None
     total = jax.tree.map(
       lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums)
     )

@@ -119,10 +119,11 @@ def _parse_flags(argv: list[str]) -> list[str]:
     if match := re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", arg):
       overrides[match[1]] = match[2]
   fields = config_lib.FIELDS
-  for field in overrides:
+  for field, value in overrides.items():
     if field not in fields:
       near = difflib.get_close_matches(field, fields, 1, cutoff=0)[0]
-      raise UserError(f"--config.{field}: no such field; nearest is {near}")
+      given = field if value is None else f"{field}={value}"
+      raise UserError(f"--config.{given}: no such field; nearest is {near}")
   try:
     rest = flags.FLAGS(argv)
     if _CONFIG.value is not None:

@@ -162,6 +162,7 @@ def train_and_evaluate(
       if first_step and due(first_step, config.eval_every) and not scored:
         metrics = evaluate(state, stopped)
         logger.evaluated(step, metrics)
+      batches = stream.until(stopped, batches)
       for step, batch in enumerate(batches, start=first_step + 1):
         state, scalars = train_step(
           state, sharding.to_global(mesh, batch, batch_size)
@@ -180,15 +181,16 @@ def train_and_evaluate(
         if due(step, config.eval_every):
           metrics = evaluate(state, stopped)
           logger.evaluated(step, metrics)
-        stop = checkpointer.preempted(step) or stopped()
-        if due(step, config.save_every) or stop:
+        if due(step, config.save_every):
           checkpointer.save(step, state)
           logger.start_clock(step)
-        if stop:
-          status = "interrupted"
+        if checkpointer.preempted(step):
           break
-      else:
+      if step == total_steps and metrics is not None:
         status = "finished"
+      else:
+        checkpointer.save(step, state)
+        status = "interrupted"
   finally:
     checkpointer.close()
     logger.close(status, step)

@@ -3,6 +3,7 @@ import os
 import random
 import signal
 import socket
+import sys
 import time
 
 import jax
@@ -14,6 +15,7 @@ from convmixer_jax import logger
 from convmixer_jax import train
 from convmixer_jax import UserError
 from tests import common
+from tests import test_data
 
 # Ten steps of 32 images.
 TEN_STEPS = {"data.train_split": "train[:320]", "log_every": 2}
@@ -119,6 +121,16 @@ def test_five_steps_and_five_more_equal_ten(
   assert [s["status"] for s in starts] == ["interrupted", "finished"]
 
 
+def test_it_works_without_tensorflow(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "clu.metric_writers", None)
+  train_digits(tmp_path)
+  out = capsys.readouterr().out
+  assert "no TensorBoard events" in out
+  assert "Total: 322 -- 1,288 bytes" in out  # clu's overview of the parameters.
+  assert not list(tmp_path.glob("events.*"))
+  assert records(tmp_path)
+
+
 def test_another_config_is_refused(unbroken):
   workdir, _ = unbroken
   before = sorted(p.name for p in workdir.iterdir())
@@ -169,11 +181,10 @@ def test_two_learning_rates_of_zero_train_nothing(tmp_path):
   assert common.tree_error(state.params, fresh["params"]) < 1e-6
 
 
-def test_encoded_images_train(tmp_path):
-  """The path of ImageNet: a folder of JPEGs, cropped by grain on the host."""
-  from tests import test_data
-
-  root = tmp_path / "images"
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+  """Folders of JPEGs: three classes, 33 to train on and 33 to score."""
+  root = tmp_path_factory.mktemp("photos")
   for split in ("train", "val"):
     for label in range(3):
       folder = root / split / f"class_{label}"
@@ -181,6 +192,11 @@ def test_encoded_images_train(tmp_path):
       for i in range(11):
         data = test_data.encoded(test_data.photo(20 * label + i, 40, 30))
         (folder / f"{i}.jpeg").write_bytes(data)
+  return root
+
+
+def test_encoded_images_train(photos, tmp_path):
+  """The path of ImageNet: a folder of JPEGs, cropped by grain on the host."""
   config = common.load_config("configs/imagenet.py")
   config.update_from_flattened_dict(
     {
@@ -191,7 +207,7 @@ def test_encoded_images_train(tmp_path):
       "model.kernel_size": 3,
       "model.bn_group_size": 8,
       "data.name": "folder",
-      "data.dir": str(root),
+      "data.dir": str(photos),
       "data.eval_split": "val",
       "data.image_size": 32,
       "data.num_workers": 2,
@@ -264,6 +280,36 @@ def test_sigkill_then_resume_and_evaluate(tmp_path):
   assert metrics["count"] == 360
   for name in ("top1", "top5", "loss"):
     assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
+  """Ctrl-C and Slurm reach the processes that decode, too."""
+  process = common.run_main(
+    "--config=configs/imagenet.py",
+    "--config.model.name=convmixer_128_4",
+    "--config.model.dim=8",
+    "--config.model.bn_group_size=0",
+    "--config.data.name=folder",
+    f"--config.data.dir={photos}",
+    "--config.data.eval_split=val",
+    "--config.data.image_size=32",
+    "--config.data.num_workers=2",
+    "--config.batch_size=16",
+    "--config.epochs=100000",
+    "--config.log_every=1",
+    f"--workdir={tmp_path / 'run'}",
+    start_new_session=True,
+  )
+  for line in process.stdout:
+    if line.startswith("step 3/"):
+      break
+  os.killpg(process.pid, signum)
+  out, err = finish(process, 128 + signum)
+  assert "Traceback" not in err
+  step, _ = checkpoint.load_variables(tmp_path / "run")
+  assert f"step {step} is saved" in out
 
 
 def test_two_processes_equal_one(tmp_path):

@@ -7,9 +7,12 @@ sees the same global batch, each reading its own rows of it.
 """
 
 from collections.abc import Callable
+from collections.abc import Generator
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
+import signal
 
 from absl import flags
 import grain
@@ -56,7 +59,7 @@ def train_batches(
   image_size: int,
   num_workers: int = 0,
   **crop,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
   """This process's part of the batches of steps start, ..., stop - 1.
 
   Args:
@@ -93,7 +96,7 @@ def eval_batches(
   image_size: int,
   crop_pct: float,
   num_workers: int = 0,
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
   """This process's part of every image once, in order; padded at the end.
 
   Args:
@@ -169,7 +172,7 @@ class _LoadEval:
 
 def _decoded(
   load: Callable[[int], Batch], steps: int, rows: int, num_workers: int
-) -> Iterator[Batch]:
+) -> Generator[Batch]:
   """Runs `load` over all positions with grain, ahead of the consumer."""
   samples = grain.MapDataset.range(steps * rows).map(load)
   if not num_workers:
@@ -181,5 +184,38 @@ def _decoded(
       flags.FLAGS.mark_as_parsed()
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     batches = samples.batch(rows).to_iter_dataset(options)
-    batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers))
-  yield from batches
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers), _ignore_interrupt
+    )
+  iterator = iter(batches)
+  try:
+    yield from iterator
+  finally:
+    iterator.close()
+
+
+def _ignore_interrupt(worker: int, num_workers: int) -> None:
+  """Ctrl-C reaches every process of a terminal; the trainer decides."""
+  del worker, num_workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def until(
+  stopped: Callable[[], object], batches: Generator[Batch]
+) -> Iterator[Batch]:
+  """Yields batches until `stopped` says so, and closes them.
+
+  The signal that stops a run may have killed the processes that decode, so what
+  they raise then is no error.
+  """
+  with contextlib.closing(batches):
+    while not stopped():
+      try:
+        batch = next(batches)
+      except StopIteration:
+        return
+      except Exception:
+        if stopped():
+          return
+        raise
+      yield batch
