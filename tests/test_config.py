@@ -133,7 +133,7 @@ MISTAKES = [
     ([], "--config: must be given"),
     (["--config=configs/none.py"], "configs/none.py"),
     (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
-    ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field; nearest is batch_size"),
+    ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field"),
     ([DIGITS, "--config.modle.dim=3"], "nearest is model.dim"),
     ([DIGITS, "--config.batch_size=many"], "integer of at least 1"),
     ([DIGITS, "--config.epochs=1.5"], "integer of at least 1"),
