@@ -8,10 +8,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from convmixer_jax import UserError
 from convmixer_jax.step import TrainState
 
-KEEP = 3  # The newest ones; a damaged file then costs one interval.
+KEEP = 3  # The newest ones.
 
 
 class Checkpointer:
@@ -57,21 +56,19 @@ class Checkpointer:
     self._manager.close()
 
 
-def load_variables(workdir: str | os.PathLike) -> tuple[int, dict[str, Any]]:
-  """The newest checkpoint's step, and its params and batch_stats as numpy.
-
-  Raises:
-    UserError: no checkpoint there.
-  """
+def latest_step(workdir: str | os.PathLike) -> int | None:
+  """The newest checkpoint's step; None if there is none. Writes nothing."""
   directory = _directory(workdir)
-  if not os.path.isdir(directory):
-    raise UserError(f"{workdir}: holds no checkpoints")
+  names = os.listdir(directory) if os.path.isdir(directory) else []
+  return max((int(name) for name in names if name.isdigit()), default=None)
+
+
+def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
+  """The newest checkpoint's params and batch_stats, as numpy."""
   with ocp.CheckpointManager(
-    directory, item_handlers=ocp.PyTreeCheckpointHandler()
+    _directory(workdir), item_handlers=ocp.PyTreeCheckpointHandler()
   ) as manager:
     step = manager.latest_step()
-    if step is None:
-      raise UserError(f"{workdir}: holds no checkpoints")
     saved = manager.item_metadata(step).tree
     as_numpy = jax.tree.map(
       lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
@@ -79,7 +76,7 @@ def load_variables(workdir: str | os.PathLike) -> tuple[int, dict[str, Any]]:
     state = manager.restore(
       step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
     )
-  return step, {name: state[name] for name in ("params", "batch_stats")}
+  return {name: state[name] for name in ("params", "batch_stats")}
 
 
 def _directory(workdir):

@@ -6,14 +6,17 @@ from typing import Any
 
 import ml_collections
 
+from convmixer_jax import models
 from convmixer_jax import UserError
 from convmixer_jax.models import convmixer
 
 Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
 
 
-def _integer(low: int) -> Rule:
-  test = lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= low
+def _integer(low: int, high: int = 2**32 - 1) -> Rule:
+  test = lambda v: (
+    isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
+  )
   return f"an integer of at least {low}", test
 
 
@@ -95,7 +98,7 @@ FIELDS: dict[str, Rule] = {
   "epochs": _integer(1),
   "batch_size": _integer(1),
   "accum_steps": _integer(1),
-  "seed": _integer(0),
+  "seed": _integer(0),  # At most 2**32 - 1: jax drops higher bits.
   "deterministic": _BOOL,
   "log_every": _integer(1),
   "eval_every": _integer(1),
@@ -107,7 +110,6 @@ FIELDS: dict[str, Rule] = {
 
 # Those that leave the numbers of a run as they are: a resumed run may differ.
 FREE_FIELDS = (
-  "data.dir",
   "data.num_workers",
   "log_every",
   "eval_every",
@@ -127,12 +129,13 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
-def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
+def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
   """Refuses a config that cannot train, before anything is written.
 
   Args:
     config: of a run.
-    num_devices: over all processes.
+    num_devices: over all processes, to divide batches among; None: to evaluate,
+      which pads them.
 
   Raises:
     UserError: naming the field, its value and what is accepted.
@@ -148,6 +151,15 @@ def check(config: ml_collections.ConfigDict, num_devices: int) -> None:
     if not test(value):
       raise UserError(f"config.{name}={value!r}: must be {text}")
 
+  fields = config.model.to_dict()
+  model = models.create_model(fields.pop("name"), **fields)
+  if model.patch_size > config.data.image_size:
+    raise UserError(
+      f"config.model.patch_size={model.patch_size}: larger than"
+      f" data.image_size={config.data.image_size}"
+    )
+  if num_devices is None:
+    return
   batch, accum = config.batch_size, config.accum_steps
   group = config.model.bn_group_size or 1
   if batch % num_devices:

@@ -120,7 +120,7 @@ class Logger:
     elapsed = time.perf_counter() - self._clock if self._clock else 0.0
     if images and elapsed:
       means["images_per_second"] = images / elapsed
-    self._record(step, "train", means | more)
+    self._record(step, "train", {"steps": len(metrics)} | means | more)
     self.start_clock(step)
     if not self._active:
       return

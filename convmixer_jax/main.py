@@ -84,11 +84,17 @@ def main(argv: list[str]) -> None:
   config = _CONFIG.value
   if config is None:
     raise UserError("--config: must be given, as in --config configs/digits.py")
-  workdir = _WORKDIR.value or _default_workdir()
-  if _DISTRIBUTED.value:
-    jax.distributed.initialize(
-      _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value
+  workdir = os.path.expanduser(_WORKDIR.value or _default_workdir())
+  where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+  if not _DISTRIBUTED.value and where != (None, None, None):
+    raise UserError(
+      "--coordinator, --num_processes, --process_id: need --distributed"
     )
+  if _DISTRIBUTED.value:
+    try:
+      jax.distributed.initialize(*where)
+    except (ValueError, RuntimeError) as e:
+      raise UserError(f"--distributed: {str(e).splitlines()[0]}") from e
   if _MODE.value == "train":
     train.train_and_evaluate(config, workdir)
     return

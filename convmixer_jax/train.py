@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 import signal
 import threading
+from typing import Any
 
 from flax import traverse_util
 import jax
@@ -48,7 +49,7 @@ def train_and_evaluate(
   """
   # --- Data. All that can be wrong is found before anything is written.
   config_lib.check(config, jax.device_count())
-  _refuse_another_config(config, workdir)
+  _refuse_another_config(config, workdir, config_lib.FREE_FIELDS)
   data, batch_size, seed = config.data, config.batch_size, config.seed
   train_source, eval_source = (
     sources.open_source(data.name, data.dir, split, data.image_size)
@@ -105,11 +106,12 @@ def train_and_evaluate(
   # --- State: what was saved here > the weights of another run > scratch.
   init = lambda key: step_lib.init_state(key, model, tx, data.image_size)
   state = jax.jit(init, out_shardings=replicated)(jax.random.key(seed))
-  if config.init_from is not None:
+  if config.init_from is not None and checkpoint.latest_step(workdir) is None:
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
-    _, weights = _load_variables(config.init_from, fresh, new_head=True)
+    name = f"config.init_from={config.init_from}"
+    weights = _load_variables(name, config.init_from, fresh, new_head=True)
     state = state.replace(**jax.device_put(weights, replicated))
-  checkpointer = checkpoint.Checkpointer(workdir)
+  checkpointer = checkpoint.Checkpointer(_make_workdir(workdir))
   state = checkpointer.restore(state) or state
   first_step = int(state.step)
   scored = [
@@ -207,7 +209,7 @@ def train_and_evaluate(
 
 def evaluate_checkpoint(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike
-) -> dict[str, float]:
+) -> dict[str, Any]:
   """Scores the newest checkpoint in `workdir` on `config.data.eval_split`.
 
   Returns:
@@ -216,19 +218,25 @@ def evaluate_checkpoint(
   Raises:
     UserError: something in `config` or `workdir` is not as it must be.
   """
-  config_lib.check(config, num_devices=1)  # Padding makes any batch size fit.
+  config_lib.check(config, num_devices=None)
+  own = [f for f in config_lib.FIELDS if f.split(".")[0] != "model"]
+  own = set(own) - {"data.image_size", "data.mean", "data.std"}
+  _refuse_another_config(config, workdir, own)
+  step = checkpoint.latest_step(workdir)
+  if step is None:
+    raise UserError(f"--workdir={workdir}: holds no checkpoints")
   data = config.data
   source = sources.open_source(
     data.name, data.dir, data.eval_split, data.image_size
   )
   model, shapes = _make_model(config, source.num_classes)
-  step, variables = _load_variables(workdir, shapes)
+  variables = _load_variables(f"--workdir={workdir}", workdir, shapes)
   mesh = sharding.make_mesh()
   variables = jax.device_put(variables, sharding.replicated(mesh))
   state = step_lib.TrainState(step=step, opt_state=(), **variables)
   evaluate = _make_evaluate(config, model, source, mesh, logger_lib.progress)
   metrics = evaluate(state)
-  return {"step": step, **metrics}
+  return metrics | {"step": step}
 
 
 def _make_model(config, num_classes):
@@ -237,11 +245,7 @@ def _make_model(config, num_classes):
   model = models.create_model(
     fields.pop("name"), num_classes=num_classes, **fields
   )
-  size, patch = config.data.image_size, model.patch_size
-  if patch > size:
-    raise UserError(
-      f"config.model.patch_size={patch}: larger than data.image_size={size}"
-    )
+  size = config.data.image_size
   images = jnp.zeros((1, size, size, 3))
   init = lambda: model.init(jax.random.key(0), images, train=False)
   return model, {"batch_stats": {}} | jax.eval_shape(init)
@@ -261,15 +265,18 @@ def _make_evaluate(config, model, source, mesh, progress):
   )
 
 
-def _load_variables(workdir, wanted, new_head=False):
-  """A run's newest step and variables, which must fit `wanted`.
+def _load_variables(name_and_value, workdir, wanted, new_head=False):
+  """A run's newest variables, which must fit `wanted`.
 
   Args:
+    name_and_value: of the flag that named the run, for errors.
     workdir: of the run.
     wanted: {'params', 'batch_stats'}, arrays or shapes.
     new_head: keep `wanted`'s head where the run's has another shape.
   """
-  step, loaded = checkpoint.load_variables(workdir)
+  if checkpoint.latest_step(workdir) is None:
+    raise UserError(f"{name_and_value}: holds no checkpoints")
+  loaded = checkpoint.load_variables(workdir)
   loaded = traverse_util.flatten_dict(loaded, sep="/")
   wanted = traverse_util.flatten_dict(wanted, sep="/")
   for name in sorted(loaded.keys() | wanted.keys()):
@@ -282,12 +289,26 @@ def _load_variables(workdir, wanted, new_head=False):
       print(f"{name}: {has} in {workdir}; starts anew as {wants}")
       loaded[name] = wanted[name]
     else:
-      raise UserError(f"{workdir}: {name} is {has}; this model has {wants}")
-  return step, traverse_util.unflatten_dict(loaded, sep="/")
+      raise UserError(
+        f"{name_and_value}: {name} is {has}; this model has {wants}"
+      )
+  return {"batch_stats": {}} | traverse_util.unflatten_dict(loaded, sep="/")
 
 
-def _refuse_another_config(config, workdir):
+def _make_workdir(workdir):
+  try:
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+  except OSError as e:
+    raise UserError(f"--workdir={workdir}: {e.strerror}: {e.filename}") from e
+  return workdir
+
+
+def _refuse_another_config(config, workdir, may_differ):
   """Two configs in one workdir would make neither reproducible."""
+  if "://" in str(workdir):
+    raise UserError(
+      f"--workdir={workdir}: must be on a file system; mount the bucket"
+    )
   path = Path(workdir) / "config.json"
   if not path.exists():
     return
@@ -298,7 +319,7 @@ def _refuse_another_config(config, workdir):
   changed = [
     f"{name} is {old.get(name)} there and {new.get(name)} here"
     for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name) and name not in config_lib.FREE_FIELDS
+    if old.get(name) != new.get(name) and name not in may_differ
   ]
   if changed:
     raise UserError(
@@ -311,21 +332,23 @@ def _refuse_another_config(config, workdir):
 def _stop_signals() -> Iterator[Callable[[], int]]:
   """Turns SIGINT and SIGTERM into a question: which has come, or 0.
 
-  A second Ctrl-C stops at once. With several processes the signals are left to
-  jax, which makes all of them stop at the same step (`Checkpointer.preempted`).
+  A second Ctrl-C stops at once. With several processes SIGTERM is left to jax,
+  which makes all of them stop at the same step (`Checkpointer.preempted`), and
+  SIGINT becomes SIGTERM.
   """
   received = []
 
   def note(signum, frame):
     del frame
-    received.append(signum)
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      received.append(signum)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  in_main_thread = threading.current_thread() is threading.main_thread()
-  if not in_main_thread or jax.process_count() > 1:
-    yield lambda: 0
-    return
-  signals = (signal.SIGINT, signal.SIGTERM)
+  signals = [signal.SIGINT, signal.SIGTERM][: 1 + (jax.process_count() == 1)]
+  if threading.current_thread() is not threading.main_thread():
+    signals = []  # Python allows no other thread to handle them.
   previous = {signum: signal.signal(signum, note) for signum in signals}
   try:
     yield lambda: received[0] if received else 0

@@ -95,6 +95,10 @@ BAD = [
   ("accum_steps", 3, "must divide batch_size=64"),
   ("freeze", (1,), "strings"),
   ("backbone_lr_scale", float("nan"), "at least 0"),
+  ("optim.learning_rate", float("inf"), "at least 0"),
+  ("seed", 2**32, "at least 0"),
+  ("model.patch_size", 9, "larger than data.image_size=8"),
+  ("model.name", "convmixer_256_9", "nearest is convmixer_256_8"),
 ]
 
 
@@ -151,6 +155,10 @@ MISTAKES = [
     ([DIGITS, "--wrokdir=x"], "wrokdir"),
     ([DIGITS, "extra"], "extra: not a flag"),
     (["--config.seed=1", DIGITS], "config.seed"),
+  ([DIGITS, "--process_id=1"], "need --distributed"),
+  ([DIGITS, "--distributed"], "--distributed: coordinator_address"),
+  ([DIGITS, "--workdir=README.md/x"], "--workdir=README.md/x: Not a directory"),
+  ([DIGITS, "--workdir=gs://b/r"], "mount the bucket"),
 ]  # fmt: skip
 
 
@@ -160,9 +168,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
 
     def attempt(mistake):
       args, says = mistake
-      process = common.run_main(
-          *args, f"--workdir={workdir}", devices=4,
-      )  # fmt: skip
+      process = common.run_main(f"--workdir={workdir}", *args, devices=4)
       out, err = process.communicate(timeout=120)
       problems = []
       if process.returncode != 2:
@@ -184,8 +190,9 @@ def test_help_explains_every_flag():
   assert process.returncode == 0, err
   for flag in ("config", "workdir", "mode", "distributed", "coordinator",
                "num_processes", "process_id"):  # fmt: skip
-    # An example of each: the flag stands in its own explanation again.
-    assert out.count(f"--{flag}") >= 2, flag
+    # Its explanation holds an example of it.
+    explanation = out.split(f"\n--{flag}\n")[1].split("\n--")[0]
+    assert f"--{flag}" in explanation, flag
 
 
 # --- The import rule.

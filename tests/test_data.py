@@ -1,5 +1,6 @@
 import io
 from pathlib import Path
+import shutil
 
 import numpy as np
 from PIL import Image
@@ -233,6 +234,8 @@ def test_digits():
   assert np.array_equal(part.images, train.images[1293:])
   both = sources.open_source("digits", None, "train+test", 8)
   assert len(both) == 1797
+  halves = sources.open_source("digits", None, "train[50%:]+train[:50%]", 8)
+  assert sorted(halves.labels) == sorted(train.labels)
   large = sources.open_source("digits", None, "test[:5]", 24)
   assert large.images.shape == (5, 24, 24, 3)
 
@@ -252,6 +255,24 @@ def test_folder(folder):
   rest = sources.open_source("folder", str(folder), "train[50%:]", 16)
   assert len(some) + len(rest) == 21
   assert not {*some.read.files} & {*rest.read.files}
+  twice = sources.open_source("folder", str(folder), "train[5:]+train[:5]", 16)
+  assert sorted(twice.read.files) == sorted(train.read.files)
+
+
+def test_labels_are_those_of_train(folder, tmp_path):
+  """Whatever else lies beside it, and where a held-out class is missing."""
+  root = shutil.copytree(folder, tmp_path / "root")
+  (root / "a_devkit" / "a_folder").mkdir(parents=True)
+  shutil.rmtree(root / "val" / "n01")
+  val = sources.open_source("folder", str(root), "val", 16)
+  assert val.class_names == ["n01", "n02", "n03"]
+  assert {val.read(i)[1] for i in range(len(val))} == {1, 2}
+  (root / "val" / "n99").mkdir()
+  with pytest.raises(UserError, match="val has the class n99"):
+    sources.open_source("folder", str(root), "val", 16)
+  (root / "train" / "n02" / "more").mkdir()
+  (root / "train" / "n02" / "0.JPEG").rename(root / "train/n02/more/0.TIFF")
+  assert len(sources.open_source("folder", str(root), "train", 16)) == 21
 
 
 @pytest.fixture(scope="session")
@@ -294,6 +315,8 @@ def test_tfds_in_memory(tfds_dir):
   assert np.array_equal(source.images, images[4:])
   assert np.array_equal(source.labels, np.arange(4, 24) % 3)
   assert list(source.class_names) == ["a", "b", "c"]
+  swapped = sources.open_source("small", str(root), "train[4:]+train[:4]", 8)
+  assert np.array_equal(swapped.images, np.roll(images, -4, axis=0))
 
 
 def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
@@ -321,7 +344,8 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   refused("no such directory", "cifar10", str(tmp_path / "none"), "train")
   refused("data.dir: must be given", "folder", None, "train")
   refused("holds no folders", "folder", str(tmp_path), "train")
-  refused("'test': has train, val", "folder", str(folder), "test")
-  refused(r"'train\[:9'", "digits", None, "train[:9")
+  refused("eval_split=test: has train, val", "folder", str(folder), "test")
+  refused(r"eval_split=train\[:9: has train, test", "digits", None, "train[:9")
+  refused("has train, test", "digits", None, "all[:10]")
   refused("has no images", "digits", None, "train[5:5]")
   refused("not an image classification set", "glue/cola", str(root), "train")

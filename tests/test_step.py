@@ -162,7 +162,7 @@ def test_a_lost_image_is_an_error(monkeypatch):
   monkeypatch.setattr(
     evaluate.stream,
     "eval_batches",
-    lambda *a, **k: list(batches(*a, **k))[:-1],
+    lambda *a, **k: (b for b in list(batches(*a, **k))[:-1]),
   )
   score = evaluate.make_evaluate(
     step_lib.make_eval_step(Scores(), lambda images: images),

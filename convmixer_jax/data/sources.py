@@ -5,12 +5,12 @@ A source has a length, `num_classes` and `class_names`, and is one of two kinds:
 are read and decoded one by one.
 """
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import dataclasses
 import difflib
 import os
 from pathlib import Path
+import re
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,9 @@ from convmixer_jax.data import decode
 
 # Larger sets of small images (ImageNet at 64 pixels) are decoded on the way.
 IN_MEMORY_BYTES = 2 * 2**30
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
+# torchvision's.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
+            ".webp")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,9 +46,12 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """read: index -> (bytes of an image file, label); picklable."""
+  """read(index) -> (bytes of a file, label); read.name(index); picklable.
 
-  read: Callable[[int], tuple[bytes, int]]
+  `size` is the number of images.
+  """
+
+  read: Any
   size: int
   class_names: Sequence[str]
 
@@ -80,33 +85,44 @@ def open_source(
   """
   if name == "digits":
     return _digits(split, image_size)
-  if directory is not None and not os.path.isdir(os.path.expanduser(directory)):
+  if (
+    directory is not None
+    and "://" not in directory  # A bucket, which TFDS can read.
+    and not os.path.isdir(os.path.expanduser(directory))
+  ):
     raise UserError(f"data.dir={directory}: no such directory")
   if name == "folder":
     return _folder(directory, split)
   return _tfds(name, directory, split, image_size)
 
 
-def _slice(split: str, lengths: dict[str, int]) -> dict[str, range]:
-  """'train[:90%]' -> {'train': range(0, 1293)}; 'a+b' has two entries."""
+def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
+  """'train[:90%]' -> [('train', range(0, 1293))]; 'a+b' has two entries."""
   infos = {
     name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
     for name, n in lengths.items()
   }
   try:
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-  except (ValueError, AssertionError) as e:
+  except (ValueError, AssertionError, NotImplementedError) as e:
     raise UserError(
-      f"data split {split!r}: has {', '.join(lengths)}; slices are written"
-      f" train[:90%] or train[45000:] ({str(e).splitlines()[0]})"
+      f"data.train_split or eval_split={split}: has {', '.join(lengths)};"
+      f" slices are written train[:90%] or train[45000:] ({_reason(e)})"
     ) from e
-  ranges = {
-    p.splitname: range(lengths[p.splitname])[slice(p.from_, p.to)]
+  ranges = [
+    (p.splitname, range(lengths[p.splitname])[slice(p.from_, p.to)])
     for p in parts
-  }
-  if not sum(map(len, ranges.values())):
-    raise UserError(f"data split {split!r}: has no images")
+  ]
+  if not any(rows for _, rows in ranges):
+    raise UserError(
+      f"data.train_split or eval_split={split}: has no images; there are"
+      f" {', '.join(f'{n} in {name}' for name, n in lengths.items() if n)}"
+    )
   return ranges
+
+
+def _reason(error: Exception) -> str:
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _digits(split, image_size):
@@ -122,9 +138,7 @@ def _digits(split, image_size):
   chosen = np.concatenate(
     [
       ids[name][list(rows)]
-      for name, rows in _slice(
-        split, {name: len(rows) for name, rows in ids.items()}
-      ).items()
+      for name, rows in _slice(split, {k: len(v) for k, v in ids.items()})
     ]
   )
   return InMemory(
@@ -147,38 +161,47 @@ class _FolderReader:
   def __call__(self, index):
     return Path(self.files[index]).read_bytes(), int(self.labels[index])
 
+  def name(self, index):
+    return self.files[index]
+
 
 def _folder(directory, split):
-  """ROOT/SPLIT/CLASS/*.jpeg, as torchvision's ImageFolder reads it."""
+  """ROOT/SPLIT/CLASS/**/*.jpeg, as torchvision's ImageFolder reads it."""
   if directory is None:
     raise UserError(
       "data.dir: must be given for data.name=folder; a directory that holds"
       " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
     )
   root = Path(directory).expanduser()
-  folders = lambda parent: sorted(
-    p.name for p in parent.iterdir() if p.is_dir()
-  )
+  folders = lambda path: sorted(p.name for p in path.iterdir() if p.is_dir())
   names = folders(root)
   if not names:
     raise UserError(f"data.dir={directory}: holds no folders, one per split")
-  # All splits' classes together: labels do not depend on which one is opened.
-  classes = sorted({c for name in names for c in folders(root / name)})
-  listing = {}
+  # A held-out split in which a class is missing keeps the labels of `train`.
+  classes = folders(root / "train") if "train" in names else None
+  listing = dict.fromkeys(names, ())
   for name in names:
+    if not re.search(rf"(^|\+)\s*{re.escape(name)}\b", split):
+      continue
+    here = folders(root / name)
+    classes = classes or here
+    if unknown := sorted(set(here) - set(classes)):
+      raise UserError(f"data.dir={directory}: {name} has the class"
+                      f" {unknown[0]}, which train has not")  # fmt: skip
     files = [
-      (str(root / name / c / f), label)
-      for label, c in enumerate(classes)
-      if (root / name / c).is_dir()
-      for f in sorted(os.listdir(root / name / c))
-      if f.lower().endswith(SUFFIXES)
+      (path, classes.index(c))
+      for c in here
+      for parent, _, files in sorted(os.walk(root / name / c))
+      for path in sorted(os.path.join(parent, f) for f in files)
+      if path.lower().endswith(SUFFIXES)
     ]
     # In a fixed random order, so that a slice holds every class.
     order = np.random.default_rng(0).permutation(len(files))
     listing[name] = [files[i] for i in order]
   ranges = _slice(split, {name: len(files) for name, files in listing.items()})
-  chosen = [listing[name][i] for name, rows in ranges.items() for i in rows]
-  files, labels = zip(*chosen)
+  files, labels = zip(
+    *(listing[name][i] for name, rows in ranges for i in rows)
+  )
   return Encoded(
     _FolderReader(files, np.array(labels, np.int32)), len(files), classes
   )
@@ -194,18 +217,19 @@ class _TfdsReader:
     record = self.source[index]
     return record[self.image], int(record[self.label])
 
+  def name(self, index):
+    return f"record {index}"
+
 
 def _tfds(name, directory, split, image_size):
   builder, image, label = _prepared_builder(name, directory)
   # Checks the split's name and slice before TFDS does, in our words.
-  ranges = _slice(
-    split, {k: v.num_examples for k, v in builder.info.splits.items()}
-  )
-  size = sum(map(len, ranges.values()))
+  _slice(split, {k: v.num_examples for k, v in builder.info.splits.items()})
   source = builder.as_data_source(
     split, decoders={image: tfds.decode.SkipDecoding()}
   )
   read = _TfdsReader(source, image, label)
+  size = len(source)
   classes = builder.info.features[label].names
   shape = builder.info.features[image].shape
   if None in shape or size * image_size**2 * 3 > IN_MEMORY_BYTES:
@@ -239,8 +263,7 @@ def _prepared_builder(name, directory):
       f"data.name={name}: unknown; nearest are {', '.join(near)}"
     ) from e
   except Exception as e:
-    reason = str(e).splitlines()[0]
-    raise UserError(f"data.name={name}: {reason}") from e
+    raise UserError(f"data.name={name}: {_reason(e)}") from e
   image, label = _image_and_label(builder.info)
   array_record = tfds.core.FileFormat.ARRAY_RECORD
   if not builder.is_prepared():
@@ -248,17 +271,19 @@ def _prepared_builder(name, directory):
       builder = tfds.builder(name, data_dir=directory, file_format=array_record)
       builder.download_and_prepare()
     except Exception as e:
-      reason = str(e).strip().splitlines()[0]
+      manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
       raise UserError(
         f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
-        f" it failed: {reason}"
+        f" it failed: {_reason(e)} {manual}"
       ) from e
   elif array_record not in builder.info.available_file_formats():
     raise UserError(
       f"data.name={name}: {builder.data_path} is in the format"
       f" {builder.info.file_format.value}, which has no random access; add"
-      " ArrayRecord beside it with: pip install apache-beam mlcroissant &&"
-      " tfds convert_format --out_file_format=array_record"
+      " ArrayRecord beside it with: python -m venv /tmp/convert &&"
+      " /tmp/convert/bin/pip install apache-beam array_record mlcroissant"
+      " importlib_resources tensorflow-cpu tensorflow-datasets &&"
+      " /tmp/convert/bin/tfds convert_format --out_file_format=array_record"
       f" --dataset_dir={builder.data_path.parent}"
     )
   return builder, image, label

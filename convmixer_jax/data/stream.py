@@ -18,6 +18,7 @@ from absl import flags
 import grain
 import numpy as np
 
+from convmixer_jax import UserError
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
 
@@ -127,6 +128,15 @@ def eval_batches(
   yield from _decoded(load, steps, len(rows), num_workers)
 
 
+def _load(source, index, decode_image):
+  data, label = source.read(index)
+  try:
+    return decode_image(data), label
+  except (OSError, ValueError, SyntaxError) as e:  # As Pillow raises them.
+    name = source.read.name(index)
+    raise UserError(f"{name}: cannot be decoded: {e}") from e
+
+
 @dataclasses.dataclass(frozen=True)
 class _LoadTrain:
   """Position in this process's samples -> one cropped image."""
@@ -143,9 +153,14 @@ class _LoadTrain:
     step, row = divmod(position, len(self.rows))
     sample = (self.start + step) * self.batch_size + self.rows[row]
     index = sample_indices(self.seed, sample[None], len(self.source))[0]
-    data, label = self.source.read(int(index))
     rng = np.random.default_rng((self.seed, int(sample)))
-    image = decode.train_image(data, self.image_size, rng, **dict(self.crop))
+    image, label = _load(
+      self.source,
+      int(index),
+      lambda data: decode.train_image(
+        data, self.image_size, rng, **dict(self.crop)
+      ),
+    )
     return {"image": image, "label": np.int32(label)}
 
 
@@ -165,8 +180,11 @@ class _LoadEval:
     if sample >= len(self.source):
       image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
       return {"image": image, "label": np.int32(0), "mask": np.False_}
-    data, label = self.source.read(sample)
-    image = decode.eval_image(data, self.image_size, self.crop_pct)
+    image, label = _load(
+      self.source,
+      sample,
+      lambda data: decode.eval_image(data, self.image_size, self.crop_pct),
+    )
     return {"image": image, "label": np.int32(label), "mask": np.True_}
 
 
@@ -176,7 +194,9 @@ def _decoded(
   """Runs `load` over all positions with grain, ahead of the consumer."""
   samples = grain.MapDataset.range(steps * rows).map(load)
   if not num_workers:
-    options = grain.ReadOptions(num_threads=16, prefetch_buffer_size=2 * rows)
+    options = grain.ReadOptions(
+      num_threads=16, prefetch_buffer_size=max(16, 2 * rows)
+    )
     batches = samples.to_iter_dataset(options).batch(rows)
   else:
     # grain's workers read absl's flags; a notebook has not parsed them.
