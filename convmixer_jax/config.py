@@ -13,6 +13,9 @@ from convmixer_jax.models import convmixer
 Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
 
 
+_LARGEST = 1e300  # Neither infinity nor nan.
+
+
 def _integer(low: int, high: int = 2**32 - 1) -> Rule:
   test = lambda v: (
     isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
@@ -20,16 +23,16 @@ def _integer(low: int, high: int = 2**32 - 1) -> Rule:
   return f"an integer of at least {low}", test
 
 
-def _number(low: float, high: float = float("inf")) -> Rule:
+def _number(low: float, high: float = _LARGEST) -> Rule:
   test = lambda v: (
     isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
   )
-  if high == float("inf"):
+  if high == _LARGEST:
     return f"a number of at least {low}", test
   return f"a number from {low} to {high}", test
 
 
-def _numbers(count: int, low: float, high: float = float("inf")) -> Rule:
+def _numbers(count: int, low: float, high: float = _LARGEST) -> Rule:
   text, test = _number(low, high)
   return (
     f"{count} values, each {text}",
