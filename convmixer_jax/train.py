@@ -55,6 +55,11 @@ def train_and_evaluate(
     sources.open_source(data.name, data.dir, split, data.image_size)
     for split in (data.train_split, data.eval_split)
   )
+  if [*train_source.class_names] != [*eval_source.class_names]:
+    raise UserError(
+      f"data.eval_split={data.eval_split}: its classes are not those of"
+      f" data.train_split={data.train_split}"
+    )
   steps_per_epoch = len(train_source) / batch_size
   total_steps = -(-config.epochs * len(train_source) // batch_size)
   due = lambda step, every: step % every == 0 or step == total_steps
@@ -100,7 +105,9 @@ def train_and_evaluate(
     in_shardings=(replicated, batch_sharding),
     out_shardings=replicated,
     donate_argnums=0,
-    compiler_options={"xla_gpu_deterministic_ops": config.deterministic},
+    compiler_options=(
+      {"xla_gpu_deterministic_ops": True} if config.deterministic else None
+    ),
   )
 
   # --- State: what was saved here > the weights of another run > scratch.
@@ -114,6 +121,10 @@ def train_and_evaluate(
   checkpointer = checkpoint.Checkpointer(_make_workdir(workdir))
   state = checkpointer.restore(state) or state
   first_step = int(state.step)
+  if first_step > total_steps:
+    raise UserError(
+      f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
+    )
   scored = [
     record
     for record in logger_lib.read_metrics(workdir)
@@ -219,9 +230,10 @@ def evaluate_checkpoint(
     UserError: something in `config` or `workdir` is not as it must be.
   """
   config_lib.check(config, num_devices=None)
-  own = [f for f in config_lib.FIELDS if f.split(".")[0] != "model"]
-  own = set(own) - {"data.image_size", "data.mean", "data.std"}
-  _refuse_another_config(config, workdir, own)
+  # What the weights were trained for is fixed; how they are scored is free.
+  fixed = ("model.", "data.image_size", "data.mean", "data.std")
+  free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
+  _refuse_another_config(config, workdir, free)
   step = checkpoint.latest_step(workdir)
   if step is None:
     raise UserError(f"--workdir={workdir}: holds no checkpoints")

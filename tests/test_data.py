@@ -271,7 +271,8 @@ def test_labels_are_those_of_train(folder, tmp_path):
   with pytest.raises(UserError, match="val has the class n99"):
     sources.open_source("folder", str(root), "val", 16)
   (root / "train" / "n02" / "more").mkdir()
-  (root / "train" / "n02" / "0.JPEG").rename(root / "train/n02/more/0.TIFF")
+  file = root / "train" / "n02" / "train_0.JPEG"
+  file.rename(file.parent / "more" / "0.TIFF")
   assert len(sources.open_source("folder", str(root), "train", 16)) == 21
 
 

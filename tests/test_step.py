@@ -23,7 +23,7 @@ def run(
   *, devices=1, steps=10, bn_group_size=0, accum_steps=1, augmented=False
 ):
   """Trains a small ConvMixer for some steps; returns its state as numpy."""
-  model = common.tiny_model(bn_group_size=bn_group_size)
+  model = common.tiny_model(depth=1, bn_group_size=bn_group_size)
   mesh = sharding.make_mesh(jax.devices()[:devices])
   replicated = sharding.replicated(mesh)
   params = common.init_shapes(model, 8)["params"]

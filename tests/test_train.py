@@ -95,13 +95,14 @@ def raise_signal_before(monkeypatch, step, signum):
 def test_five_steps_and_five_more_equal_ten(
   unbroken, tmp_path, monkeypatch, signum, step
 ):
+  handler = signal.getsignal(signum)
   with monkeypatch.context() as context:
     raise_signal_before(context, step, signum)
     with pytest.raises(SystemExit) as e:
       train_digits(tmp_path, eval_every=4)
   assert e.value.code == 128 + signum
   assert checkpoint.latest_step(tmp_path) == step
-  assert signal.getsignal(signum) not in (signal.SIG_IGN, None)
+  assert signal.getsignal(signum) == handler
   # Records of a run that went on after its last checkpoint, and a broken line.
   with open(tmp_path / "metrics.jsonl", "a") as f:
     f.write('{"step": 9, "kind": "train", "loss": 7.0}\n{"step": 9, "ki')
@@ -220,18 +221,6 @@ def test_an_unreadable_image_is_named(photos, tmp_path):
   assert "Traceback" not in err
 
 
-def test_learning_rate_and_decay_of_zero_train_nothing(tmp_path):
-  state = train_digits(
-    tmp_path, **{"optim.learning_rate": 0.0, "optim.weight_decay": 0.0}
-  )
-  config = common.digits_config()
-  model, _ = train._make_model(config, 10)
-  fresh = model.init(
-    jax.random.key(0), np.zeros((1, 8, 8, 3), np.float32), train=False
-  )
-  assert common.tree_error(state.params, fresh["params"]) < 1e-6
-
-
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
   """Folders of JPEGs: three classes, 33 to train on and 33 to score."""
@@ -294,20 +283,17 @@ def finish(process, code=0):
 
 
 def test_sigkill_then_resume_and_evaluate(tmp_path):
-  """45 steps: killed at a random one, and resumed, twice; then --mode eval."""
+  """45 steps: killed at a random one, and resumed; then --mode eval."""
   whole = common.run_main(*FLAGS, f"--workdir={tmp_path / 'whole'}")
   broken_flags = (*FLAGS, f"--workdir={tmp_path / 'broken'}")
-  rng = random.Random(os.urandom(4))
-  kills = sorted(rng.sample(range(2, 44), 2))
-  print(f"killed after the lines of steps {kills}")
-  for kill in kills:
-    process = common.run_main(*broken_flags)
-    for line in process.stdout:
-      if line.startswith("step") and int(line.split()[1].split("/")[0]) >= kill:
-        process.kill()
-        break
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+  kill = random.randrange(2, 44)
+  print(f"killed after the line of step {kill}")
+  process = common.run_main(*broken_flags)
+  for line in process.stdout:
+    if line.startswith(f"step {kill}/"):
+      process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
   out, _ = finish(common.run_main(*broken_flags))
   assert "on 360 images" in out
   finish(whole)
@@ -378,6 +364,7 @@ def distributed_pair(*flags):
   ]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path):
   """Gloo between two processes of one device; one process of two devices."""
   # 360 images in batches of 14: the last one is ragged.
