@@ -22,7 +22,6 @@ CONFIGS = [
   "configs/digits.py",
   "configs/cifar10.py",
   "configs/imagenet.py",
-  "configs/imagenet.py:1536_20",
   "configs/imagenet.py:768_32",
   "configs/imagenet.py:1024_20",
 ]

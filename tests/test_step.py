@@ -82,8 +82,7 @@ def test_one_device_equals_eight(bn_group_size):
   assert common.tree_error(metrics_eight, metrics_one) <= 2e-5
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-@pytest.mark.parametrize("accum_steps", [2, 4])
+@pytest.mark.parametrize(("devices", "accum_steps"), [(1, 4), (8, 2)])
 def test_accumulation_equals_one_large_batch(devices, accum_steps):
   group = 32 // accum_steps
   whole, metrics = run(bn_group_size=group, augmented=True)

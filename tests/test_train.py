@@ -90,8 +90,10 @@ def raise_signal_before(monkeypatch, step, signum):
   monkeypatch.setattr(train.stream, "train_batches", interrupted)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [5, 8])  # 8 is a step that is evaluated.
+@pytest.mark.parametrize(
+  ("signum", "step"),
+  [(signal.SIGTERM, 5), (signal.SIGINT, 8)],  # 8 is a step that is evaluated.
+)
 def test_five_steps_and_five_more_equal_ten(
   unbroken, tmp_path, monkeypatch, signum, step
 ):
@@ -182,6 +184,7 @@ def test_a_resume_does_not_need_the_run_it_began_from(unbroken, tmp_path):
   assert same_state(again, first)
 
 
+@pytest.mark.slow
 def test_layer_norm_trains_resumes_and_evaluates(tmp_path):
   overrides = {**TEN_STEPS, "model.norm": "layer"}
   config = common.digits_config(**overrides)
@@ -282,6 +285,7 @@ def finish(process, code=0):
   return out, err
 
 
+@pytest.mark.slow
 def test_sigkill_then_resume_and_evaluate(tmp_path):
   """45 steps: killed at a random one, and resumed; then --mode eval."""
   whole = common.run_main(*FLAGS, f"--workdir={tmp_path / 'whole'}")
