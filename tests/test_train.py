@@ -206,6 +206,7 @@ def test_evaluation_refuses_another_model(unbroken):
   assert train.evaluate_checkpoint(config, unbroken[0])["count"] == 11
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named(photos, tmp_path):
   root = shutil.copytree(photos, tmp_path / "photos")
   broken = root / "train" / "class_1" / "3.jpeg"
