@@ -12,7 +12,6 @@ from convmixer_jax.models import convmixer
 
 Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
 
-
 _LARGEST = 1e300  # Neither infinity nor nan.
 
 
@@ -20,7 +19,7 @@ def _integer(low: int, high: int = 2**32 - 1) -> Rule:
   test = lambda v: (
     isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
   )
-  return f"an integer of at least {low}", test
+  return f"an integer of at least {low}, at most {high}", test
 
 
 def _number(low: float, high: float = _LARGEST) -> Rule:
