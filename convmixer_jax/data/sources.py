@@ -189,8 +189,9 @@ def _folder(directory, split):
       raise UserError(f"data.dir={directory}: {name} has the class"
                       f" {unknown[0]}, which train has not")  # fmt: skip
     files = [
-      (path, classes.index(c))
-      for c in here
+      (path, label)
+      for label, c in enumerate(classes)
+      if c in here
       for parent, _, files in sorted(os.walk(root / name / c))
       for path in sorted(os.path.join(parent, f) for f in files)
       if path.lower().endswith(SUFFIXES)
