@@ -44,6 +44,7 @@ def get_config() -> config_dict.ConfigDict:
       "std": (0.376, 0.376, 0.376),
       "crop_pct": 1.0,
       "num_workers": 0,
+      "max_unreadable": 0,
     }
   )
 
@@ -53,6 +54,16 @@ def get_config() -> config_dict.ConfigDict:
       "crop_scale": (0.8, 1.0),
       "crop_ratio": (0.8, 1.25),
       "interpolation": "bilinear",
+      "randaugment": "",
+      "color_jitter": 0.0,
+      "mixup_alpha": 0.0,
+      "cutmix_alpha": 0.0,
+      "cutmix_prob": 0.5,
+      "mix_group_size": 0,
+      "erase_prob": 0.0,
+      "erase_mode": "pixel",
+      "erase_area": (0.02, 1 / 3),
+      "erase_aspect": (0.3, 1 / 0.3),
       "label_smoothing": 0.1,
     }
   )
@@ -60,6 +71,8 @@ def get_config() -> config_dict.ConfigDict:
   config.optim = config_dict.ConfigDict(
     {
       "learning_rate": 0.01,
+      "schedule": "onecycle",
+      "warmup_epochs": 0.0,
       "weight_decay": 0.005,
       "decay_all": False,
       "eps": 1e-3,
@@ -68,6 +81,7 @@ def get_config() -> config_dict.ConfigDict:
     }
   )
 
+  config.ema_decay = 0.0
   config.epochs = 20
   config.batch_size = 64
   config.accum_steps = 1

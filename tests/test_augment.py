@@ -1,12 +1,29 @@
+import json
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
+from PIL import ImageEnhance
+from PIL import ImageOps
 import pytest
+from scipy import stats
 
 from convmixer_jax import augment
+from convmixer_jax import sharding
+from convmixer_jax import UserError
+from convmixer_jax.augment import color
+from convmixer_jax.augment import erasing
 from convmixer_jax.augment import geometry
+from convmixer_jax.augment import mixing
+from convmixer_jax.augment import randaugment
+from tests import common
 from tests import test_data
+
+# Laws are tested with fixed seeds, at this probability of a false alarm.
+SIGNIFICANCE = 1e-3
+TIMM = "rand-m9-mstd0.5-inc1"
 
 PHOTOS = np.stack(
   [np.asarray(test_data.photo(seed, 48, 32)) for seed in range(16)]
@@ -101,6 +118,23 @@ def test_boxes_follow_their_law():
   assert abs(place.var() - 1 / 12) < 0.01
 
 
+def test_areas_and_ratios_are_uniform_and_log_uniform():
+  """Of boxes all of which fit, so that no try is thrown away."""
+  top, left, height, width = map(
+    np.asarray,
+    geometry._random_boxes(
+      jax.random.key(1), 4000, 2000, 2000, (0.1, 0.5), (3 / 4, 4 / 3)
+    ),
+  )
+  area = stats.uniform(0.1, 0.4)
+  assert stats.kstest(height * width / 4e6, area.cdf).pvalue > SIGNIFICANCE
+  ratio = stats.uniform(np.log(3 / 4), 2 * np.log(4 / 3))
+  assert stats.kstest(np.log(width / height), ratio.cdf).pvalue > SIGNIFICANCE
+  for start, length in ((top, height), (left, width)):
+    place = (start + 0.5) / (2001 - length)
+    assert stats.kstest(place, "uniform").pvalue > SIGNIFICANCE
+
+
 def test_impossible_boxes_fall_back_to_the_centre():
   """No 4:1 box of the whole area fits: the widest allowed one, centred."""
   top, left, height, width = geometry._random_boxes(
@@ -112,23 +146,528 @@ def test_impossible_boxes_fall_back_to_the_centre():
   assert np.all(left == 0)
 
 
-def test_augment_is_a_function_of_the_key():
-  augment_fn = jax.jit(
-    augment.make_augment(
-      augment.make_normalize((0.5, 0.4, 0.3), (0.2, 0.3, 0.4)),
-      flip=True,
-      crop_scale=(0.5, 1.0),
-      crop_ratio=(1.0, 1.0),
-      interpolation="random",
+# --- RandAugment, to the pixel.
+
+
+def golden_cases(name):
+  golden = common.golden(name)
+  cases = json.loads(str(golden["cases"]))
+  photos = np.stack([golden[f"photo{case['photo']}"] for case in cases])
+  outs = [golden[case.get("key", f"out{j}")] for j, case in enumerate(cases)]
+  return golden, cases, photos, np.stack(outs)
+
+
+def apply_cases(cases, photos, ops, levels, signs, fill, bicubic):
+  """Each case's operation, chosen by its name in the dialect."""
+  chosen, args = {}, jnp.zeros(len(cases))
+  for name, (op, argument) in ops.items():
+    chosen[op] = jnp.array([case["op"] == name for case in cases])
+    size = photos.shape[1:3]
+    args = jnp.where(chosen[op], argument(levels, signs, size), args)
+  apply = jax.jit(
+    lambda photos, *rest: randaugment.apply_ops(photos, *rest, fill, bicubic)
+  )
+  return np.asarray(apply(photos, chosen, args)), np.asarray(args)
+
+
+EXACT = {"Identity", "AutoContrast", "Equalize", "Invert", "Solarize",
+         "SolarizeAdd", "Posterize", "PosterizeIncreasing",
+         "SolarizeIncreasing"}  # fmt: skip
+NEAREST = {"Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY"}
+
+
+def assert_pixels(ours, theirs, cases, exact):
+  """Equal for `exact` operations; elsewhere at most one level apart.
+
+  The level is lost where Pillow's value is whole or nearly so, and it then
+  truncates: it blends in float32 and resamples in float64, we in float32 with
+  fused multiply-adds.
+  """
+  difference = np.abs(ours.astype(int) - theirs.astype(int))
+  for case, d in zip(cases, difference):
+    if case["op"] in exact:
+      assert d.max() == 0, case
+    else:
+      assert np.mean(d <= 1) >= 0.995, case
+      assert np.mean(d == 0) >= 0.99, case
+
+
+def test_every_operation_is_timms():
+  golden, cases, photos, theirs = golden_cases("randaugment")
+  assert {case["op"] for case in cases} == set(randaugment.TIMM)
+  ours, args = apply_cases(
+    cases,
+    photos,
+    randaugment.TIMM,
+    jnp.array([case["magnitude"] / 10 for case in cases]),
+    jnp.array([-1.0 if case["negate"] else 1.0 for case in cases]),
+    golden["fill"].tolist(),
+    jnp.array([case["interpolation"] == "bicubic" for case in cases]),
+  )
+  for case, arg in zip(cases, args):
+    expected = (case["args"] or [0])[0]
+    if case["op"].startswith("Translate"):  # timm's is a share of the side.
+      expected *= photos.shape[1]
+    assert arg == pytest.approx(expected, rel=1e-6), case
+  assert_pixels(ours, theirs, cases, EXACT)
+
+
+def test_every_operation_is_torchvisions():
+  """What torchvision 0.28's _apply_op gave."""
+  _, cases, photos, theirs = golden_cases("randaugment_torchvision")
+  assert {case["op"] for case in cases} == set(randaugment.TORCHVISION)
+  ours, _ = apply_cases(
+    cases,
+    photos,
+    randaugment.TORCHVISION,
+    jnp.array([case["magnitude"] / 30 for case in cases]),
+    jnp.array([float(case["sign"]) for case in cases]),
+    (0, 0, 0),
+    None,
+  )
+  assert_pixels(ours, theirs, cases, EXACT | NEAREST)
+
+
+RNG = np.random.default_rng(0)
+# Few values, narrow ranges, constants: the corners of histograms.
+CORNERS = np.stack(
+  [
+    RNG.integers(low, high + 1, (9, 11, 3), np.uint8)
+    for low, high in np.sort(RNG.integers(0, 256, (400, 2)), axis=1)
+  ]
+)
+
+
+@pytest.mark.parametrize("op", ["AutoContrast", "Equalize"])
+def test_histogram_operations_are_pillows(op):
+  """Also where a double rounds to just below a whole number."""
+  ours = color.lookup(CORNERS, {op: jnp.full(400, True)}, jnp.zeros(400))
+  function = getattr(ImageOps, op.lower())
+  theirs = [np.asarray(function(Image.fromarray(image))) for image in CORNERS]
+  assert np.array_equal(ours, np.stack(theirs))
+
+
+def test_equalize_of_much_of_one_value_clips():
+  image = np.zeros((40, 40, 3), np.uint8)
+  image[:2] = RNG.integers(200, 256, (2, 40, 3))
+  ours = color.lookup(
+    image[None], {"Equalize": jnp.array([True])}, jnp.zeros(1)
+  )
+  assert np.array_equal(ours[0], ImageOps.equalize(Image.fromarray(image)))
+
+
+def test_what_is_not_chosen_stays():
+  none = jnp.zeros(len(PHOTOS), bool)
+  every = {op for op, _ in randaugment.TIMM.values()}
+  images = randaugment.apply_ops(
+    PHOTOS, dict.fromkeys(every, none), jnp.ones(16), (0, 0, 0), none
+  )
+  assert np.array_equal(images, PHOTOS)
+
+
+# --- RandAugment, its law.
+
+
+def draws(policy, batch=20000):
+  chosen, args, bicubic = randaugment.draw(
+    jax.random.key(1), randaugment.parse(policy), batch, (100, 200)
+  )
+  return {k: np.asarray(v) for k, v in chosen.items()}, args, bicubic
+
+
+def test_timms_law():
+  chosen, args, bicubic = draws(TIMM)
+  applied = sum(chosen.values())
+  assert applied.max() == 1
+  counts = np.array([mask.sum() for mask in chosen.values()])
+  assert len(counts) == 15
+  assert stats.binomtest(applied.sum(), 20000, 0.5).pvalue > SIGNIFICANCE
+  assert stats.chisquare(counts).pvalue > SIGNIFICANCE
+  assert stats.binomtest(int(bicubic.sum()), 20000, 0.5).pvalue > SIGNIFICANCE
+  # Levels: normal around 9, what is above 10 is 10; a fair sign.
+  degrees = np.asarray(args)[chosen["Rotate"]]
+  assert stats.binomtest((degrees > 0).sum(), len(degrees), 0.5).pvalue > (
+    SIGNIFICANCE
+  )
+  levels = np.abs(degrees) / 3
+  assert levels.max() == pytest.approx(10)
+  at_ten = np.isclose(levels, 10).sum()
+  above = stats.norm.sf(2)
+  assert stats.binomtest(at_ten, len(levels), above).pvalue > SIGNIFICANCE
+  inner = levels[levels < 9.999]
+  law = stats.truncnorm(-18, 2, loc=9, scale=0.5)
+  assert stats.kstest(inner, law.cdf).pvalue > SIGNIFICANCE
+  # Sides: 45 % of 200 columns and of 100 rows at level 10.
+  assert np.abs(args[chosen["TranslateX"]]).max() == pytest.approx(90)
+  assert np.abs(args[chosen["TranslateY"]]).max() == pytest.approx(45)
+
+
+def test_torchvisions_law():
+  chosen, args, bicubic = draws("torchvision-n2-m12")
+  counts = np.array([mask.sum() for mask in chosen.values()])
+  assert len(counts) == 14
+  assert counts.sum() == 20000
+  assert stats.chisquare(counts).pvalue > SIGNIFICANCE
+  assert bicubic is None
+  degrees = np.asarray(args)[chosen["Rotate"]]
+  assert np.allclose(np.abs(degrees), 12)
+  assert stats.binomtest((degrees > 0).sum(), len(degrees), 0.5).pvalue > (
+    SIGNIFICANCE
+  )
+
+
+def test_layers_are_drawn_apart():
+  """Two layers of one operation each: a quarter of the images get both."""
+  policy = randaugment.parse("rand-m9-n2-inc1:SolarizeAdd")
+  image = np.zeros((2000, 4, 4, 3), np.uint8)
+  images = augment.apply_policy(jax.random.key(0), image, policy, (0, 0, 0))
+  values, counts = np.unique(images[:, 0, 0, 0], return_counts=True)
+  assert values.tolist() == [0, 99, 198]
+  expected = 2000 * np.array([0.25, 0.5, 0.25])
+  assert stats.chisquare(counts, expected).pvalue > SIGNIFICANCE
+
+
+def test_parse():
+  policy = randaugment.parse("rand-m7-n3-p1-mstd1-mmax12-inc1:Rotate,Invert")
+  assert list(policy.ops) == ["Rotate", "Invert"]
+  assert policy.num_ops == 3
+  numbers = (policy.prob, policy.mean, policy.std, policy.high)
+  assert numbers == pytest.approx((1.0, 0.7, 0.1, 1.2))
+  assert policy.smooth
+  policy = randaugment.parse("torchvision-n1-m30")
+  assert (policy.num_ops, policy.prob, policy.mean) == (1, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+  ("policy", "part"),
+  [
+    ("augmix-m5", "'augmix'"),
+    ("rand-m9-mstd0.5", "inc is missing"),
+    ("rand-inc1", "m is missing"),
+    ("rand-m9-inc0", "'inc0'"),
+    ("rand-m9-inc1-inc1", "'inc1': .* once each"),
+    ("rand-m9-q4-inc1", "'q4'"),
+    ("rand-m99-inc1", "'m99': m is from 0 to 30"),
+    ("rand-m9-n2.5-inc1", "'n2.5': n is whole"),
+    ("rand-m9-inc1:Rotate,Blur", "'Blur': the operations are AutoContrast"),
+    ("rand-m9-inc1:", "''"),
+    ("torchvision-m31", "'m31'"),
+    ("torchvision-mstd1-m9", "'mstd1'"),
+    ("rand--m9-inc1", "''"),
+  ],
+)
+def test_what_does_not_parse_is_named(policy, part):
+  with pytest.raises(UserError, match=part) as e:
+    randaugment.parse(policy)
+  assert "\n" not in str(e.value)
+  assert str(e.value).startswith(f"config.augment.randaugment={policy}: ")
+
+
+# --- Colour jitter.
+
+
+def test_color_jitter_is_torchvisions():
+  """In each of its six orders, by Pillow's ImageEnhance."""
+  key = jax.random.key(5)
+  ours = augment.color_jitter(key, PHOTOS, 0.4)
+  orders, factors = map(np.asarray, color.jitter_draws(key, len(PHOTOS), 0.4))
+  assert len(np.unique(orders, axis=0)) > 3
+  for image, our, order, factor in zip(PHOTOS, ours, orders, factors):
+    theirs = Image.fromarray(image)
+    for i, value in zip(order, factor):
+      enhancer = getattr(ImageEnhance, color.ENHANCE_OPS[i])
+      theirs = enhancer(theirs).enhance(float(value))
+    d = np.abs(np.asarray(our, int) - np.asarray(theirs, int))
+    assert np.mean(d <= 1) >= 0.995
+    assert np.mean(d == 0) >= 0.98
+
+
+def test_color_jitters_law():
+  orders, factors = color.jitter_draws(jax.random.key(0), 6000, 0.4)
+  _, counts = np.unique(orders, axis=0, return_counts=True)
+  assert len(counts) == 6
+  assert stats.chisquare(counts).pvalue > SIGNIFICANCE
+  law = stats.uniform(0.6, 0.8)
+  assert stats.kstest(np.ravel(factors), law.cdf).pvalue > SIGNIFICANCE
+
+
+# --- Random erasing.
+
+
+@pytest.mark.parametrize("mode", ["pixel", "const"])
+def test_erasing(mode):
+  images = jnp.full((4000, 16, 24, 3), 7.0)
+  erased = np.asarray(
+    augment.random_erasing(
+      jax.random.key(0),
+      images,
+      prob=0.25,
+      mode=mode,
+      area=(0.02, 1 / 3),
+      aspect=(0.3, 1 / 0.3),
     )
   )
-  targets = jnp.ones((16, 3))
-  a, b, c = (
-    augment_fn(jax.random.key(seed), PHOTOS, targets)[0] for seed in (0, 0, 1)
+  changed = (erased != 7).any(-1)
+  touched = changed.any((1, 2))
+  assert stats.binomtest(int(touched.sum()), 4000, 0.25).pvalue > SIGNIFICANCE
+  for mask in changed[touched]:  # One whole box, which is not the image.
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    assert mask.sum() == (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+    assert mask.any(1).sum() < 16
+    assert mask.any(0).sum() < 24
+  values = erased[changed]
+  if mode == "const":
+    assert not values.any()
+  else:
+    assert stats.kstest(values.ravel()[:5000], "norm").pvalue > SIGNIFICANCE
+
+
+def test_erased_boxes_follow_their_law():
+  """Area uniform and aspect log-uniform; all of them fit a large image."""
+  top, left, height, width = map(
+    np.asarray,
+    erasing._boxes(jax.random.key(0), 4000, 2000, 2000, (0.02, 0.3), (0.5, 2)),
   )
-  assert np.array_equal(a, b)
-  assert not np.array_equal(a, c)
-  assert a.dtype == jnp.float32
+  assert (height > 0).all()
+  area = stats.uniform(0.02, 0.28)
+  assert stats.kstest(height * width / 4e6, area.cdf).pvalue > SIGNIFICANCE
+  aspect = stats.uniform(np.log(0.5), np.log(4))
+  assert stats.kstest(np.log(height / width), aspect.cdf).pvalue > SIGNIFICANCE
+  for start, length in ((top, height), (left, width)):
+    place = start / (2000 - length)
+    assert stats.kstest(place, "uniform").pvalue > SIGNIFICANCE
+
+
+def test_what_does_not_fit_is_not_erased():
+  *_, height, width = erasing._boxes(
+    jax.random.key(0), 50, 8, 64, (0.5, 0.5), (2.0, 2.0)
+  )
+  assert not height.any()
+  assert not width.any()
+
+
+# --- Mixup and cutmix.
+
+MIX = {"mixup_alpha": 0.5, "cutmix_alpha": 0.5, "switch_prob": 0.5}
+TARGETS = jnp.eye(16)
+
+
+def mix(key, **options):
+  images, targets = augment.mix(
+    jax.random.key(key), PHOTOS, TARGETS, **{**MIX, "group_size": 0, **options}
+  )
+  return np.asarray(images), np.asarray(targets)
+
+
+def test_mixup_is_timms():
+  images, targets = mix(2, mixup_alpha=5.0, cutmix_alpha=0.0)
+  weight = targets[0, 0]
+  assert 0.05 < weight < 0.95
+  mirror = np.arange(16)[::-1]
+  assert np.allclose(
+    targets, weight * np.eye(16) + (1 - weight) * np.eye(16)[mirror]
+  )
+  exact = PHOTOS * weight + PHOTOS[mirror] * (np.float32(1) - weight)
+  near_half = np.abs(exact % 1 - 0.5) < 1e-3
+  assert np.array_equal(images[~near_half], np.rint(exact)[~near_half])
+
+
+def test_cutmix_is_timms():
+  """A box of the mirror image, whose area is the weight of its label."""
+  images, targets = mix(1, mixup_alpha=0.0, cutmix_alpha=5.0)
+  mirror = PHOTOS[::-1]
+  from_mirror = (images == mirror).all(-1)
+  from_own = (images == PHOTOS).all(-1)
+  assert (from_own | from_mirror).all()
+  box = ~from_own[0]
+  rows, columns = np.flatnonzero(box.any(1)), np.flatnonzero(box.any(0))
+  area = (np.ptp(rows) + 1) * (np.ptp(columns) + 1)
+  assert 0 < area < box.size
+  assert targets[0, 0] == pytest.approx(1 - area / box.size)
+  assert targets[0, 15] == pytest.approx(area / box.size)
+
+
+def test_groups_are_mixed_apart():
+  images, targets = mix(0, group_size=4)
+  partners = np.argsort(-targets, axis=1)[:, :2]
+  for i, pair in enumerate(partners):
+    assert set(pair) <= {i, 4 * (i // 4) + 3 - i % 4} or targets[i, i] == 1
+  weights = targets[np.arange(16), np.arange(16)].reshape(4, 4)
+  assert np.array_equal(weights, np.repeat(weights[:, :1], 4, axis=1))
+  assert len(np.unique(weights[:, 0])) == 4
+  assert images.shape == PHOTOS.shape
+
+
+def test_mixing_that_is_off_does_nothing():
+  images, targets = mix(0, mixup_alpha=0.0, cutmix_alpha=0.0)
+  assert np.array_equal(images, PHOTOS)
+  assert np.array_equal(targets, TARGETS)
+
+
+def test_mixings_law():
+  """Beta(0.5, 0.5) for mixup's weight; cutmix in a fifth of the groups."""
+  images = np.zeros((8000, 8, 8, 3), np.uint8)
+  images[::2] = 255
+  targets = jnp.tile(jnp.eye(2), (4000, 1))
+  mixed, targets = augment.mix(
+    jax.random.key(0), images, targets, mixup_alpha=0.5, cutmix_alpha=0.5,
+    switch_prob=0.2, group_size=2,
+  )  # fmt: skip
+  first, weight = np.asarray(mixed[::2]), np.asarray(targets[::2, 0])
+  is_mixup = ((first > 0) & (first < 255)).any((1, 2, 3))
+  # A mixup so slight that it rounds away, or a whole box, tells nothing.
+  law = stats.beta(0.5, 0.5)
+  told = law.sf(0.5 / 255) - law.sf(1 - 0.5 / 255)
+  share = stats.binomtest(int(is_mixup.sum()), 4000, 0.8 * told)
+  assert share.pvalue > SIGNIFICANCE
+  inner = (law.cdf(weight[is_mixup]) - law.cdf(0.5 / 255)) / told
+  assert stats.kstest(inner, "uniform").pvalue > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("alpha", [0.4, 0.5, 1.0, 3.0])
+def test_weights_follow_their_law(alpha):
+  keys = jax.random.split(jax.random.key(0))
+  first, second = (
+    mixing._log_gamma_variate(key, jnp.full(20000, alpha)) for key in keys
+  )
+  law = stats.gamma(alpha)
+  moderate = np.exp(first)[np.exp(first) > 1e-20]  # Float32 has no smaller.
+  assert len(moderate) > 19000
+  below = law.cdf(1e-20)
+  inner = (law.cdf(moderate) - below) / (1 - below)
+  assert stats.kstest(inner, "uniform").pvalue > SIGNIFICANCE
+  weights = jax.nn.sigmoid(first - second)
+  assert stats.kstest(weights, stats.beta(alpha, alpha).cdf).pvalue > (
+    SIGNIFICANCE
+  )
+
+
+def test_cut_boxes_follow_their_law():
+  """Side sqrt(1 - weight), centre uniform, clipped at the edges."""
+  side = jnp.full(20000, 0.5)
+  low, high = map(np.asarray, mixing._interval(jax.random.key(0), side, 100))
+  assert low.min() == 0
+  assert high.max() == 100
+  whole = (low > 0) & (high < 100)
+  assert np.all((high - low)[whole] == 50)
+  counts = np.bincount(low[whole])[1:]
+  assert len(counts) == 49
+  assert stats.chisquare(counts).pvalue > SIGNIFICANCE
+
+
+# --- All of it.
+
+IMAGENET = {
+  "flip": True,
+  "randaugment": TIMM,
+  "mixup_alpha": 0.5,
+  "cutmix_alpha": 0.5,
+  "mix_group_size": 8,
+  "erase_prob": 0.25,
+}
+STATS = {"mean": (0.5, 0.4, 0.3), "std": (0.2, 0.3, 0.4)}
+EVERYTHING = {
+  **IMAGENET,
+  "crop_scale": (0.5, 1.0),
+  "interpolation": "random",
+  "color_jitter": 0.4,
+}
+
+
+def test_augment_is_a_function_of_the_key():
+  augment_fn = jax.jit(
+    augment.make_augment(common.augment_config(**EVERYTHING), **STATS)
+  )
+  a, b, c = (
+    augment_fn(jax.random.key(seed), PHOTOS, TARGETS) for seed in (0, 0, 1)
+  )
+  assert np.array_equal(a[0], b[0])
+  assert np.array_equal(a[1], b[1])
+  assert not np.array_equal(a[0], c[0])
+  assert a[0].dtype == jnp.float32
+
+
+CROP = {"crop_scale": (0.5, 1.0), "interpolation": "random"}
+MIXED = {"mixup_alpha": 0.5, "cutmix_alpha": 0.5, "mix_group_size": 2}
+ERASE = {"erase_prob": 0.5, "erase_mode": "const"}
+
+
+@pytest.mark.parametrize(
+  ("base", "changes"),
+  [
+    ({}, {"flip": True, "randaugment": "rand-m9-n1-inc1:Invert"}),
+    ({"color_jitter": 0.4}, {"color_jitter": 0.1}),
+    (
+      CROP,
+      {
+        "crop_scale": (0.2, 0.4),
+        "crop_ratio": (2.0, 3.0),
+        "interpolation": "bicubic",
+      },
+    ),
+    (
+      MIXED,
+      {
+        "mixup_alpha": 5.0,
+        "cutmix_alpha": 5.0,
+        "cutmix_prob": 0.0,
+        "mix_group_size": 4,
+      },
+    ),
+    (
+      ERASE,
+      {
+        "erase_prob": 1.0,
+        "erase_mode": "pixel",
+        "erase_area": (0.5, 0.9),
+        "erase_aspect": (1.0, 1.0),
+      },
+    ),
+  ],
+)
+def test_each_switch_acts(base, changes):
+  run = lambda config: np.asarray(
+    jax.jit(augment.make_augment(common.augment_config(**config), **STATS))(
+      jax.random.key(7), PHOTOS, TARGETS
+    )[0]
+  )
+  for name, value in changes.items():
+    assert not np.array_equal(run({**base, name: value}), run(base)), name
+
+
+def test_devices_augment_their_own_images():
+  """As one device would, bit for bit, and with nothing to tell each other."""
+  augment_fn = augment.make_augment(
+    common.augment_config(**EVERYTHING), **STATS
+  )
+  images = np.repeat(PHOTOS, 4, axis=0)
+  targets = jnp.tile(TARGETS, (4, 1))
+  mesh = sharding.make_mesh()
+  split, whole = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+  sharded = jax.jit(
+    augment_fn, in_shardings=(whole, split, split), out_shardings=split
+  )
+  args = (jax.random.key(3), images, targets)
+  text = sharded.lower(*args).compile().as_text()
+  assert "fusion" in text
+  collectives = r"all-(gather|reduce|to-all)|collective|reduce-scatter"
+  assert not re.search(rf"= \S+ ({collectives})", text)
+  ours = sharded(*args)
+  alone = jax.jit(augment_fn)(*args)
+  assert np.array_equal(ours[0], alone[0])
+  assert np.array_equal(ours[1], alone[1])
+
+
+def test_memory_is_bounded():
+  """At most four float32 batches for ImageNet's recipe."""
+  augment_fn = augment.make_augment(
+    common.augment_config(**IMAGENET), **STATS, crop=False
+  )
+  images = jax.ShapeDtypeStruct((16, 224, 224, 3), jnp.uint8)
+  targets = jax.ShapeDtypeStruct((16, 1000), jnp.float32)
+  compiled = jax.jit(augment_fn).lower(jax.random.key(0), images, targets)
+  memory = compiled.compile().memory_analysis()
+  assert 0 < memory.temp_size_in_bytes <= 4 * 4 * images.size
 
 
 def test_normalize():

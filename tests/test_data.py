@@ -11,6 +11,7 @@ from convmixer_jax import UserError
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from tests import common
 
 
 def photo(seed, width, height):
@@ -61,7 +62,7 @@ def test_an_epoch_is_a_permutation_and_the_next_is_another():
   assert not np.array_equal(other_seed, epochs[0])
 
 
-def collect(source, hosts, start=0, stop=5, num_workers=0, batch_size=8):
+def collect(source, hosts, start=0, stop=5, batch_size=8, **options):
   """The global batches, joined from every host's rows."""
   per_host = [
     list(
@@ -73,10 +74,10 @@ def collect(source, hosts, start=0, stop=5, num_workers=0, batch_size=8):
         start=start,
         stop=stop,
         image_size=16,
-        num_workers=num_workers,
         scale=(0.3, 1.0),
         ratio=(0.75, 4 / 3),
         interpolation="random",
+        **options,
       )
     )
     for rows in np.split(np.arange(batch_size), hosts)
@@ -214,6 +215,104 @@ def test_random_boxes_follow_their_law():
 def test_other_colour_modes_become_rgb(mode):
   data = encoded(photo(0, 40, 30).convert(mode))
   assert decode.eval_image(data, 16, 1.0).shape == (16, 16, 3)
+
+
+def test_large_photographs_are_decoded_smaller():
+  """Nearly the same image, from a fraction of the pixels."""
+  image = photo(0, 50, 40).resize((1000, 800), Image.Resampling.BICUBIC)
+  crop = lambda data: decode.train_image(
+    data,
+    32,
+    np.random.default_rng(1),
+    scale=(0.5, 0.5),
+    ratio=(1.0, 1.0),
+    interpolation="bicubic",
+  )
+  small, whole = (
+    crop(encoded(image, quality=95)),
+    crop(encoded(image, format="PNG")),
+  )
+  difference = np.abs(small.astype(int) - whole.astype(int))
+  assert 0 < difference.mean() < 2
+
+
+def test_sixteen_bits_are_scaled_not_clipped():
+  values = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+  data = encoded(Image.fromarray(values), format="PNG")
+  ours = decode.whole_image(data, 32)
+  assert np.array_equal(ours, np.repeat(values[..., None] >> 8, 3, axis=-1))
+
+
+def test_of_an_animation_the_first_frame_counts():
+  frames = [photo(seed, 32, 32) for seed in range(3)]
+  data = encoded(
+    frames[0], format="PNG", save_all=True, append_images=frames[1:]
+  )
+  assert np.array_equal(decode.whole_image(data, 32), np.asarray(frames[0]))
+
+
+def test_what_has_no_8_bit_form_is_refused():
+  floats = Image.fromarray(np.ones((8, 8), np.float32))
+  with pytest.raises(ValueError, match="floating-point"):
+    decode.whole_image(encoded(floats, format="TIFF"), 8)
+  wide = Image.fromarray(np.full((8, 8), 70000, np.int32))
+  with pytest.raises(ValueError, match="16 bits"):
+    decode.whole_image(encoded(wide, format="TIFF"), 8)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "TIFF", "WEBP", "BMP"])
+def test_damaged_files_are_decoded_or_named(kind, tmp_path):
+  """Cut short, and with bytes changed: never anything but one clear line."""
+  whole = encoded(photo(0, 40, 30), format=kind)
+  (tmp_path / "train" / "a").mkdir(parents=True)
+  path = tmp_path / "train" / "a" / "photo.png"
+  path.write_bytes(whole)
+  source = sources.open_source("folder", str(tmp_path), "train", 16)
+  named = []
+  for data in common.damaged(whole, trials=60, places=20):
+    path.write_bytes(data)
+    try:
+      collect(source, 1, stop=1, batch_size=1)
+    except UserError as e:
+      named.append(str(e))
+  assert len(named) > 5
+  for text in named:
+    assert text.startswith(f"{path}: cannot be decoded: ")
+    assert "\n" not in text
+
+
+def test_a_budget_of_unreadable_files(folder, tmp_path, capsys):
+  root = shutil.copytree(folder, tmp_path / "photos")
+  for name in ("train/n01/train_3.JPEG", "val/n02/val_1.JPEG"):
+    (root / name).write_bytes(b"not a JPEG")
+  train, val = (
+    sources.open_source("folder", str(root), split, 16)
+    for split in ("train", "val")
+  )
+  # Two epochs: the file is met twice and counted once; another replaces it.
+  batches = collect(train, 1, stop=6, batch_size=7, max_unreadable=1)
+  assert sum(len(b["label"]) for b in batches) == 42
+  warnings = capsys.readouterr().err.splitlines()
+  assert len(warnings) == 1
+  assert "n01/train_3.JPEG: cannot be decoded" in warnings[0]
+  assert warnings[0].endswith("1 of 1 allowed")
+  assert "unreadable" not in batches[0]
+  masks = [
+    batch["mask"]
+    for batch in stream.eval_batches(
+      val,
+      batch_size=4,
+      rows=np.arange(4),
+      image_size=16,
+      crop_pct=1.0,
+      max_unreadable=1,
+    )
+  ]
+  assert np.concatenate(masks).sum() == 5  # Of six, and two of padding.
+  assert "n02/val_1.JPEG: cannot" in capsys.readouterr().err
+  (root / "train/n03/train_0.JPEG").write_bytes(b"")
+  with pytest.raises(UserError, match=r"cannot be decoded; 2 of 1 allowed"):
+    collect(train, 1, stop=3, batch_size=7, max_unreadable=1)
 
 
 # --- Sources.

@@ -1,15 +1,22 @@
 """Augmentation on the device: pure functions of (key, images)."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from convmixer_jax.augment.color import color_jitter as color_jitter
+from convmixer_jax.augment.erasing import random_erasing as random_erasing
 from convmixer_jax.augment.geometry import random_flip as random_flip
 from convmixer_jax.augment.geometry import (
   random_resized_crop as random_resized_crop,
 )
+from convmixer_jax.augment.mixing import mix as mix
+from convmixer_jax.augment.randaugment import apply_policy as apply_policy
+from convmixer_jax.augment.randaugment import parse as parse
 
 
 def make_normalize(
@@ -30,35 +37,60 @@ def make_normalize(
 
 
 def make_augment(
-  normalize: Callable[[jax.Array], jax.Array],
+  config: Mapping[str, Any],
   *,
-  flip: bool,
-  crop_scale: Sequence[float] | None,
-  crop_ratio: Sequence[float],
-  interpolation: str,
+  mean: Sequence[float],
+  std: Sequence[float],
+  crop: bool = True,
 ):
   """Returns (key, images uint8 [B, H, W, C], targets) -> (floats, targets).
 
   Args:
-    normalize: from `make_normalize`; comes last.
-    flip: flip left to right with probability 1/2.
-    crop_scale: see `random_resized_crop`; None where the host has cropped.
-    crop_ratio: likewise.
-    interpolation: likewise.
+    config: a config's `augment`, but for label_smoothing; see `config.FIELDS`.
+    mean: see `make_normalize`; timm's RandAugment fills with it, torchvision's
+      with black.
+    std: see `make_normalize`.
+    crop: False where the host has cropped.
   """
+  normalize = make_normalize(mean, std)
+  policy = parse(config["randaugment"]) if config["randaugment"] else None
+  fill = [round(255 * m) for m in mean] if policy and policy.smooth else [0] * 3
 
   def augment(key, images, targets):
-    crop_key, flip_key = jax.random.split(key)
-    if crop_scale is not None:
+    keys = jax.random.split(key, 6)
+    if crop and (*config["crop_scale"], *config["crop_ratio"]) != (1, 1, 1, 1):
       images = random_resized_crop(
-        crop_key,
+        keys[0],
         images,
-        scale=crop_scale,
-        ratio=crop_ratio,
-        interpolation=interpolation,
+        scale=config["crop_scale"],
+        ratio=config["crop_ratio"],
+        interpolation=config["interpolation"],
       )
-    if flip:
-      images = random_flip(flip_key, images)
-    return normalize(images), targets
+    if config["flip"]:
+      images = random_flip(keys[1], images)
+    if policy:
+      images = apply_policy(keys[2], images, policy, fill)
+    if config["color_jitter"]:
+      images = color_jitter(keys[3], images, config["color_jitter"])
+    images, targets = mix(
+      keys[4],
+      images,
+      targets,
+      mixup_alpha=config["mixup_alpha"],
+      cutmix_alpha=config["cutmix_alpha"],
+      switch_prob=config["cutmix_prob"],
+      group_size=config["mix_group_size"],
+    )
+    images = normalize(images)
+    if config["erase_prob"]:
+      images = random_erasing(
+        keys[5],
+        images,
+        prob=config["erase_prob"],
+        mode=config["erase_mode"],
+        area=config["erase_area"],
+        aspect=config["erase_aspect"],
+      )
+    return images, targets
 
   return augment

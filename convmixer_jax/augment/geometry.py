@@ -65,41 +65,66 @@ def random_resized_crop(
   return images.astype(jnp.uint8)
 
 
-def _random_boxes(key, batch, height, width, scale, ratio, attempts=10):
+def _random_boxes(key, batch, height, width, scale, ratio):
   """Returns top, left, height, width, int32 [B] each.
 
   The first of ten random boxes that fits; where none does, the largest centred
   box whose ratio is allowed.
   """
-  area_key, ratio_key, top_key, left_key = jax.random.split(key, 4)
-  shape = (batch, attempts)
-  low, high = scale
-  area = jax.random.uniform(area_key, shape, minval=low, maxval=high)
-  area = area * (height * width)
-  low, high = math.log(ratio[0]), math.log(ratio[1])
-  aspect = jax.random.uniform(ratio_key, shape, minval=low, maxval=high)
-  aspect = jnp.exp(aspect)
-  widths = jnp.round(jnp.sqrt(area * aspect)).astype(jnp.int32)
-  heights = jnp.round(jnp.sqrt(area / aspect)).astype(jnp.int32)
-  fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)
-  first = fits.argmax(1)[:, None]
-  any_fits = fits.any(1)
-
-  pick = lambda values: jnp.take_along_axis(values, first, axis=1)[:, 0]
+  size_key, top_key, left_key = jax.random.split(key, 3)
+  box_height, box_width, fits = random_sizes(
+    size_key, batch, height * width, scale, ratio, (height, width)
+  )
   most = min(max(width / height, ratio[0]), ratio[1])
-  fallback_width = min(width, round(height * most))
-  fallback_height = min(height, round(width / most))
-  box_width = jnp.where(any_fits, pick(widths), fallback_width)
-  box_height = jnp.where(any_fits, pick(heights), fallback_height)
+  box_height = jnp.where(fits, box_height, min(height, round(width / most)))
+  box_width = jnp.where(fits, box_width, min(width, round(height * most)))
 
   def place(key, room):
-    uniform = jax.random.uniform(key, (batch,))
-    random = jnp.floor(uniform * (room + 1)).astype(jnp.int32)
-    return jnp.where(any_fits, jnp.minimum(random, room), room // 2)
+    return jnp.where(
+      fits, jax.random.randint(key, (batch,), 0, room + 1), room // 2
+    )
 
   top = place(top_key, height - box_height)
   left = place(left_key, width - box_width)
   return top, left, box_height, box_width
+
+
+def random_sizes(
+  key: jax.Array,
+  batch: int,
+  area: int,
+  scale: Sequence[float],
+  ratio: Sequence[float],
+  most: tuple[int, int],
+  attempts: int = 10,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Heights and widths of boxes, the first of ten random ones that fits.
+
+  Args:
+    key: PRNG key.
+    batch: B.
+    area: of the image, in pixels.
+    scale: least and greatest area of a box, as a share of the image's.
+    ratio: least and greatest width / height of a box; log-uniform.
+    most: greatest height and width that fit, in pixels.
+    attempts: how many are drawn.
+
+  Returns:
+    height and width, int32 [B], and bool [B], whether any fitted.
+  """
+  area_key, ratio_key = jax.random.split(key)
+  uniform = lambda key, low, high: jax.random.uniform(
+    key, (batch, attempts), minval=low, maxval=high
+  )
+  areas = uniform(area_key, *scale) * area
+  ratios = jnp.exp(uniform(ratio_key, *map(math.log, ratio)))
+  widths = jnp.round(jnp.sqrt(areas * ratios)).astype(jnp.int32)
+  heights = jnp.round(jnp.sqrt(areas / ratios)).astype(jnp.int32)
+  fits = (heights > 0) & (heights <= most[0]) & (widths > 0)
+  fits &= widths <= most[1]
+  first = fits.argmax(1)[:, None]
+  pick = lambda values: jnp.take_along_axis(values, first, axis=1)[:, 0]
+  return pick(heights), pick(widths), fits.any(1)
 
 
 def _resize_weights(
@@ -141,3 +166,81 @@ def _bicubic(x, a=-0.5):
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = (((x - 5) * x + 8) * x - 4) * a
   return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
+
+
+def affine(
+  images: jax.Array,
+  matrix: jax.Array,
+  fill: Sequence[int],
+  bicubic: jax.Array | None,
+) -> jax.Array:
+  """Pillow's `Image.transform(..., AFFINE)`, by one gather of neighbours.
+
+  Args:
+    images: uint8 [B, H, W, 3].
+    matrix: float32 [B, 2, 3]; the result's pixel (x, y) is the image's
+      (m00 x + m01 y + m02, m10 x + m11 y + m12), where pixels' centres lie at
+      halves.
+    fill: RGB of what lies outside.
+    bicubic: bool [B], which images are resampled by Pillow's bicubic filter
+      rather than bilinearly; None takes the nearest pixel for all.
+
+  Returns:
+    uint8 [B, H, W, 3].
+  """
+  batch, height, width, _ = images.shape
+  # One gather brings three channels.
+  shifts = jnp.array([0, 8, 16], jnp.int32)
+  packed = (images.astype(jnp.int32) << shifts).sum(-1).reshape(batch, -1)
+  m = matrix[:, :, :, None, None]
+  centre = m[:, :, 2] + 0.5 * (m[:, :, 0] + m[:, :, 1])
+
+  def pixel(column, row):
+    column = jnp.clip(column, 0, width - 1)
+    row = jnp.clip(row, 0, height - 1)
+    index = (row * width + column).reshape(batch, -1)
+    values = jnp.take_along_axis(packed, index, axis=1)
+    return (values.reshape(column.shape)[..., None] >> shifts) & 255
+
+  def nearest(x, y):
+    # Pillow's fixed point, 16 bits after the point.
+    fixed = lambda v: jnp.floor(v * 65536 + 0.5).astype(jnp.int32)
+    at = fixed(m[:, :, 0]) * x + fixed(m[:, :, 1]) * y + fixed(centre) >> 16
+    return pixel(at[:, 0], at[:, 1]), at
+
+  def smooth(x, y):
+    at = m[:, :, 0] * x + m[:, :, 1] * y + centre
+    first = jnp.floor(at - 0.5)
+    dx, dy = jnp.moveaxis((at - 0.5 - first)[..., None], 1, 0)
+    column, row = jnp.moveaxis(first.astype(jnp.int32), 1, 0)
+    cubic = bicubic[:, None, None, None]
+    rows = [
+      _interpolate(
+        [pixel(column + i, row + j) for i in range(-1, 3)], dx, cubic
+      )
+      for j in range(-1, 3)
+    ]
+    return jnp.clip(_interpolate(rows, dy, cubic), 0, 255), at
+
+  def strip(first_row):
+    y, x = jnp.mgrid[: height // strips, :width]
+    resample = nearest if bicubic is None else smooth
+    values, at = resample(x, y + first_row)
+    limits = jnp.array([width, height]).reshape(2, 1, 1)
+    inside = ((at >= 0) & (at < limits)).all(1)[..., None]
+    return jnp.where(
+      inside, values.astype(jnp.uint8), jnp.array(fill, jnp.uint8)
+    )
+
+  # In strips: sixteen neighbours of every pixel at once take much memory.
+  strips = math.gcd(height, 8)
+  result = jax.lax.map(strip, jnp.arange(0, height, height // strips))
+  return jnp.moveaxis(result, 0, 1).reshape(images.shape)
+
+
+def _interpolate(taps, d, bicubic):
+  """Between taps[1] and taps[2]; the cubic has a = -1, as Pillow's here."""
+  a, b, c, e = taps
+  linear = b + (c - b) * d
+  cubic = b + d * (c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)))
+  return jnp.where(bicubic, cubic, linear)

@@ -5,7 +5,11 @@ import math
 
 import numpy as np
 from PIL import Image
+from PIL import UnidentifiedImageError
 
+# torchvision's.
+SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
+            ".webp")  # fmt: skip
 BILINEAR = Image.Resampling.BILINEAR
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -57,14 +61,23 @@ def train_image(
   Returns:
     uint8 [size, size, 3].
   """
-  image = _open(data)
+  image = _identify(data)
   if interpolation == "random":
     interpolation = "bicubic" if rng.random() < 0.5 else "bilinear"
   resample = BICUBIC if interpolation == "bicubic" else BILINEAR
-  box = _random_box(*image.size, rng, scale, ratio)
+  width, height = image.size
+  left, top, right, bottom = _random_box(width, height, rng, scale, ratio)
+  # A JPEG much larger than the result is decoded at a half, a quarter or an
+  # eighth of its size, twice what is needed, as in Pillow's thumbnail().
+  shrink = min(right - left, bottom - top) // (2 * size)
+  if shrink > 1:
+    image.draft("RGB", (width // shrink, height // shrink))
+    x, y = image.width / width, image.height / height
+    left, right = round(left * x), round(right * x)
+    top, bottom = round(top * y), round(bottom * y)
   # Crop first: a resize from a box would let the filter see past its edges.
-  image = image.crop(box).resize((size, size), resample)
-  return np.asarray(image)
+  image = _rgb(image).crop((left, top, right, bottom))
+  return np.asarray(image.resize((size, size), resample))
 
 
 def whole_image(data: bytes, size: int) -> np.ndarray:
@@ -80,7 +93,26 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
 
 
 def _open(data):
-  return Image.open(io.BytesIO(data)).convert("RGB")
+  return _rgb(_identify(data))
+
+
+def _identify(data):
+  try:
+    return Image.open(io.BytesIO(data))
+  except UnidentifiedImageError as e:
+    raise ValueError("no image, or of a kind that Pillow cannot read") from e
+
+
+def _rgb(image):
+  """Any mode to 8-bit RGB; of an animation, the first frame."""
+  if image.mode == "F":
+    raise ValueError("floating-point pixels have no fixed range")
+  if image.mode.startswith("I"):  # 16 bits, which Pillow would clip at 255.
+    values = np.asarray(image)
+    if values.max() > 65535 or values.min() < 0:
+      raise ValueError("more than 16 bits a pixel")
+    image = Image.fromarray((values >> 8).astype(np.uint8))
+  return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _random_box(width, height, rng, scale, ratio):

@@ -23,9 +23,6 @@ from convmixer_jax.data import decode
 
 # Larger sets of small images (ImageNet at 64 pixels) are decoded on the way.
 IN_MEMORY_BYTES = 2 * 2**30
-# torchvision's.
-SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
-            ".webp")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,7 +191,7 @@ def _folder(directory, split):
       if c in here
       for parent, _, files in sorted(os.walk(root / name / c))
       for path in sorted(os.path.join(parent, f) for f in files)
-      if path.lower().endswith(SUFFIXES)
+      if path.lower().endswith(decode.SUFFIXES)
     ]
     # In a fixed random order, so that a slice holds every class.
     order = np.random.default_rng(0).permutation(len(files))

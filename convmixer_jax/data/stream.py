@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import functools
 import signal
+import sys
 
 from absl import flags
 import grain
@@ -59,6 +60,7 @@ def train_batches(
   stop: int,
   image_size: int,
   num_workers: int = 0,
+  max_unreadable: int = 0,
   **crop,
 ) -> Generator[Batch]:
   """This process's part of the batches of steps start, ..., stop - 1.
@@ -73,10 +75,15 @@ def train_batches(
     stop: one after the last step.
     image_size: side of the images in pixels.
     num_workers: processes that decode; 0 decodes in threads of this one.
+    max_unreadable: how many files may be broken. The next in the source takes
+      the place of each, and a warning names it.
     **crop: scale, ratio and interpolation; see `decode.train_image`.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R].
+
+  Raises:
+    UserError: naming a broken file.
   """
   if isinstance(source, sources.InMemory):
     for step in range(start, stop):
@@ -84,7 +91,14 @@ def train_batches(
       yield {"image": source.images[indices], "label": source.labels[indices]}
     return
   load = _LoadTrain(
-    source, seed, batch_size, rows, start, image_size, tuple(crop.items())
+    source,
+    seed,
+    batch_size,
+    rows,
+    start,
+    image_size,
+    tuple(crop.items()),
+    max_unreadable,
   )
   yield from _decoded(load, stop - start, len(rows), num_workers)
 
@@ -97,6 +111,7 @@ def eval_batches(
   image_size: int,
   crop_pct: float,
   num_workers: int = 0,
+  max_unreadable: int = 0,
 ) -> Generator[Batch]:
   """This process's part of every image once, in order; padded at the end.
 
@@ -107,10 +122,14 @@ def eval_batches(
     image_size: side of the images in pixels.
     crop_pct: see `decode.eval_image`.
     num_workers: processes that decode; 0 decodes in threads of this one.
+    max_unreadable: how many files may be broken; a warning names each.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R]; mask, bool [R], False for
-    padding.
+    padding and broken files.
+
+  Raises:
+    UserError: naming a broken file.
   """
   steps = -(-len(source) // batch_size)
   if isinstance(source, sources.InMemory):
@@ -124,17 +143,20 @@ def eval_batches(
         "mask": mask,
       }
     return
-  load = _LoadEval(source, batch_size, rows, image_size, crop_pct)
+  load = _LoadEval(
+    source, batch_size, rows, image_size, crop_pct, max_unreadable
+  )
   yield from _decoded(load, steps, len(rows), num_workers)
 
 
 def _load(source, index, decode_image):
-  data, label = source.read(index)
   try:
+    data, label = source.read(index)
     return decode_image(data), label
-  except (OSError, ValueError, SyntaxError) as e:  # As Pillow raises them.
+  except Exception as e:  # Pillow raises whatever a damaged file leads to.
     name = source.read.name(index)
-    raise UserError(f"{name}: cannot be decoded: {e}") from e
+    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    raise UserError(f"{name}: cannot be decoded: {reason}") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,20 +170,33 @@ class _LoadTrain:
   start: int
   image_size: int
   crop: tuple
+  max_unreadable: int
 
   def __call__(self, position: int):
     step, row = divmod(position, len(self.rows))
     sample = (self.start + step) * self.batch_size + self.rows[row]
-    index = sample_indices(self.seed, sample[None], len(self.source))[0]
-    rng = np.random.default_rng((self.seed, int(sample)))
-    image, label = _load(
-      self.source,
-      int(index),
-      lambda data: decode.train_image(
-        data, self.image_size, rng, **dict(self.crop)
-      ),
-    )
-    return {"image": image, "label": np.int32(label)}
+    first = int(sample_indices(self.seed, sample[None], len(self.source))[0])
+
+    def decode_image(data):
+      rng = np.random.default_rng((self.seed, int(sample)))
+      return decode.train_image(data, self.image_size, rng, **dict(self.crop))
+
+    for index in range(first, first + self.max_unreadable + 1):
+      try:
+        image, label = _load(
+          self.source, index % len(self.source), decode_image
+        )
+      except UserError:
+        if index == first + self.max_unreadable:
+          raise
+      else:
+        break
+    unreadable = np.int64(first if index > first else -1)
+    return {
+      "image": image,
+      "label": np.int32(label),
+      "unreadable": unreadable,
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,23 +208,38 @@ class _LoadEval:
   rows: np.ndarray
   image_size: int
   crop_pct: float
+  max_unreadable: int
 
   def __call__(self, position: int):
     step, row = divmod(position, len(self.rows))
     sample = int(step * self.batch_size + self.rows[row])
+    result = {
+      "image": np.zeros((self.image_size, self.image_size, 3), np.uint8),
+      "label": np.int32(0),
+      "mask": np.False_,
+      "unreadable": np.int64(-1),
+    }
     if sample >= len(self.source):
-      image = np.zeros((self.image_size, self.image_size, 3), np.uint8)
-      return {"image": image, "label": np.int32(0), "mask": np.False_}
-    image, label = _load(
-      self.source,
-      sample,
-      lambda data: decode.eval_image(data, self.image_size, self.crop_pct),
-    )
-    return {"image": image, "label": np.int32(label), "mask": np.True_}
+      return result
+    try:
+      image, label = _load(
+        self.source,
+        sample,
+        lambda data: decode.eval_image(data, self.image_size, self.crop_pct),
+      )
+    except UserError:
+      if not self.max_unreadable:
+        raise
+      return result | {"unreadable": np.int64(sample)}
+    return result | {
+      "image": image,
+      "label": np.int32(label),
+      "mask": np.True_,
+    }
 
 
 def _decoded(
-  load: Callable[[int], Batch], steps: int, rows: int, num_workers: int
+  load: _LoadTrain | _LoadEval, steps: int, rows: int, num_workers: int
 ) -> Generator[Batch]:
   """Runs `load` over all positions with grain, ahead of the consumer."""
   samples = grain.MapDataset.range(steps * rows).map(load)
@@ -208,8 +258,17 @@ def _decoded(
       grain.MultiprocessingOptions(num_workers), _ignore_interrupt
     )
   iterator = iter(batches)
+  unreadable = set()
   try:
-    yield from iterator
+    for batch in iterator:
+      for index in set(batch.pop("unreadable").tolist()) - unreadable - {-1}:
+        unreadable.add(index)
+        text = f"{load.source.read.name(index)}: cannot be decoded"
+        count = f"{len(unreadable)} of {load.max_unreadable} allowed"
+        if len(unreadable) > load.max_unreadable:
+          raise UserError(f"{text}; {count} by data.max_unreadable")
+        print(f"warning: {text}; {count}", file=sys.stderr)
+      yield batch
   finally:
     iterator.close()
 

@@ -1,0 +1,163 @@
+"""JPEG decoding with a random crop, beside tensorflow and Pillow, on one core.
+
+  python -m benchmarks.decode
+  python -m benchmarks.decode --photos "~/photos/*.jpg" --json
+
+The same boxes of the same photographs, to 224 x 224 pixels, in one process and
+one thread, alternating; medians of --repeats, in images per second.
+
+  ours                  data.decode.train_image: what a grain worker does
+  pillow                open, crop, resize: torchvision's RandomResizedCrop
+  tensorflow, pillow    decode_and_crop_jpeg, then Pillow's resize
+  tensorflow antialias  decode_and_crop_jpeg, then resize(antialias=True)
+  tensorflow            the same without antialias, which is less work
+"""
+
+import glob
+import io
+import json
+import os
+from pathlib import Path
+
+from absl import flags
+import numpy as np
+from PIL import Image
+
+import benchmarks
+from convmixer_jax import cli
+from convmixer_jax import UserError
+from convmixer_jax.data import decode
+
+_FLAGS = flags.FlagValues()
+_PHOTOS = flags.DEFINE_string(
+  "photos",
+  None,
+  "JPEG files, a quoted pattern: --photos '~/photos/*.jpg'. Default: the two"
+  " photographs inside scikit-learn, 640 x 427.",
+  flag_values=_FLAGS,
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats",
+  7,
+  "Timings of each: --repeats 7.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  "json",
+  False,
+  "Print JSON instead of a table: --json.",
+  flag_values=_FLAGS,
+)
+SIZE = 224
+CROPS = 200  # In a timing.
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  del argv
+  os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
+  os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+  import tensorflow as tf
+
+  tf.config.threading.set_intra_op_parallelism_threads(1)
+  tf.config.threading.set_inter_op_parallelism_threads(1)
+  photos = [Path(path).read_bytes() for path in _files()]
+  law = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
+  jobs = []  # Photo, seed, and the box that the seed gives.
+  for seed in range(CROPS):
+    data = photos[seed % len(photos)]
+    size = Image.open(io.BytesIO(data)).size
+    rng = np.random.default_rng(seed)
+    jobs.append((data, seed, decode._random_box(*size, rng, **law)))
+
+  def ours(data, seed, box):
+    del box
+    rng = np.random.default_rng(seed)
+    return decode.train_image(data, SIZE, rng, interpolation="bilinear", **law)
+
+  def pillow(data, seed, box):
+    del seed
+    image = Image.open(io.BytesIO(data)).convert("RGB").crop(box)
+    return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+  def tensorflow(antialias, resize=True):
+    @tf.function(
+      input_signature=[tf.TensorSpec((), tf.string), tf.TensorSpec(4, tf.int32)]
+    )
+    def crop(data, window):
+      image = tf.io.decode_and_crop_jpeg(data, window, channels=3)
+      if not resize:
+        return image
+      image = tf.image.resize(image, (SIZE, SIZE), antialias=antialias)
+      return tf.cast(image + 0.5, tf.uint8)
+
+    def call(data, seed, box):
+      del seed
+      left, top, right, bottom = box
+      window = np.array([top, left, bottom - top, right - left], np.int32)
+      image = crop(data, window).numpy()
+      if resize:
+        return image
+      image = Image.fromarray(image)
+      return np.asarray(image.resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+
+    return call
+
+  ways = {
+    "ours": ours,
+    "pillow": pillow,
+    "tensorflow, pillow": tensorflow(False, resize=False),
+    "tensorflow antialias": tensorflow(True),
+    "tensorflow": tensorflow(False),
+  }
+  difference = np.abs(ours(*jobs[0]).astype(int) - pillow(*jobs[0])).mean()
+  rates = {name: [] for name in ways}
+  for _ in range(_REPEATS.value + 1):
+    for name, way in ways.items():
+      (time,) = benchmarks.seconds(
+        lambda way=way: [way(*job) for job in jobs] and None, repeats=1
+      )
+      rates[name].append(CROPS / time)
+  rates = {name: values[1:] for name, values in rates.items()}  # Warm.
+  result = {
+    "images_per_second_per_core": {
+      name: benchmarks.summary(values) for name, values in rates.items()
+    },
+    "ours_over": {
+      name: round(
+        float(np.median(np.array(rates["ours"]) / np.array(values))), 2
+      )
+      for name, values in rates.items()
+      if name != "ours"
+    },
+    "mean_difference_from_pillow": round(float(difference), 3),
+    "photos": len(photos),
+    "versions": {"tensorflow": tf.__version__, "pillow": Image.__version__},
+  }
+  if _JSON.value:
+    print(json.dumps(result | benchmarks.provenance(), indent=2))
+    return
+  for name, values in result["images_per_second_per_core"].items():
+    ratio = result["ours_over"].get(name, 1.0)
+    print(
+      f"{name:22} {values['median']:7.0f} img/s"
+      f"  ({values['least']:.0f} to {values['greatest']:.0f})"
+      f"  ours / this {ratio:.2f}"
+    )
+
+
+def _files():
+  if _PHOTOS.value is None:
+    import sklearn.datasets
+
+    folder = Path(sklearn.datasets.__file__).parent / "images"
+    return sorted(folder.glob("*.jpg"))
+  files = sorted(glob.glob(os.path.expanduser(_PHOTOS.value)))
+  if not files:
+    raise UserError(f"--photos={_PHOTOS.value}: no such files")
+  return files
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)

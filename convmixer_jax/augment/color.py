@@ -1,0 +1,215 @@
+"""Operations on the values of pixels, as Pillow computes them.
+
+All take and return uint8 images [B, H, W, 3]; what differs from image to image
+is an array [B].
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# Each maps every value of a channel to another: a table of 256 entries.
+TABLE_OPS = (
+  "AutoContrast",
+  "Equalize",
+  "Invert",
+  "Posterize",
+  "Solarize",
+  "SolarizeAdd",
+)
+# Each blends the image with a degenerate form of it.
+ENHANCE_OPS = ("Brightness", "Contrast", "Color", "Sharpness")
+
+
+def lookup(
+  images: jax.Array, ops: dict[str, jax.Array], arg: jax.Array
+) -> jax.Array:
+  """Applies to each image one of `TABLE_OPS`, or none.
+
+  Args:
+    images: uint8 [B, H, W, 3].
+    ops: name -> bool [B], the images that it is applied to.
+    arg: [B]. Posterize: bits to keep, 0 to 8. Solarize: values from it on are
+      inverted, 0 to 256. SolarizeAdd: is added to values below 128. The others
+      have none.
+
+  Returns:
+    uint8 [B, H, W, 3].
+  """
+  value = jnp.arange(256)
+  arg = jnp.floor(arg).astype(jnp.int32)[:, None, None]
+  make = {
+    "AutoContrast": lambda: _autocontrast(images),
+    "Equalize": lambda: _equalize(images),
+    "Invert": lambda: 255 - value,
+    "Posterize": lambda: value & -(1 << (8 - arg)),
+    "Solarize": lambda: jnp.where(value < arg, value, 255 - value),
+    "SolarizeAdd": lambda: jnp.where(
+      value < 128, jnp.minimum(value + arg, 255), value
+    ),
+  }
+  table = value
+  for name, chosen in ops.items():
+    table = jnp.where(chosen[:, None, None], make[name](), table)
+  batch, *_, channels = images.shape
+  table = jnp.broadcast_to(table, (batch, channels, 256)).astype(jnp.uint8)
+  index = images.astype(jnp.int32) + 256 * jnp.arange(channels)
+  flat = jnp.take_along_axis(
+    table.reshape(batch, -1), index.reshape(batch, -1), axis=1
+  )
+  return flat.reshape(images.shape)
+
+
+def _autocontrast(images):
+  """[B, 3, 256]: stretches each channel to 0 ... 255."""
+  low = images.min((1, 2)).astype(jnp.int32)
+  high = images.max((1, 2)).astype(jnp.int32)
+  # Pillow truncates a double that is a hair below some whole numbers.
+  short = jnp.asarray(_autocontrast_shortfall())[low, high]
+  short = (short[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
+  short = short.reshape(*low.shape, 256).astype(jnp.int32)
+  value, low, high = jnp.arange(256), low[..., None], high[..., None]
+  stretched = (value - low) * 255 // jnp.maximum(high - low, 1) - short
+  return jnp.where(high > low, jnp.clip(stretched, 0, 255), value)
+
+
+@functools.cache
+def _autocontrast_shortfall():
+  """Where double precision makes Pillow's value one less than exact division.
+
+  Returns:
+    uint8 [256 lowest values, 256 highest values, 32]: bit v % 8 of byte v // 8.
+  """
+  low, high = np.mgrid[:256, :256]
+  width = np.maximum(high - low, 1)
+  scale = 255.0 / width
+  offset = -low * scale
+  bits = np.empty((256, 256, 32), np.uint8)
+  for byte in range(32):
+    value = np.arange(8 * byte, 8 * byte + 8)
+    exact = (value - low[..., None]) * 255 // width[..., None]
+    pillow = value * scale[..., None] + offset[..., None]
+    differ = np.trunc(pillow) < exact
+    bits[..., byte] = np.packbits(differ, axis=-1, bitorder="little")[..., 0]
+  return bits
+
+
+def _equalize(images):
+  """[B, 3, 256]: makes each channel's histogram flat."""
+  histogram = _histogram(images)
+  last = images.max((1, 2)).astype(jnp.int32)[..., None]
+  in_last = jnp.take_along_axis(histogram, last, axis=-1)
+  step = (images.shape[1] * images.shape[2] - in_last) // 255
+  below = jnp.cumsum(histogram, -1) - histogram
+  table = (step // 2 + below) // jnp.maximum(step, 1)
+  return jnp.where(step > 0, jnp.minimum(table, 255), jnp.arange(256))
+
+
+def _histogram(images):
+  """int32 [B, 3, 256]."""
+  batch, height, _, channels = images.shape
+  # In parts: a scatter's indices take eight times the space of what it counts.
+  parts = math.gcd(height, 8)
+  parts = images.reshape(batch, parts, -1, channels).transpose(1, 0, 3, 2)
+  count = jax.vmap(jax.vmap(lambda total, x: total.at[x].add(1)))
+  histogram, _ = jax.lax.scan(
+    lambda total, part: (count(total, part), None),
+    jnp.zeros((batch, channels, 256), jnp.int32),
+    parts,
+  )
+  return histogram
+
+
+def enhance(
+  images: jax.Array, ops: dict[str, jax.Array], factor: jax.Array
+) -> jax.Array:
+  """Applies to each image one of `ENHANCE_OPS`, or none.
+
+  Args:
+    images: uint8 [B, H, W, 3].
+    ops: name -> bool [B], the images that it is applied to.
+    factor: [B], 0 for the degenerate image (black; all of the mean grey; grey;
+      smooth), 1 for the image itself; beyond 1 extrapolates.
+
+  Returns:
+    uint8 [B, H, W, 3].
+  """
+  values = images.astype(jnp.int32)
+  make = {
+    "Brightness": lambda: jnp.zeros((), jnp.int32),
+    "Contrast": lambda: _mean(_gray(values)),
+    "Color": lambda: _gray(values),
+    "Sharpness": lambda: _smooth(values),
+  }
+  degenerate = values
+  for name, chosen in ops.items():
+    chosen = chosen[:, None, None, None]
+    degenerate = jnp.where(chosen, make[name](), degenerate)
+  factor = factor[:, None, None, None]
+  blend = degenerate + factor * (values - degenerate)
+  blended = jnp.clip(blend, 0, 255).astype(jnp.uint8)  # Truncated, as Pillow.
+  return jnp.where(degenerate == values, images, blended)
+
+
+def _gray(values):
+  """int32 [B, H, W, 3] -> [B, H, W, 1], Pillow's mode L."""
+  weights = jnp.array([19595, 38470, 7471])
+  return ((values * weights).sum(-1, keepdims=True) + 0x8000) >> 16
+
+
+def _mean(gray):
+  """int32 [B, H, W, 1] -> [B, 1, 1, 1], rounded half up."""
+  pixels = gray.shape[1] * gray.shape[2]
+  total = gray.sum((1, 2), keepdims=True)
+  return (2 * total + pixels) // (2 * pixels)
+
+
+def _smooth(values):
+  """Pillow's SMOOTH: 3 x 3, five times the centre; the border stays."""
+  height, width = values.shape[1:3]
+  if min(height, width) < 3:
+    return values
+  rows = values[:, :-2] + values[:, 1:-1] + values[:, 2:]
+  total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
+  total = total + 4 * values[:, 1:-1, 1:-1]
+  return values.at[:, 1:-1, 1:-1].set((2 * total + 13) // 26)
+
+
+def color_jitter(
+  key: jax.Array, images: jax.Array, strength: float
+) -> jax.Array:
+  """torchvision's ColorJitter(strength, strength, strength).
+
+  Brightness, contrast and saturation, in random order, each by a factor uniform
+  in [max(0, 1 - strength), 1 + strength].
+
+  Args:
+    key: PRNG key.
+    images: uint8 [B, H, W, 3].
+    strength: at least 0.
+
+  Returns:
+    uint8 [B, H, W, 3].
+  """
+  names = ENHANCE_OPS[:3]
+  order, factors = jitter_draws(key, images.shape[0], strength)
+  for stage in range(len(names)):
+    ops = {name: order[:, stage] == i for i, name in enumerate(names)}
+    images = enhance(images, ops, factors[:, stage])
+  return images
+
+
+def jitter_draws(
+  key: jax.Array, batch: int, strength: float
+) -> tuple[jax.Array, jax.Array]:
+  """Of each image, int [B, 3] what comes when, and float [B, 3] by how much."""
+  order_key, factor_key = jax.random.split(key)
+  order = jnp.tile(jnp.arange(3), (batch, 1))
+  order = jax.random.permutation(order_key, order, axis=1, independent=True)
+  factors = jax.random.uniform(
+    factor_key, (batch, 3), minval=max(0.0, 1 - strength), maxval=1 + strength
+  )
+  return order, factors

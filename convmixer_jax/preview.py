@@ -1,0 +1,152 @@
+"""Draws training images as the model sees them, with labels after mixing.
+
+  python -m convmixer_jax.preview --config configs/cifar10.py --out sheet.png
+  python -m convmixer_jax.preview --config configs/imagenet.py \\
+      --out sheet.png --step 2002 --num 36 --config.data.dir=/data
+
+These are the first images of the batch that a run of this config, with the same
+seed and overrides, trains on at that step: the same crops, the same noise.
+"""
+
+from collections.abc import Sequence
+import math
+import os
+
+from absl import flags
+import jax
+import ml_collections
+import numpy as np
+from PIL import Image
+from PIL import ImageDraw
+
+from convmixer_jax import augment
+from convmixer_jax import cli
+from convmixer_jax import config as config_lib
+from convmixer_jax import step as step_lib
+from convmixer_jax import UserError
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+
+_FLAGS = flags.FlagValues()
+_CONFIG = cli.define_config(_FLAGS)
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "The picture to write, PNG by its name: --out sheet.png.",
+  flag_values=_FLAGS,
+)
+_STEP = flags.DEFINE_integer(
+  "step",
+  0,
+  "Updates done before the batch that is drawn: --step 1000.",
+  lower_bound=0,
+  flag_values=_FLAGS,
+)
+_NUM = flags.DEFINE_integer(
+  "num",
+  64,
+  "How many images of the batch: --num 36.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+
+CELL = 128  # Least side of an image on the sheet, in pixels.
+LINE = 12  # Height of a line of text.
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  if len(argv) > 1:
+    raise UserError(f"{argv[1]}: not a flag; see --help")
+  config, out = cli.given(_CONFIG), cli.given(_OUT)
+  images, targets, names = training_images(config, _STEP.value)
+  sheet = contact_sheet(images[: _NUM.value], targets[: _NUM.value], names)
+  try:
+    sheet.save(os.path.expanduser(out))
+  except (OSError, ValueError) as e:
+    raise UserError(f"--out={out}: {e}") from e
+  print(f"{out}: {min(_NUM.value, len(images))} images of step {_STEP.value}")
+
+
+def training_images(
+  config: ml_collections.ConfigDict, step: int
+) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
+  """The batch of one step, augmented.
+
+  Args:
+    config: of a run.
+    step: updates done before it.
+
+  Returns:
+    float [B, S, S, 3], as the model gets them but scaled back to [0, 255];
+    float [B, K] probabilities; the K names of the classes.
+  """
+  config_lib.check(config, num_devices=1)
+  data, batch_size = config.data, config.batch_size
+  source = sources.open_source(
+    data.name, data.dir, data.train_split, data.image_size
+  )
+  batch = next(
+    stream.train_batches(
+      source,
+      seed=config.seed,
+      batch_size=batch_size,
+      rows=np.arange(batch_size),
+      start=step,
+      stop=step + 1,
+      image_size=data.image_size,
+      max_unreadable=data.max_unreadable,
+      scale=config.augment.crop_scale,
+      ratio=config.augment.crop_ratio,
+      interpolation=config.augment.interpolation,
+    )
+  )
+  targets = step_lib.soft_targets(
+    batch["label"], source.num_classes, config.augment.label_smoothing
+  )
+  augment_fn = augment.make_augment(
+    config.augment,
+    mean=data.mean,
+    std=data.std,
+    crop=isinstance(source, sources.InMemory),
+  )
+  key = jax.random.fold_in(jax.random.key(config.seed), step)
+  images, targets = jax.jit(augment_fn)(key, batch["image"], targets)
+  images = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
+  return images, np.asarray(targets), source.class_names
+
+
+def contact_sheet(
+  images: np.ndarray, targets: np.ndarray, names
+) -> Image.Image:
+  """A grid of images with their two likeliest labels below.
+
+  Args:
+    images: [N, S, S, 3]; what is outside [0, 255] is clipped.
+    targets: [N, K] probabilities.
+    names: of the K classes.
+  """
+  images = np.clip(np.round(images), 0, 255).astype(np.uint8)
+  side = images.shape[1] * max(1, round(CELL / images.shape[1]))
+  columns = math.ceil(math.sqrt(len(images)))
+  rows = math.ceil(len(images) / columns)
+  size = (columns * (side + 4) + 4, rows * (side + 2 * LINE + 8) + 4)
+  sheet = Image.new("RGB", size, "white")
+  draw = ImageDraw.Draw(sheet)
+  for i, (image, target) in enumerate(zip(images, targets)):
+    x = 4 + i % columns * (side + 4)
+    y = 4 + i // columns * (side + 2 * LINE + 8)
+    picture = Image.fromarray(image)
+    sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
+    for line, k in enumerate(np.argsort(-target)[:2]):
+      if target[k] < 0.005:
+        continue
+      text = f"{target[k]:.2f} {names[k]}"
+      while draw.textlength(text) > side:
+        text = text[:-1]
+      draw.text((x, y + side + 1 + line * LINE), text, fill="black")
+  return sheet
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)

@@ -1,0 +1,88 @@
+import jax
+import numpy as np
+import optax
+from PIL import Image
+import pytest
+
+from convmixer_jax import augment
+from convmixer_jax import preview
+from convmixer_jax import step as step_lib
+from convmixer_jax import UserError
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+from tests import common
+
+
+def test_the_sheet_shows_what_the_step_trains_on(monkeypatch, tmp_path):
+  """The very images and targets that the train step's loss sees."""
+  config = common.digits_config(
+    **{
+      "augment.mixup_alpha": 0.5,
+      "augment.erase_prob": 0.5,
+      "augment.color_jitter": 0.4,
+    }
+  )
+  images, targets, names = preview.training_images(config, 3)
+  again, *_ = preview.training_images(config, 3)
+  other, *_ = preview.training_images(config, 4)
+  assert np.array_equal(images, again)
+  assert not np.array_equal(images, other)
+
+  seen = []
+
+  class Spy:
+    num_classes = 10
+
+    def apply(self, variables, images, **_):
+      jax.debug.callback(lambda x: seen.append(np.asarray(x)), images)
+      return np.zeros((len(images), 10)) + variables["params"], {}
+
+  source = sources.open_source("digits", None, config.data.train_split, 8)
+  (batch,) = stream.train_batches(
+    source, seed=config.seed, batch_size=32, rows=np.arange(32), start=3,
+    stop=4, image_size=8,
+  )  # fmt: skip
+  tx = optax.sgd(0.1)
+  augment_fn = augment.make_augment(
+    config.augment, mean=config.data.mean, std=config.data.std
+  )
+  step = step_lib.make_train_step(Spy(), tx, augment_fn, seed=config.seed)
+  params = np.float32(0.0)
+  state = step_lib.TrainState(np.int32(3), params, {}, tx.init(params))
+  jax.block_until_ready(jax.jit(step)(state, batch))
+  jax.effects_barrier()
+  shown = (images / 255 - config.data.mean) / config.data.std
+  assert np.abs(shown - seen[0]).max() < 1e-4
+  assert targets.sum(1) == pytest.approx(np.ones(32))
+
+  sheet = preview.contact_sheet(images, targets, names)
+  sheet.save(tmp_path / "sheet.png")
+  pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
+  first = np.clip(np.round(images[0]), 0, 255)
+  assert np.array_equal(
+    pixels[4:132, 4:132], np.kron(first, np.ones((16, 16, 1)))
+  )
+  assert (pixels[132:160, 4:132] < 128).any()  # Its labels.
+
+
+def test_the_command_draws_and_refuses(tmp_path):
+  command = ("--config=configs/digits.py", "--num=5")
+  process = common.run_main(
+    *command, f"--out={tmp_path / 'a.png'}", module="convmixer_jax.preview"
+  )
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert out.strip() == f"{tmp_path / 'a.png'}: 5 images of step 0"
+  with Image.open(tmp_path / "a.png") as file:
+    assert file.width > 300
+  process = common.run_main(
+    *command, f"--out={tmp_path / 'a.what'}", module="convmixer_jax.preview"
+  )
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 2
+  assert err.startswith("error: --out=")
+  assert len(err.splitlines()) == 1
+  config = common.digits_config()
+  config.model.kernel_size = 0
+  with pytest.raises(UserError, match="kernel_size"):
+    preview.training_images(config, 0)
