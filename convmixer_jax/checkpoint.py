@@ -64,7 +64,10 @@ def latest_step(workdir: str | os.PathLike) -> int | None:
 
 
 def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
-  """The newest checkpoint's params and batch_stats, as numpy."""
+  """The newest checkpoint's params and batch_stats, as numpy.
+
+  Their moving averages, if the run kept them.
+  """
   with ocp.CheckpointManager(
     _directory(workdir), item_handlers=ocp.PyTreeCheckpointHandler()
   ) as manager:
@@ -76,6 +79,7 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
     state = manager.restore(
       step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
     )
+  state = state.get("ema") or state
   return {name: state[name] for name in ("params", "batch_stats")}
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import ml_collections
 
+from convmixer_jax import augment
 from convmixer_jax import models
+from convmixer_jax import optim
 from convmixer_jax import UserError
 from convmixer_jax.models import convmixer
 
@@ -86,17 +88,31 @@ FIELDS: dict[str, Rule] = {
   "data.std": _numbers(3, 1e-3, 1),
   "data.crop_pct": _number(0.1, 1),
   "data.num_workers": _integer(0),
+  "data.max_unreadable": _integer(0),
   "augment.flip": _BOOL,
   "augment.crop_scale": _ascending(_numbers(2, 0.01, 1)),
   "augment.crop_ratio": _ascending(_numbers(2, 0.01, 100)),
   "augment.interpolation": _choice("bilinear", "bicubic", "random"),
+  "augment.randaugment": ("a policy, or empty", lambda v: isinstance(v, str)),
+  "augment.color_jitter": _number(0, 1),
+  "augment.mixup_alpha": _number(0),
+  "augment.cutmix_alpha": _number(0),
+  "augment.cutmix_prob": _number(0, 1),
+  "augment.mix_group_size": _integer(0),
+  "augment.erase_prob": _number(0, 1),
+  "augment.erase_mode": _choice("pixel", "const"),
+  "augment.erase_area": _ascending(_numbers(2, 0.001, 1)),
+  "augment.erase_aspect": _ascending(_numbers(2, 0.01, 100)),
   "augment.label_smoothing": _number(0, 0.999),
   "optim.learning_rate": _number(0),
+  "optim.schedule": _choice(*optim.SCHEDULES),
+  "optim.warmup_epochs": _number(0),
   "optim.weight_decay": _number(0),
   "optim.decay_all": _BOOL,
   "optim.eps": _number(1e-12),
   "optim.betas": _numbers(2, 0, 0.999999),
   "optim.clip_norm": _number(0),
+  "ema_decay": _number(0, 0.999999),
   "epochs": _integer(1),
   "batch_size": _integer(1),
   "accum_steps": _integer(1),
@@ -113,6 +129,7 @@ FIELDS: dict[str, Rule] = {
 # Those that leave the numbers of a run as they are: a resumed run may differ.
 FREE_FIELDS = (
   "data.num_workers",
+  "data.max_unreadable",
   "log_every",
   "eval_every",
   "save_every",
@@ -153,12 +170,23 @@ def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
     if not test(value):
       raise UserError(f"config.{name}={value!r}: must be {text}")
 
-  fields = config.model.to_dict()
-  model = models.create_model(fields.pop("name"), **fields)
+  model = models.create_model(**config.model)
   if model.patch_size > config.data.image_size:
     raise UserError(
       f"config.model.patch_size={model.patch_size}: larger than"
       f" data.image_size={config.data.image_size}"
+    )
+  if config.augment.randaugment:
+    augment.parse(config.augment.randaugment)
+  warmup = config.optim.warmup_epochs
+  if warmup and config.optim.schedule == "onecycle":
+    raise UserError(
+      f"config.optim.warmup_epochs={warmup}: schedule=onecycle has its own"
+    )
+  if warmup >= config.epochs:
+    raise UserError(
+      f"config.optim.warmup_epochs={warmup}: must be below"
+      f" epochs={config.epochs}"
     )
   if num_devices is None:
     return
@@ -177,4 +205,9 @@ def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
     raise UserError(
       f"config.model.bn_group_size={group}: must divide the {batch // accum}"
       " images of batch_size / accum_steps"
+    )
+  mixed = config.augment.mix_group_size or 1
+  if batch % mixed:
+    raise UserError(
+      f"config.augment.mix_group_size={mixed}: must divide batch_size={batch}"
     )

@@ -22,6 +22,7 @@ def make_evaluate(
   image_size: int,
   crop_pct: float,
   num_workers: int,
+  max_unreadable: int = 0,
   progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
 ) -> Callable[..., dict[str, float] | None]:
   """Returns the function that scores a state on all of `source`.
@@ -34,13 +35,14 @@ def make_evaluate(
     image_size: side of the images in pixels.
     crop_pct: see `decode.eval_image`.
     num_workers: see `stream.eval_batches`.
+    max_unreadable: likewise.
     progress: wraps the batches, given their number; a progress bar.
 
   Returns:
     (state, stopped=never) -> top1 and top5 in percent, loss in nats, and count,
     the number of images. It raises RuntimeError if that is not the size of the
-    split. `stopped` is asked before each batch; once it says so, the result
-    is None.
+    split, but for unreadable ones. `stopped` is asked before each batch; once
+    it says so, the result is None.
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
@@ -54,6 +56,7 @@ def make_evaluate(
       image_size=image_size,
       crop_pct=crop_pct,
       num_workers=num_workers,
+      max_unreadable=max_unreadable,
     )
     sums = []
     batches = stream.until(stopped, batches)
@@ -64,7 +67,8 @@ def make_evaluate(
     total = jax.tree.map(
       lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums)
     )
-    if total["count"] != len(source):
+    missing = len(source) - total["count"]
+    if not 0 <= missing <= max_unreadable * jax.process_count():
       raise RuntimeError(
         f"scored {total['count']:.0f} of {len(source)} images: a bug"
       )

@@ -1,11 +1,19 @@
-"""PyTorch's names and layouts, as in timm's ConvMixer, to ours and back."""
+"""Weights of PyTorch's ConvMixers: their files, and their names to ours."""
 
+import collections
 from collections.abc import Mapping
+import functools
+import logging
+import os
+import pickle
 import re
 from typing import Any
+import zipfile
 
 from flax import traverse_util
+import ml_dtypes
 import numpy as np
+import safetensors.numpy
 
 from convmixer_jax import UserError
 
@@ -27,10 +35,11 @@ _LAYER_LEAVES = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """timm's state_dict to our variables.
+  """A state_dict to our variables.
 
   Args:
-    state_dict: name -> array (or CPU tensor), of a ConvMixer in timm's names.
+    state_dict: name -> array (or CPU tensor), of timm's ConvMixer or of the
+      nn.Sequential in the paper and in the authors' CIFAR-10 script.
 
   Returns:
     {'params', 'batch_stats'} of numpy arrays, for an unrolled model.
@@ -43,6 +52,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     module, _, leaf = name.rpartition(".")
     if leaf == "num_batches_tracked":  # Unused with a fixed momentum.
       continue
+    module = _from_sequential(module)
     block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
     if block:
       path = (f"block_{block[1]}", _IN_BLOCK.get(block[2], ""))
@@ -61,6 +71,16 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       value = value.T
     flat[(collection, *path, our_leaf)] = value
   return traverse_util.unflatten_dict(flat)
+
+
+def _from_sequential(module):
+  """'3.0.fn.0' -> 'blocks.0.0.fn.0': stem 0 to 2, blocks from 3 on, head."""
+  index, _, rest = module.partition(".")
+  if not index.isdigit():
+    return module
+  if rest:
+    return f"blocks.{int(index) - 3}.{rest}"
+  return f"stem.{index}" if int(index) < 3 else "head"
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -84,3 +104,190 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
       value = value[:, :, None, None]
     state_dict[f"{module}.{leaves[collection, leaf]}"] = value
   return state_dict
+
+
+# --- Files.
+
+# Storage classes of PyTorch -> numpy's dtypes.
+_STORAGES = {
+  "FloatStorage": np.dtype("<f4"),
+  "DoubleStorage": np.dtype("<f8"),
+  "HalfStorage": np.dtype("<f2"),
+  "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+  "LongStorage": np.dtype("<i8"),
+  "IntStorage": np.dtype("<i4"),
+  "ShortStorage": np.dtype("<i2"),
+  "CharStorage": np.dtype("i1"),
+  "ByteStorage": np.dtype("u1"),
+  "BoolStorage": np.dtype("?"),
+}
+# What training checkpoints hold beside tensors, and nobody needs.
+_INERT = {
+  ("argparse", "Namespace"),
+  ("numpy", "dtype"),
+  ("numpy.core.multiarray", "scalar"),
+  ("numpy._core.multiarray", "scalar"),
+  ("_codecs", "encode"),
+  ("torch", "device"),
+  ("torch", "Size"),
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads the tensors of a file, without running anything that it may carry.
+
+  Args:
+    path: a .safetensors file, a PyTorch checkpoint (.pth, .pth.tar, of today's
+      zip format or the one before torch 1.6), or hf-hub:OWNER/NAME for the
+      model.safetensors of a model on the Hugging Face Hub.
+
+  Returns:
+    Name -> array. Of a training checkpoint: the moving averages if it has them,
+    or else the weights, without the prefix `module.`.
+
+  Raises:
+    UserError: no such file, or not one of these.
+  """
+  path = os.fspath(path)
+  if path.startswith("hf-hub:"):
+    path = _download(path)
+  try:
+    with open(path, "rb") as file:
+      start = file.read(9)
+    if start[:4] == b"PK\x03\x04":
+      found = _load_zip(path)
+    elif start[:1] == b"\x80":
+      found = _load_legacy(path)
+    elif start[8:] == b"{":
+      found = safetensors.numpy.load_file(path)
+    else:
+      raise UserError(f"{path}: neither a PyTorch checkpoint nor safetensors")
+  except OSError as e:
+    raise UserError(f"{path}: {e.strerror or e}") from e
+  except UserError:
+    raise
+  except Exception as e:  # A damaged file may lead to anything.
+    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    raise UserError(f"{path}: damaged or cut short: {reason}") from e
+  for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
+    if isinstance(found, dict) and isinstance(found.get(name), dict):
+      found = found[name]
+      break
+  if not isinstance(found, dict):
+    raise UserError(f"{path}: holds a {type(found).__name__}, not tensors")
+  for name, value in found.items():
+    if not isinstance(value, np.ndarray):
+      raise UserError(f"{path}: {name} is a {type(value).__name__}, no tensor")
+  return {name.removeprefix("module."): x for name, x in found.items()}
+
+
+def _download(path):
+  import huggingface_hub
+
+  logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
+  repository = path.removeprefix("hf-hub:")
+  try:
+    return huggingface_hub.hf_hub_download(repository, "model.safetensors")
+  except Exception as e:  # No network, no such model, no permission.
+    reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    raise UserError(f"{path}: cannot be downloaded: {reason}") from e
+
+
+class _Inert:
+  """Stands for an object that is not a tensor; remembers nothing."""
+
+  def __init__(self, *args, **kwargs):
+    del args, kwargs
+
+  def __setstate__(self, state):
+    del state
+
+
+class _Unpickler(pickle.Unpickler):
+  """Admits tensors; everything else that is not plain data is refused."""
+
+  def __init__(self, file, name, storage):
+    super().__init__(file)
+    self._name, self._storage = name, storage
+
+  def find_class(self, module, name):
+    if (module, name) == ("collections", "OrderedDict"):
+      return collections.OrderedDict
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+      return _rebuild_tensor
+    if (module, name) == ("torch._utils", "_rebuild_parameter"):
+      return lambda data, *_: data
+    if module in ("torch", "torch.storage") and name in _STORAGES:
+      return name  # A string: nothing that a pickle can call or change.
+    if (module, name) in _INERT:
+      return _Inert
+    raise UserError(
+      f"{self._name}: holds {module}.{name}; only tensors are read"
+    )
+
+  def persistent_load(self, pid):
+    kind, name, key, _, size, *_ = pid
+    if kind != "storage" or name not in _STORAGES:
+      raise UserError(f"{self._name}: holds a {kind} of {name}")
+    return self._storage(_STORAGES[name], key, size)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+  """A view into `storage`, checked to lie inside."""
+  if min((offset, *shape, *strides), default=0) < 0 or (
+    len(shape) != len(strides)
+  ):
+    raise ValueError("a tensor of negative size")
+  last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
+  if 0 not in shape and last >= len(storage):
+    raise ValueError("a tensor beyond its data")
+  return np.lib.stride_tricks.as_strided(
+    storage[offset:], shape, [s * storage.itemsize for s in strides]
+  )
+
+
+def _load_zip(path):
+  with zipfile.ZipFile(path) as archive:
+    if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+      raise ValueError("compressed, which PyTorch's files are not")
+    names = archive.namelist()
+    (pickled,) = (n for n in names if n.endswith("/data.pkl"))
+    root = pickled.removesuffix("data.pkl")
+    if root + "byteorder" in names:
+      order = archive.read(root + "byteorder")
+      if order != b"little":
+        raise ValueError(f"of {order.decode()}-endian numbers")
+
+    def storage(dtype, key, size):
+      array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
+      if len(array) != size:
+        raise ValueError(f"{len(array)} numbers where {size} should be")
+      return array
+
+    storage = functools.cache(storage)
+    with archive.open(pickled) as file:
+      return _Unpickler(file, path, storage).load()
+
+
+def _load_legacy(path):
+  storages, limit = {}, os.path.getsize(path)
+
+  def storage(dtype, key, size):
+    if size * dtype.itemsize > limit:
+      raise ValueError("more numbers than the file has room for")
+    return storages.setdefault(key, np.zeros(size, dtype))
+
+  with open(path, "rb") as file:
+    unpickle = lambda: _Unpickler(file, path, storage).load()
+    if unpickle() != _LEGACY_MAGIC:
+      raise UserError(f"{path}: a pickle, but not PyTorch's")
+    unpickle()  # Version of the format.
+    unpickle()  # Byte order and sizes, of little-endian machines.
+    found = unpickle()
+    for key in unpickle():
+      array = storages[key]
+      size = int.from_bytes(file.read(8), "little")
+      data = file.read(size * array.itemsize)
+      array[:] = np.frombuffer(data, array.dtype)
+  return found

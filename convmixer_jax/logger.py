@@ -91,6 +91,12 @@ class Logger:
       tqdm.tqdm.write(text, file=sys.stdout)
       sys.stdout.flush()
 
+  def classes(self, names: Sequence[str]) -> None:
+    """Writes the names of the classes, a line each."""
+    if self._active:
+      path = self._workdir / "classes.txt"
+      path.write_text("".join(f"{name}\n" for name in names))
+
   def overview(self, params: Any) -> None:
     """Prints the table of parameters."""
     if self._active:

@@ -1,5 +1,6 @@
-"""The paper's optimiser: AdamW under a piecewise-linear schedule."""
+"""The paper's optimiser, AdamW, and learning-rate schedules."""
 
+from collections.abc import Mapping
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,20 +10,33 @@ import optax
 
 from convmixer_jax import UserError
 
+SCHEDULES = ("onecycle", "cosine", "constant")
+
 
 def make_schedule(
-  peak: float, epochs: int, steps_per_epoch: float
+  name: str,
+  peak: float,
+  epochs: int,
+  steps_per_epoch: float,
+  warmup_epochs: float = 0.0,
 ) -> optax.Schedule:
-  """The authors' one-cycle schedule, piecewise linear in epochs.
+  """The learning rate over a run, by name.
 
-  Through (0, 0), (2E // 5, peak), (4E // 5, peak / 20) and (E, 0). Update i,
-  counted from 0, uses the value at the end of its step, i + 1, so the first
-  update moves the weights and the last one does not.
+  onecycle: the authors', piecewise linear in epochs, through (0, 0),
+  (2E // 5, peak), (4E // 5, peak / 20) and (E, 0). cosine: half a cosine from
+  the peak to 0. constant: the peak. The last two rise linearly from 0 over the
+  warm-up, if there is one.
+
+  Update i, counted from 0, uses the value at the end of its step, i + 1, so the
+  first update moves the weights; the last one does not where a schedule ends in
+  0.
 
   Args:
+    name: one of `SCHEDULES`.
     peak: the highest learning rate, absolute.
     epochs: E, at least 1.
     steps_per_epoch: updates per epoch; need not be whole.
+    warmup_epochs: less than E; not for onecycle.
 
   Returns:
     A function from the number of updates done to the learning rate of the next.
@@ -32,8 +46,16 @@ def make_schedule(
 
   def schedule(count):
     epoch = (count + 1) / steps_per_epoch
-    # Where the knots of a short run coincide, the later wins, as in numpy.
-    return jnp.interp(epoch, jnp.array(knots, jnp.float32), jnp.array(values))
+    if name == "onecycle":
+      # Where the knots of a short run coincide, the later wins, as in numpy.
+      return jnp.interp(epoch, jnp.array(knots, jnp.float32), jnp.array(values))
+    rate = peak
+    if name == "cosine":
+      done = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+      rate = peak * 0.5 * (1 + jnp.cos(jnp.pi * jnp.clip(done, 0, 1)))
+    if warmup_epochs:
+      rate = jnp.minimum(rate, peak * epoch / warmup_epochs)
+    return jnp.asarray(rate)
 
   return schedule
 
@@ -41,12 +63,8 @@ def make_schedule(
 def make_optimizer(
   schedule: optax.Schedule,
   params: Any,
+  config: Mapping[str, Any],
   *,
-  weight_decay: float,
-  decay_all: bool,
-  eps: float,
-  betas: Sequence[float],
-  clip_norm: float,
   freeze: Sequence[str] = (),
   backbone_lr_scale: float = 1.0,
 ) -> optax.GradientTransformation:
@@ -55,12 +73,14 @@ def make_optimizer(
   Args:
     schedule: see `make_schedule`.
     params: the tree to optimise; shapes and names are enough.
-    weight_decay: decoupled, multiplied by the learning rate (PyTorch's AdamW).
-    decay_all: decay every tensor; otherwise kernels alone, the tensors that
-      have two or more dimensions in PyTorch: no bias, no norm's parameter.
-    eps: added to the root of the second moment.
-    betas: decay of the first and second moments.
-    clip_norm: largest global gradient norm; 0 does not clip.
+    config: a config's `optim`, of which these are read.
+      weight_decay: decoupled, multiplied by the learning rate (PyTorch's
+        AdamW).
+      decay_all: decay every tensor; otherwise kernels alone, the tensors that
+        have two or more dimensions in PyTorch: no bias, no norm's parameter.
+      eps: added to the root of the second moment.
+      betas: decay of the first and second moments.
+      clip_norm: largest global gradient norm; 0 does not clip.
     freeze: path prefixes ('stem', 'block_0/depthwise') of parameters that stay
       as they are and do not count in the norm.
     backbone_lr_scale: multiplies the learning rate of everything but the head.
@@ -96,14 +116,16 @@ def make_optimizer(
 
   return optax.chain(
     scaled(jax.tree.map(lambda scale: float(scale > 0), scales)),
-    optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(),
+    optax.clip_by_global_norm(config["clip_norm"])
+    if config["clip_norm"]
+    else optax.identity(),
     optax.adamw(
       schedule,
-      b1=betas[0],
-      b2=betas[1],
-      eps=eps,
-      weight_decay=weight_decay,
-      mask=None if decay_all else is_kernel,
+      b1=config["betas"][0],
+      b2=config["betas"][1],
+      eps=config["eps"],
+      weight_decay=config["weight_decay"],
+      mask=None if config["decay_all"] else is_kernel,
     ),
     scaled(scales),
   )

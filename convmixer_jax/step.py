@@ -1,6 +1,7 @@
 """The jitted train and eval steps, and the state that they carry."""
 
 from collections.abc import Callable
+import dataclasses
 from typing import Any
 
 import flax
@@ -25,12 +26,15 @@ class TrainState:
     params: parameters, float32.
     batch_stats: running statistics of BatchNorm; empty without it.
     opt_state: the optimiser's.
+    ema: exponential moving averages of the two trees before, {'params': ...,
+      'batch_stats': ...}, which evaluation uses in their place; {} if off.
   """
 
   step: jax.Array
   params: Any
   batch_stats: Any
   opt_state: Any
+  ema: Any = dataclasses.field(default_factory=dict)
 
 
 def init_state(
@@ -38,16 +42,17 @@ def init_state(
   model: nn.Module,
   tx: optax.GradientTransformation,
   image_size: int,
+  ema: bool = False,
 ) -> TrainState:
   """A fresh state, from a PRNG key, for square RGB images."""
   images = jnp.zeros((1, image_size, image_size, 3))
   variables = model.init(key, images, train=False)
-  params = variables["params"]
+  variables = {"batch_stats": {}} | variables
   return TrainState(
     step=jnp.zeros((), jnp.int32),
-    params=params,
-    batch_stats=variables.get("batch_stats", {}),
-    opt_state=tx.init(params),
+    opt_state=tx.init(variables["params"]),
+    ema=variables if ema else {},
+    **variables,
   )
 
 
@@ -75,6 +80,7 @@ def make_train_step(
   seed: int,
   label_smoothing: float = 0.0,
   accum_steps: int = 1,
+  ema_decay: float = 0.0,
   batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
   """Returns the function that does one update; jit it with the state donated.
@@ -88,6 +94,7 @@ def make_train_step(
     label_smoothing: see `soft_targets`.
     accum_steps: the batch is cut into so many equal microbatches of consecutive
       images, whose gradients, metrics and BatchNorm updates are averaged.
+    ema_decay: of the moving averages of a state that has them.
     batch_sharding: how batches lie on the devices; microbatches lie likewise.
 
   Returns:
@@ -146,12 +153,13 @@ def make_train_step(
 
     updates, opt_state = tx.update(grads, state.opt_state, state.params)
     metrics["grad_norm"] = optax.tree.norm(grads)
-    state = TrainState(
-      step=state.step + 1,
-      params=optax.apply_updates(state.params, updates),
-      batch_stats=batch_stats,
-      opt_state=opt_state,
-    )
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema
+    if ema:
+      ema = optax.incremental_update(
+        {"params": params, "batch_stats": batch_stats}, ema, 1 - ema_decay
+      )
+    state = TrainState(state.step + 1, params, batch_stats, opt_state, ema)
     return state, metrics
 
   return train_step
@@ -173,11 +181,11 @@ def make_eval_step(
   """
 
   def eval_step(state, batch):
-    logits = model.apply(
-      {"params": state.params, "batch_stats": state.batch_stats},
-      normalize(batch["image"]),
-      train=False,
-    )
+    variables = state.ema or {
+      "params": state.params,
+      "batch_stats": state.batch_stats,
+    }
+    logits = model.apply(variables, normalize(batch["image"]), train=False)
     labels, mask = batch["label"], batch["mask"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))

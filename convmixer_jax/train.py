@@ -10,7 +10,6 @@ import signal
 import threading
 from typing import Any
 
-from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -25,6 +24,7 @@ from convmixer_jax import optim
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import UserError
+from convmixer_jax import weights
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
@@ -67,16 +67,16 @@ def train_and_evaluate(
   # --- Model and optimiser.
   model, shapes = _make_model(config, train_source.num_classes)
   schedule = optim.make_schedule(
-    config.optim.learning_rate, config.epochs, steps_per_epoch
+    config.optim.schedule,
+    config.optim.learning_rate,
+    config.epochs,
+    steps_per_epoch,
+    config.optim.warmup_epochs,
   )
   tx = optim.make_optimizer(
     schedule,
     shapes["params"],
-    weight_decay=config.optim.weight_decay,
-    decay_all=config.optim.decay_all,
-    eps=config.optim.eps,
-    betas=config.optim.betas,
-    clip_norm=config.optim.clip_norm,
+    config.optim,
     freeze=config.freeze,
     backbone_lr_scale=config.backbone_lr_scale,
   )
@@ -91,15 +91,12 @@ def train_and_evaluate(
       model,
       tx,
       augment.make_augment(
-        augment.make_normalize(data.mean, data.std),
-        flip=config.augment.flip,
-        crop_scale=None if host_crops else config.augment.crop_scale,
-        crop_ratio=config.augment.crop_ratio,
-        interpolation=config.augment.interpolation,
+        config.augment, mean=data.mean, std=data.std, crop=not host_crops
       ),
       seed=seed,
       label_smoothing=config.augment.label_smoothing,
       accum_steps=config.accum_steps,
+      ema_decay=config.ema_decay,
       batch_sharding=batch_sharding,
     ),
     in_shardings=(replicated, batch_sharding),
@@ -111,13 +108,16 @@ def train_and_evaluate(
   )
 
   # --- State: what was saved here > the weights of another run > scratch.
-  init = lambda key: step_lib.init_state(key, model, tx, data.image_size)
+  ema = config.ema_decay > 0
+  init = lambda key: step_lib.init_state(key, model, tx, data.image_size, ema)
   state = jax.jit(init, out_shardings=replicated)(jax.random.key(seed))
   if config.init_from is not None and checkpoint.latest_step(workdir) is None:
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
-    name = f"config.init_from={config.init_from}"
-    weights = _load_variables(name, config.init_from, fresh, new_head=True)
-    state = state.replace(**jax.device_put(weights, replicated))
+    loaded = _load_init_from(config, model, fresh, new_head=True)
+    loaded = jax.device_put(loaded, replicated)
+    # Copied: the step's donated buffers must not be one another.
+    averages = jax.tree.map(jnp.copy, loaded) if ema else {}
+    state = state.replace(ema=averages, **loaded)
   checkpointer = checkpoint.Checkpointer(_make_workdir(workdir))
   state = checkpointer.restore(state) or state
   first_step = int(state.step)
@@ -149,6 +149,7 @@ def train_and_evaluate(
     active=jax.process_index() == 0,
   )
   if first_step == 0:
+    logger.classes(train_source.class_names)
     logger.overview(shapes["params"])
   else:
     logger.say(f"going on in {workdir} from step {first_step}")
@@ -164,6 +165,7 @@ def train_and_evaluate(
     stop=total_steps,
     image_size=data.image_size,
     num_workers=data.num_workers,
+    max_unreadable=data.max_unreadable,
     scale=config.augment.crop_scale,
     ratio=config.augment.crop_ratio,
     interpolation=config.augment.interpolation,
@@ -221,10 +223,13 @@ def train_and_evaluate(
 def evaluate_checkpoint(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> dict[str, Any]:
-  """Scores the newest checkpoint in `workdir` on `config.data.eval_split`.
+  """Scores weights on `config.data.eval_split`.
+
+  Those of the newest checkpoint in `workdir`, or, where there is none, those
+  that `config.init_from` names.
 
   Returns:
-    step, and what `evaluate.make_evaluate` says.
+    step, None for `init_from`, and what `evaluate.make_evaluate` says.
 
   Raises:
     UserError: something in `config` or `workdir` is not as it must be.
@@ -235,14 +240,20 @@ def evaluate_checkpoint(
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
   _refuse_another_config(config, workdir, free)
   step = checkpoint.latest_step(workdir)
-  if step is None:
-    raise UserError(f"--workdir={workdir}: holds no checkpoints")
+  if step is None and config.init_from is None:
+    raise UserError(
+      f"--workdir={workdir}: holds no checkpoints, and config.init_from names"
+      " no weights"
+    )
   data = config.data
   source = sources.open_source(
     data.name, data.dir, data.eval_split, data.image_size
   )
   model, shapes = _make_model(config, source.num_classes)
-  variables = _load_variables(f"--workdir={workdir}", workdir, shapes)
+  if step is None:
+    variables = _load_init_from(config, model, shapes)
+  else:
+    variables = weights.fit(weights.load(workdir), shapes, str(workdir))
   mesh = sharding.make_mesh()
   variables = jax.device_put(variables, sharding.replicated(mesh))
   state = step_lib.TrainState(step=step, opt_state=(), **variables)
@@ -253,14 +264,8 @@ def evaluate_checkpoint(
 
 def _make_model(config, num_classes):
   """The model, and the shapes of its variables."""
-  fields = config.model.to_dict()
-  model = models.create_model(
-    fields.pop("name"), num_classes=num_classes, **fields
-  )
-  size = config.data.image_size
-  images = jnp.zeros((1, size, size, 3))
-  init = lambda: model.init(jax.random.key(0), images, train=False)
-  return model, {"batch_stats": {}} | jax.eval_shape(init)
+  model = models.create_model(num_classes=num_classes, **config.model)
+  return model, models.variable_shapes(model)
 
 
 def _make_evaluate(config, model, source, mesh, progress):
@@ -273,38 +278,21 @@ def _make_evaluate(config, model, source, mesh, progress):
     image_size=data.image_size,
     crop_pct=data.crop_pct,
     num_workers=data.num_workers,
+    max_unreadable=data.max_unreadable,
     progress=progress,
   )
 
 
-def _load_variables(name_and_value, workdir, wanted, new_head=False):
-  """A run's newest variables, which must fit `wanted`.
-
-  Args:
-    name_and_value: of the flag that named the run, for errors.
-    workdir: of the run.
-    wanted: {'params', 'batch_stats'}, arrays or shapes.
-    new_head: keep `wanted`'s head where the run's has another shape.
-  """
-  if checkpoint.latest_step(workdir) is None:
-    raise UserError(f"{name_and_value}: holds no checkpoints")
-  loaded = checkpoint.load_variables(workdir)
-  loaded = traverse_util.flatten_dict(loaded, sep="/")
-  wanted = traverse_util.flatten_dict(wanted, sep="/")
-  for name in sorted(loaded.keys() | wanted.keys()):
-    has, wants = (
-      x[name].shape if name in x else None for x in (loaded, wanted)
-    )
-    if has == wants:
-      continue
-    if new_head and has and wants and name.startswith("params/head/"):
-      print(f"{name}: {has} in {workdir}; starts anew as {wants}")
-      loaded[name] = wanted[name]
-    else:
-      raise UserError(
-        f"{name_and_value}: {name} is {has}; this model has {wants}"
-      )
-  return {"batch_stats": {}} | traverse_util.unflatten_dict(loaded, sep="/")
+def _load_init_from(config, model, wanted, new_head=False):
+  name = os.path.expanduser(config.init_from)
+  try:
+    loaded = weights.load(name)
+    loaded = weights.fit(loaded, wanted, name, new_head=new_head)
+  except UserError as e:
+    raise UserError(f"config.init_from={e}") from e
+  if not os.path.isdir(name):
+    weights.warn_of_activation(loaded, model, name)
+  return loaded
 
 
 def _make_workdir(workdir):

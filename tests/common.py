@@ -7,12 +7,12 @@ import subprocess
 import sys
 
 import jax
-import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
 from convmixer_jax import interop
 from convmixer_jax import models
+from convmixer_jax import optim
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -71,19 +71,65 @@ def digits_config(**overrides) -> ml_collections.ConfigDict:
   return config
 
 
+def augment_config(**overrides):
+  """A config's `augment` with everything off but `overrides`."""
+  config = load_config("configs/digits.py").augment.to_dict()
+  del config["label_smoothing"]
+  config |= {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
+  assert overrides.keys() <= config.keys()
+  return config | overrides
+
+
+def adamw(
+  params,
+  schedule=lambda count: 0.1,
+  freeze=(),
+  backbone_lr_scale=1.0,
+  **settings,
+):
+  """The recipe's optimiser, with neither decay nor clipping by default."""
+  config = {
+    "weight_decay": 0.0,
+    "decay_all": False,
+    "eps": 1e-3,
+    "betas": (0.9, 0.999),
+    "clip_norm": 0.0,
+  }
+  return optim.make_optimizer(
+    schedule,
+    params,
+    config | settings,
+    freeze=freeze,
+    backbone_lr_scale=backbone_lr_scale,
+  )
+
+
+def damaged(whole: bytes, trials: int, places: int, within: int | None = None):
+  """Yields copies of a file, by turns with bytes changed and cut short."""
+  rng = np.random.default_rng(0)
+  for trial in range(trials):
+    data = bytearray(whole)
+    if trial % 2:
+      yield bytes(data[: rng.integers(len(data))])
+    else:
+      for place in rng.integers(within or len(data), size=places):
+        data[place] = rng.integers(256)
+      yield bytes(data)
+
+
 def load_config(path) -> ml_collections.ConfigDict:
   path, *variant = str(path).split(":")
   return runpy.run_path(str(ROOT / path))["get_config"](*variant).lock()
 
 
-def run_main(*args, devices=1, **popen):
+def run_main(*args, devices=1, module="convmixer_jax.main", **popen):
   """Starts `python -m convmixer_jax.main` as a user would."""
   env = os.environ | {
     "PYTHONPATH": str(ROOT),
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
   }
   return subprocess.Popen(
-    [sys.executable, "-m", "convmixer_jax.main", *map(str, args)],
+    [sys.executable, "-m", module, *map(str, args)],
     env=env,
     text=True,
     stdout=subprocess.PIPE,
@@ -95,9 +141,3 @@ def run_main(*args, devices=1, **popen):
 def tiny_model(**overrides):
   fields = {"dim": 8, "depth": 2, "patch_size": 2, "kernel_size": 3}
   return models.ConvMixer(**{**fields, "num_classes": 10, **overrides})
-
-
-def init_shapes(model, size=32):
-  images = jnp.zeros((1, size, size, 3))
-  init = lambda: model.init(jax.random.key(0), images, train=False)
-  return jax.eval_shape(init)

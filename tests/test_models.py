@@ -1,3 +1,5 @@
+import itertools
+
 import flax
 import jax
 import jax.numpy as jnp
@@ -37,7 +39,7 @@ PARAMETERS = [
 
 def num_parameters(model):
   return sum(
-    x.size for x in jax.tree.leaves(common.init_shapes(model)["params"])
+    x.size for x in jax.tree.leaves(models.variable_shapes(model)["params"])
   )
 
 
@@ -179,7 +181,7 @@ def test_scan_and_remat_compute_the_same(scan, remat):
   expected = as_scan(dict(zip(("params", "batch_stats"), expected)))
   inputs = as_scan(variables)
   model = common.tiny_model(depth=2, scan=scan, remat=remat)
-  shapes = jax.tree.map(jnp.shape, common.init_shapes(model, 8))
+  shapes = jax.tree.map(jnp.shape, models.variable_shapes(model))
   assert shapes == jax.tree.map(jnp.shape, inputs)
   ours = loss_fn(model)(inputs["params"], inputs["batch_stats"])
   ours = dict(zip(("params", "batch_stats"), ours))
@@ -276,3 +278,34 @@ def test_soft_targets_are_pytorchs():
     ),
     hard,
   )
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_features_after_any_block(scan):
+  """Those of a shallower model, at any size; pooled, what the head sees."""
+  model = common.tiny_model(depth=3, scan=scan)
+  init = lambda: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), False)
+  variables = jax.jit(init)()
+  images = jax.random.normal(jax.random.key(1), (2, 12, 20, 3))
+  after = lambda n: model.apply(
+    variables, images, False, return_features=True, num_blocks=n
+  )
+  maps = [after(n) for n in range(4)]
+  assert all(m.shape == (2, 6, 10, 8) for m in maps)
+  assert not any(np.array_equal(a, b) for a, b in itertools.pairwise(maps))
+  assert np.array_equal(maps[3], after(None))
+  shallow = common.tiny_model(depth=2, scan=scan)
+  cut = jax.tree.map(lambda x: x[:2], variables["params"].get("blocks", {}))
+  stats = jax.tree.map(lambda x: x[:2], variables["batch_stats"].get("blocks"))
+  if scan:
+    variables = {
+      "params": variables["params"] | {"blocks": cut},
+      "batch_stats": variables["batch_stats"] | {"blocks": stats},
+    }
+  expected = shallow.apply(variables, images, False, return_features=True)
+  common.assert_close(maps[2], expected, 1e-6)
+  head = variables["params"]["head"]
+  logits = expected.mean((1, 2)) @ head["kernel"] + head["bias"]
+  common.assert_close(shallow.apply(variables, images, False), logits, 1e-5)
+  with pytest.raises(ValueError, match="from 0 to 3"):
+    after(4)

@@ -16,7 +16,7 @@ from tests import common
 @pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 9, 10, 25, 150])
 @pytest.mark.parametrize("steps_per_epoch", [1, 3.5, 97.66])
 def test_schedule_is_the_authors(epochs, steps_per_epoch):
-  schedule = optim.make_schedule(0.01, epochs, steps_per_epoch)
+  schedule = optim.make_schedule("onecycle", 0.01, epochs, steps_per_epoch)
   steps = np.ceil(epochs * steps_per_epoch)
   counts = np.unique(np.linspace(0, steps - 1, 500).astype(int))
   expected = np.interp(
@@ -27,6 +27,25 @@ def test_schedule_is_the_authors(epochs, steps_per_epoch):
   ours = jax.vmap(schedule)(jnp.array(counts))
   assert np.abs(ours - expected).max() < 1e-7
   assert ours[-1] == 0  # The last update does not move the weights.
+
+
+def test_cosine_and_constant():
+  """Half a cosine, after a straight line; the last update's rate is 0."""
+  epochs, warmup, steps_per_epoch = 10, 2, 7
+  schedules = [
+    optim.make_schedule(name, 0.01, epochs, steps_per_epoch, warmup)
+    for name in ("cosine", "constant")
+  ]
+  counts = np.arange(epochs * steps_per_epoch)
+  epoch = (counts + 1) / steps_per_epoch
+  rise = np.minimum(epoch / warmup, 1)
+  done = np.clip((epoch - warmup) / (epochs - warmup), 0, 1)
+  fall = 0.5 * (1 + np.cos(np.pi * done))
+  for schedule, expected in zip(schedules, [rise * fall, rise]):
+    ours = jax.vmap(schedule)(jnp.array(counts))
+    assert np.abs(ours - 0.01 * expected).max() < 1e-8
+  flat = optim.make_schedule("constant", 0.01, 3, 5)
+  assert np.all(np.float32(0.01) == jax.vmap(flat)(jnp.arange(15)))
 
 
 def trajectory(name, **changes):
@@ -42,11 +61,11 @@ def trajectory(name, **changes):
   )
   variables = common.variables(golden, "before")
   schedule = config.get("schedule") or optim.make_schedule(
-    config["lr"], config["epochs"], config["steps_per_epoch"]
+    "onecycle", config["lr"], config["epochs"], config["steps_per_epoch"]
   )
-  tx = optim.make_optimizer(
-    schedule,
+  tx = common.adamw(
     variables["params"],
+    schedule,
     weight_decay=config["weight_decay"],
     decay_all=config.get("decay_all", False),
     eps=config["eps"],
@@ -88,7 +107,7 @@ def late_schedule(count):
   """The same, without its + 1."""
   config = json.loads(str(common.golden("trajectory_clip")["config"]))
   schedule = optim.make_schedule(
-    config["lr"], config["epochs"], config["steps_per_epoch"]
+    "onecycle", config["lr"], config["epochs"], config["steps_per_epoch"]
   )
   return schedule(count - 1)
 
@@ -116,11 +135,8 @@ def one_update(**settings):
   params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[
     "params"
   ]
-  settings = {
-      "weight_decay": 0.1, "decay_all": False, "eps": 1e-3,
-      "betas": (0.9, 0.999), "clip_norm": 1.0, **settings,
-  }  # fmt: skip
-  tx = optim.make_optimizer(lambda count: 0.1, params, **settings)
+  settings = {"weight_decay": 0.1, "clip_norm": 1.0, **settings}
+  tx = common.adamw(params, **settings)
   grads = jax.tree.map(jnp.ones_like, params)
   updates, _ = tx.update(grads, tx.init(params), params)
   return updates

@@ -7,6 +7,7 @@ import pytest
 
 from convmixer_jax import augment
 from convmixer_jax import evaluate
+from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
@@ -15,6 +16,17 @@ from tests import common
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (10, 32, 8, 8, 3), np.uint8)
+AUGMENTED = {
+  "flip": True,
+  "crop_scale": (0.5, 1.0),
+  "crop_ratio": (0.75, 4 / 3),
+  "randaugment": "rand-m9-mstd0.5-inc1",
+  "color_jitter": 0.2,
+  "mixup_alpha": 0.5,
+  "cutmix_alpha": 0.5,
+  "mix_group_size": 4,
+  "erase_prob": 0.25,
+}
 LABELS = RNG.integers(0, 10, (10, 32)).astype(np.int32)
 
 
@@ -26,22 +38,17 @@ def run(
   model = common.tiny_model(depth=1, bn_group_size=bn_group_size)
   mesh = sharding.make_mesh(jax.devices()[:devices])
   replicated = sharding.replicated(mesh)
-  params = common.init_shapes(model, 8)["params"]
-  tx = optim.make_optimizer(
-    optim.make_schedule(0.01, 5, 4),
+  params = models.variable_shapes(model)["params"]
+  tx = common.adamw(
     params,
+    optim.make_schedule("onecycle", 0.01, 5, 4),
     weight_decay=0.01,
-    decay_all=False,
-    eps=1e-3,
-    betas=(0.9, 0.999),
     clip_norm=1.0,
   )
   augment_fn = augment.make_augment(
-    augment.make_normalize((0.5,) * 3, (0.25,) * 3),
-    flip=augmented,
-    crop_scale=(0.5, 1.0) if augmented else (1.0, 1.0),
-    crop_ratio=(0.75, 4 / 3) if augmented else (1.0, 1.0),
-    interpolation="bilinear",
+    common.augment_config(**(AUGMENTED if augmented else {})),
+    mean=(0.5,) * 3,
+    std=(0.25,) * 3,
   )
   step = jax.jit(
     step_lib.make_train_step(
@@ -174,3 +181,29 @@ def test_a_lost_image_is_an_error(monkeypatch):
   )
   with pytest.raises(RuntimeError, match="8 of 9"):
     score(step_lib.TrainState(jnp.zeros(()), {}, {}, ()))
+
+
+def test_ema_follows_and_is_what_counts():
+  """The averages by hand over three steps, and evaluation by them."""
+  model = common.tiny_model(depth=1)
+  tx = common.adamw(models.variable_shapes(model)["params"])
+  normalize = augment.make_normalize((0.5,) * 3, (0.25,) * 3)
+  augment_fn = lambda key, images, targets: (normalize(images), targets)
+  step = jax.jit(
+    step_lib.make_train_step(model, tx, augment_fn, seed=0, ema_decay=0.75)
+  )
+  state = step_lib.init_state(jax.random.key(0), model, tx, 8, ema=True)
+  trees = lambda s: {"params": s.params, "batch_stats": s.batch_stats}
+  expected = trees(state)
+  for images, labels in zip(IMAGES[:3], LABELS):
+    state, _ = step(state, {"image": images, "label": labels})
+    expected = jax.tree.map(
+      lambda e, v: 0.75 * e + 0.25 * v, expected, trees(state)
+    )
+  assert common.tree_error(state.ema, expected) < 1e-6
+  assert common.tree_error(state.params, expected["params"]) > 1e-2
+  score = jax.jit(step_lib.make_eval_step(model, normalize))
+  batch = {"image": IMAGES[0], "label": LABELS[0], "mask": np.ones(32, bool)}
+  of_ema = score(state, batch)["loss"]
+  assert of_ema == score(state.replace(ema={}, **state.ema), batch)["loss"]
+  assert of_ema != score(state.replace(ema={}), batch)["loss"]

@@ -168,10 +168,10 @@ def test_init_from_a_run(unbroken, tmp_path, capsys):
   for name in ("stem", "block_0"):
     assert same_state(tuned.params[name], state.params[name])
   assert not same_state(tuned.params["head"], state.params["head"])
-  with pytest.raises(UserError, match=r"is \(8,\); this model has \(4,\)"):
+  with pytest.raises(UserError, match=r"is \(8,\); the model\'s is \(4,\)"):
     train_digits(tmp_path / "other", init_from=str(workdir), **{"model.dim": 4})
   assert not (tmp_path / "other").exists()
-  with pytest.raises(UserError, match="holds no checkpoints"):
+  with pytest.raises(UserError, match="none: No such file"):
     train_digits(tmp_path / "other", init_from=str(tmp_path / "none"))
 
 
@@ -255,6 +255,7 @@ def test_encoded_images_train(photos, tmp_path):
       "data.eval_split": "val",
       "data.image_size": 32,
       "data.num_workers": 2,
+      "augment.mix_group_size": 8,
       "batch_size": 16,
       "accum_steps": 2,
       "epochs": 2,
@@ -268,6 +269,36 @@ def test_encoded_images_train(photos, tmp_path):
   metrics = train.evaluate_checkpoint(config, tmp_path / "run")
   assert metrics["count"] == 33
   assert metrics["top1"] == records(tmp_path / "run")[-1]["top1"]
+
+
+def test_a_run_with_moving_averages_resumes_and_evaluates(tmp_path):
+  """Everything of the recipe on, so that all of it is resumed exactly."""
+  recipe = {
+    "ema_decay": 0.8,
+    "optim.schedule": "cosine",
+    "optim.warmup_epochs": 0.25,
+    "augment.randaugment": "rand-m9-mstd0.5-inc1:Rotate,Equalize",
+    "augment.mixup_alpha": 0.5,
+    "augment.erase_prob": 0.25,
+    "save_every": 5,
+  }
+  state = train_digits(tmp_path / "whole", **recipe)
+  shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+  shutil.rmtree(tmp_path / "broken" / "checkpoints" / "10")
+  assert same_state(train_digits(tmp_path / "broken", **recipe), state)
+  config = common.digits_config(**TEN_STEPS, **recipe)
+  metrics = train.evaluate_checkpoint(config, tmp_path / "whole")
+  last = records(tmp_path / "whole")[-1]
+  assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-6)
+  loaded = checkpoint.load_variables(tmp_path / "whole")
+  assert same_state(loaded["params"], state.ema["params"])
+  assert not same_state(loaded["params"], state.params)
+  tuned = train_digits(
+    tmp_path / "tuned",
+    init_from=str(tmp_path / "whole"),
+    **{"ema_decay": 0.5, "optim.learning_rate": 0.0},
+  )
+  assert same_state(tuned.params, loaded["params"])
 
 
 # --- Real processes.
@@ -337,6 +368,7 @@ def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
     "--config.data.eval_split=val",
     "--config.data.image_size=32",
     "--config.data.num_workers=2",
+    "--config.augment.mix_group_size=8",
     "--config.batch_size=16",
     "--config.epochs=100000",
     "--config.log_every=1",

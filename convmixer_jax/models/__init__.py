@@ -3,7 +3,8 @@
 import difflib
 from typing import Any
 
-import flax.linen as nn
+import jax
+import jax.numpy as jnp
 
 from convmixer_jax import UserError
 from convmixer_jax.models.convmixer import ConvMixer as ConvMixer
@@ -37,7 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def create_model(
   name: str, num_classes: int = 1000, **overrides: Any
-) -> nn.Module:
+) -> ConvMixer:
   """Builds a model of `VARIANTS`.
 
   Args:
@@ -63,3 +64,10 @@ def create_model(
     if field not in fields:
       raise UserError(f"model.{field}: {name} has no such field")
   return ConvMixer(num_classes=num_classes, **(VARIANTS[name] | given))
+
+
+def variable_shapes(model: ConvMixer) -> dict[str, Any]:
+  """{'params', 'batch_stats'} of a model for RGB images, without computing."""
+  images = jnp.zeros((1, model.patch_size, model.patch_size, 3))
+  init = lambda: model.init(jax.random.key(0), images, train=False)
+  return {"batch_stats": {}} | jax.eval_shape(init)

@@ -53,13 +53,15 @@ def _init(fan_in: int) -> dict[str, nn.initializers.Initializer]:
   return {"kernel_init": uniform, "bias_init": uniform}
 
 
-def _depthwise(x, kernel, strides, padding, **kwargs):
+def _depthwise(implementation, x, kernel, strides, padding, **kwargs):
   """`ops.depthwise_conv` in the form in which `nn.Conv` calls its convolution.
 
   The padding that nn.Conv would ask for, SAME, is the op's own.
   """
   del strides, padding, kwargs
-  return ops.depthwise_conv(x, kernel[:, :, 0, :])
+  return ops.depthwise_conv(
+    x, kernel[:, :, 0, :], implementation=implementation
+  )
 
 
 class Block(nn.Module):
@@ -73,6 +75,7 @@ class Block(nn.Module):
   pointwise_residual: bool
   bn_group_size: int
   dtype: Any
+  implementation: str | None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
@@ -81,7 +84,7 @@ class Block(nn.Module):
       self.dim,
       (k, k),
       feature_group_count=self.dim,
-      conv_general_dilated=_depthwise,
+      conv_general_dilated=functools.partial(_depthwise, self.implementation),
       dtype=self.dtype,
       name="depthwise",
       **_init(k * k),
@@ -125,6 +128,7 @@ class ConvMixer(nn.Module):
     remat: None, or what a block keeps for its backward pass; a name from
       `jax.checkpoint_policies`.
     dtype: of the computation; parameters and logits are float32.
+    implementation: see `ops.depthwise_conv`.
   """
 
   dim: int
@@ -140,22 +144,38 @@ class ConvMixer(nn.Module):
   scan: bool = False
   remat: str | None = None
   dtype: Any = jnp.float32
+  implementation: str | None = None
 
   @nn.compact
   def __call__(
-    self, images: jax.Array, train: bool, return_features: bool = False
+    self,
+    images: jax.Array,
+    train: bool,
+    return_features: bool = False,
+    num_blocks: int | None = None,
   ) -> jax.Array:
-    """Returns logits, or what the head would pool.
+    """Returns logits, or a map of features.
 
     Args:
       images: [B, H, W, C], normalised floats.
       train: normalise by batch statistics and update the running ones (apply
         with mutable=['batch_stats']).
-      return_features: stop after the last block.
+      return_features: stop before the head, which pools by the mean over both
+        axes.
+      num_blocks: with return_features, stop after so many blocks, 0 to depth;
+        None is all of them.
 
     Returns:
-      [B, num_classes] float32, or features [B, H // p, W // p, dim].
+      [B, num_classes] float32, or features [B, H // p, W // p, dim]. H and W
+      need not be those of training.
     """
+    if num_blocks is not None and not (
+      return_features and 0 <= num_blocks <= self.depth
+    ):
+      raise ValueError(
+        f"num_blocks={num_blocks}: must be from 0 to {self.depth}, with"
+        " return_features"
+      )
     p = self.patch_size
     x = nn.Conv(
       self.dim,
@@ -184,16 +204,24 @@ class ConvMixer(nn.Module):
       self.pointwise_residual,
       self.bn_group_size,
       self.dtype,
+      self.implementation,
     )
     if self.scan:
+
+      def body(block, x, i):
+        y = block(x, train)
+        if num_blocks is not None:
+          y = jnp.where(i < num_blocks, y, x)
+        return y, None
+
       x, _ = nn.scan(
-        lambda block, x, _: (block(x, train), None),
+        body,
         variable_axes={"params": 0, "batch_stats": 0},
         split_rngs={"params": True},
         length=self.depth,
-      )(block(name="blocks"), x, None)
+      )(block(name="blocks"), x, jnp.arange(self.depth))
     else:
-      for i in range(self.depth):
+      for i in range(self.depth if num_blocks is None else num_blocks):
         x = block(name=f"block_{i}")(x, train)
     if return_features:
       return x

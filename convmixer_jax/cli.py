@@ -1,0 +1,113 @@
+"""What the command lines share: the config's flags, --help, one-line errors."""
+
+from collections.abc import Callable
+import difflib
+import re
+import signal
+import sys
+import textwrap
+from typing import Any
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from convmixer_jax import config as config_lib
+from convmixer_jax import UserError
+
+
+def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --config and a flag for each of its fields."""
+  return config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with a variant after a colon where it has some:"
+    " --config configs/imagenet.py:768_32. Its fields are flags too:"
+    " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'.",
+    flag_values=flag_values,
+  )
+
+
+def define_weights(
+  flag_values: flags.FlagValues,
+) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+  """Defines --weights and --model; see `weights.load_model`."""
+  weights = flags.DEFINE_string(
+    "weights",
+    None,
+    "A PyTorch checkpoint, a safetensors file, hf-hub:OWNER/NAME, or a workdir:"
+    " --weights runs/cifar10.",
+    flag_values=flag_values,
+  )
+  model = flags.DEFINE_string(
+    "model",
+    None,
+    "The variant that the weights of a file are of: --model convmixer_768_32."
+    " Default: what the weights themselves tell.",
+    flag_values=flag_values,
+  )
+  return weights, model
+
+
+def given(flag: flags.FlagHolder) -> Any:
+  """The flag's value, which must have been given."""
+  if flag.value is None:
+    raise UserError(f"--{flag.name}: must be given; see --help")
+  return flag.value
+
+
+def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+  """absl's parsing, with one line for each mistake instead of a traceback."""
+  module = sys.modules["__main__"]
+  if {"--help", "-help", "-h"} & set(argv):
+    print(module.__doc__)
+    own = flag_values.get_key_flags_for_module(module)
+    shared = [flag_values[name] for name in ("config", "weights", "model")
+              if name in flag_values]  # fmt: skip
+    for flag in dict.fromkeys([*shared, *own]):
+      text = textwrap.fill(flag.help, 74)
+      print(f"--{flag.name}\n{textwrap.indent(text, '    ')}")
+    sys.exit(0)
+  overrides = {}
+  for arg in argv[1:]:
+    if match := re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", arg):
+      overrides[match[1]] = match[2]
+  fields = config_lib.FIELDS
+  for field, value in overrides.items():
+    if field not in fields:
+      near = difflib.get_close_matches(field, fields, 1, cutoff=0)[0]
+      text = field if value is None else f"{field}={value}"
+      raise UserError(f"--config.{text}: no such field; nearest is {near}")
+  try:
+    rest = flag_values(argv)
+    flags.FLAGS(argv[:1])  # absl's own, which grain reads, are not for users.
+    if "config" in flag_values and flag_values.config is not None:
+      config_lib.flatten(flag_values.config)  # Raises if the file did not load.
+    return rest
+  except Exception as e:  # Whatever a config file may raise.
+    for field, value in overrides.items():
+      if f"--config.{field}={value}:" in str(e):
+        text = f"--config.{field}={value}: must be {fields[field][0]}"
+        raise UserError(text) from e
+    # The last line says what is wrong; those before it are the traceback that
+    # ml_collections puts into its message.
+    raise UserError(str(e).strip().splitlines()[-1].strip()) from e
+
+
+def run(
+  main: Callable[[list[str]], None], flag_values: flags.FlagValues
+) -> None:
+  """Calls main(argv): one line and exit code 2 for a user's mistake.
+
+  Every command line has flags of its own, so that several of them can be
+  imported together.
+  """
+  logging.set_verbosity(logging.WARNING)
+  try:
+    app.run(main, flags_parser=lambda argv: _parse_flags(argv, flag_values))
+  except UserError as e:
+    print(f"error: {e}", file=sys.stderr)
+    sys.exit(2)
+  except KeyboardInterrupt:
+    sys.exit(128 + signal.SIGINT)

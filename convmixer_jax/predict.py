@@ -1,0 +1,163 @@
+"""Classifies photographs.
+
+  python -m convmixer_jax.predict --weights convmixer_768_32.safetensors a.jpg
+  python -m convmixer_jax.predict --top 3 photos/ \\
+      --weights hf-hub:timm/convmixer_1536_20.in1k
+  find photos -name '*.png' | python -m convmixer_jax.predict \\
+      --weights runs/cifar10 --json -
+
+IMAGE... are files of any kind that Pillow reads, folders, or - for a list on
+the standard input, one a line. A file that is no image is named, the others are
+classified, and the exit code is 2.
+"""
+
+import collections
+from collections.abc import Iterator
+from collections.abc import Sequence
+from concurrent import futures
+import json
+import os
+from pathlib import Path
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+import tqdm
+
+from convmixer_jax import augment
+from convmixer_jax import cli
+from convmixer_jax import UserError
+from convmixer_jax import weights
+from convmixer_jax.data import decode
+
+_FLAGS = flags.FlagValues()
+_WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
+_TOP = flags.DEFINE_integer(
+  "top",
+  5,
+  "How many classes to print: --top 3.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_BATCH_SIZE = flags.DEFINE_integer(
+  "batch_size",
+  32,
+  "Images at a time: --batch_size 64.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  "json",
+  False,
+  "Print a JSON object a line for each image: --json.",
+  flag_values=_FLAGS,
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  files = image_files(argv[1:])
+  model, variables, data = weights.load_model(cli.given(_WEIGHTS), _MODEL.value)
+  normalize = augment.make_normalize(data["mean"], data["std"])
+
+  @jax.jit
+  def probabilities(variables, images):
+    logits = model.apply(variables, normalize(images), train=False)
+    return jax.nn.softmax(logits)
+
+  names = data["class_names"] or [str(k) for k in range(model.num_classes)]
+  batch_size = min(_BATCH_SIZE.value, len(files))
+  variables = jax.device_put(variables)
+  failed = False
+  with tqdm.tqdm(total=len(files), unit="img", disable=_quiet(files)) as bar:
+    batches = decoded(files, batch_size, data["image_size"], data["crop_pct"])
+    for paths, images, errors in batches:
+      padding = [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)]
+      rows = probabilities(variables, np.pad(images, padding))
+      for path, row, error in zip(paths, np.asarray(rows), errors):
+        if error:
+          failed = True
+          tqdm.tqdm.write(f"error: {path}: {error}", file=sys.stderr)
+        else:
+          tqdm.tqdm.write(_format(path, row, names), file=sys.stdout)
+      bar.update(len(paths))
+  if failed:
+    sys.exit(2)
+
+
+def _quiet(files):
+  return not sys.stderr.isatty() or len(files) < 10
+
+
+def _format(path, row, names):
+  best = np.argsort(-row)[: _TOP.value]
+  if _JSON.value:
+    predictions = [
+      {"class": int(k), "name": names[k], "probability": float(row[k])}
+      for k in best
+    ]
+    return json.dumps({"image": path, "predictions": predictions})
+  return "\n".join(
+    [path, *(f"  {100 * row[k]:6.2f} %  {names[k]}" for k in best)]
+  )
+
+
+def image_files(arguments: Sequence[str]) -> list[str]:
+  """Files, folders and - to paths, in the order given; folders sorted.
+
+  Raises:
+    UserError: there are none.
+  """
+  files = []
+  for argument in arguments:
+    if argument == "-":
+      files += [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    elif os.path.isdir(argument):
+      files += sorted(
+        str(path)
+        for path in Path(argument).rglob("*")
+        if path.name.lower().endswith(decode.SUFFIXES)
+      )
+    else:
+      files.append(argument)
+  if not files:
+    raise UserError("IMAGE...: no images; give files, folders or -")
+  return files
+
+
+def decoded(
+  files: Sequence[str], batch_size: int, size: int, crop_pct: float
+) -> Iterator[tuple[Sequence[str], np.ndarray, list[str]]]:
+  """Decodes ahead of its consumer, in threads.
+
+  Yields:
+    Up to `batch_size` paths; uint8 [B, size, size, 3]; and what is wrong with
+    each file, '' for nothing.
+  """
+
+  def load(path):
+    try:
+      data = Path(path).read_bytes()
+      return decode.eval_image(data, size, crop_pct), ""
+    except Exception as e:  # Pillow raises whatever a damaged file leads to.
+      reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+      return np.zeros((size, size, 3), np.uint8), f"cannot be decoded: {reason}"
+
+  def collect(chunk, pending):
+    images, errors = zip(*(future.result() for future in pending))
+    return chunk, np.stack(images), list(errors)
+
+  ahead = collections.deque()
+  with futures.ThreadPoolExecutor() as pool:
+    for i in range(0, len(files), batch_size):
+      chunk = files[i : i + batch_size]
+      ahead.append((chunk, [pool.submit(load, path) for path in chunk]))
+      if len(ahead) > 2:
+        yield collect(*ahead.popleft())
+    while ahead:
+      yield collect(*ahead.popleft())
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)

@@ -1,0 +1,627 @@
+"""Weights in and out: files, names, and what is made of them."""
+
+import argparse
+import io
+import json
+import os
+import pickle
+import re
+import subprocess
+import sys
+import zipfile
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+import pytest
+import safetensors.numpy
+import torch
+
+from convmixer_jax import augment
+from convmixer_jax import export
+from convmixer_jax import interop
+from convmixer_jax import models
+from convmixer_jax import train
+from convmixer_jax import UserError
+from convmixer_jax import weights
+from convmixer_jax.data import decode
+from tests import common
+from tests import test_data
+
+GOLDEN = common.golden("convmixer_k7p4")
+STATE = {
+  name.removeprefix("before/"): np.array(value)
+  for name, value in GOLDEN.items()
+  if name.startswith("before/")
+}
+TENSORS = {name: torch.from_numpy(value) for name, value in STATE.items()}
+OTHER = {name: value * 0 for name, value in TENSORS.items()}
+PREFIXED = {f"module.{name}": value for name, value in TENSORS.items()}
+TRAINING = {  # As timm's trainer saves it.
+  "epoch": 3,
+  "arch": "convmixer",
+  "args": argparse.Namespace(lr=0.01, opt="adamw"),
+  "metric": np.float64(81.4),
+  "optimizer": {
+    "state": {0: {"step": torch.tensor(7.0), "exp_avg": torch.ones(3)}},
+    "param_groups": [{"lr": 0.01, "betas": (0.9, 0.999), "params": [0]}],
+  },
+}
+WAYS = {
+  "weights": TENSORS,
+  "module.": PREFIXED,
+  "checkpoint": TRAINING | {"state_dict": PREFIXED},
+  "averages": TRAINING | {"state_dict": OTHER, "state_dict_ema": TENSORS},
+  "parameters": {k: torch.nn.Parameter(v, False) for k, v in TENSORS.items()},
+}
+
+
+def same(found, wanted=STATE):
+  assert found.keys() == wanted.keys()
+  for name, value in wanted.items():
+    assert np.array_equal(found[name], value), name
+    assert found[name].dtype == value.dtype, name
+
+
+# --- Files.
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("way", WAYS)
+def test_pytorch_files(way, zipped, tmp_path):
+  path = tmp_path / "weights.pth.tar"
+  torch.save(WAYS[way], path, _use_new_zipfile_serialization=zipped)
+  same(interop.load(path))
+
+
+def test_views_and_types(tmp_path):
+  whole = torch.arange(24.0).reshape(4, 6)
+  tensors = {
+    "turned": whole.T,
+    "cut": whole[1:3, ::2],
+    "shared": whole,
+    "scalar": torch.tensor(3),
+    "empty": torch.zeros(0, 5),
+    "half": whole.half(),
+    "bytes": torch.arange(5, dtype=torch.uint8),
+    "truth": torch.tensor([True, False]),
+  }
+  for zipped in (True, False):
+    torch.save(
+      tensors, tmp_path / "a.pth", _use_new_zipfile_serialization=zipped
+    )
+    same(interop.load(tmp_path / "a.pth"),
+         {name: x.numpy() for name, x in tensors.items()})  # fmt: skip
+  torch.save({"brain": whole.bfloat16()}, tmp_path / "b.pth")
+  brain = interop.load(tmp_path / "b.pth")["brain"]
+  assert brain.dtype == jnp.bfloat16
+  assert np.array_equal(brain.astype(np.float32), whole)
+
+
+def test_safetensors(tmp_path):
+  safetensors.numpy.save_file(STATE, tmp_path / "weights.safetensors")
+  same(interop.load(tmp_path / "weights.safetensors"))
+
+
+class Call:
+  """Pickles as a call of `function`."""
+
+  def __init__(self, function, *args):
+    self.call = function, args
+
+  def __reduce__(self):
+    return self.call
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize(
+  ("function", "name"),
+  [
+    (os.system, "posix.system"),
+    (eval, "__builtin__.eval"),
+    (os.mkdir, "posix.mkdir"),
+    (torch.load, "torch.serialization.load"),
+  ],
+)
+def test_a_hostile_pickle_runs_nothing(function, name, zipped, tmp_path):
+  mark = tmp_path / "mark"
+  argument = {
+    os.system: f"touch {mark}",
+    eval: f"open({str(mark)!r}, 'w')",
+  }.get(function, str(mark))
+  state = TENSORS | {"stem.0.weight": Call(function, argument)}
+  path = tmp_path / "weights.pth"
+  torch.save(state, path, _use_new_zipfile_serialization=zipped)
+  with pytest.raises(UserError, match=f"{path}: holds {name}"):
+    interop.load(path)
+  assert not mark.exists()
+
+
+def test_a_bare_hostile_pickle_runs_nothing(tmp_path):
+  mark = tmp_path / "mark"
+  path = tmp_path / "weights.pth"
+  path.write_bytes(pickle.dumps(Call(os.mkdir, str(mark))))
+  with pytest.raises(UserError, match=r"holds posix\.mkdir"):
+    interop.load(path)
+  path.write_bytes(pickle.dumps([1, 2]))
+  with pytest.raises(UserError, match=r"a pickle, but not PyTorch's"):
+    interop.load(path)
+  assert not mark.exists()
+
+
+def test_tensors_lie_inside_their_data():
+  data = np.arange(6.0)
+  rebuild = interop._rebuild_tensor
+  assert rebuild(data, 1, (2, 2), (2, 1)).tolist() == [[1, 2], [3, 4]]
+  for offset, shape, strides in [
+    (1, (6,), (1,)),
+    (0, (2, 2), (5, 1)),
+    (-1, (2,), (1,)),
+    (0, (2,), (-1,)),
+    (0, (-2,), (1,)),
+    (0, (2, 2), (1,)),
+  ]:
+    with pytest.raises(ValueError, match="tensor"):
+      rebuild(data, offset, shape, strides)
+
+
+@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
+def test_damaged_files_get_one_line(kind, tmp_path):
+  path = tmp_path / "weights"
+  if kind == "safetensors":
+    safetensors.numpy.save_file(STATE, path)
+  else:
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=kind == "zip")
+  whole = path.read_bytes()
+  refused = []
+  for data in common.damaged(whole, trials=80, places=30, within=3000):
+    path.write_bytes(data)
+    try:
+      interop.load(path)
+    except UserError as e:
+      refused.append(str(e))
+  assert len(refused) > 40
+  for text in refused:
+    assert text.startswith(f"{path}: ")
+    assert "\n" not in text
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+  path = tmp_path / "file"
+  with pytest.raises(UserError, match="No such file"):
+    interop.load(path)
+  path.write_text("just a text file\n")
+  with pytest.raises(UserError, match="neither a PyTorch checkpoint nor"):
+    interop.load(path)
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("a.txt", "x")
+  with pytest.raises(UserError, match="damaged or cut short"):
+    interop.load(path)
+  torch.save([1, 2], path)
+  with pytest.raises(UserError, match="holds a list, not tensors"):
+    interop.load(path)
+  torch.save({"state_dict": {"a": 3}}, path)
+  with pytest.raises(UserError, match="a is a int, no tensor"):
+    interop.load(path)
+
+
+# --- Names.
+
+
+def test_the_papers_sequential(tmp_path):
+  """The nn.Sequential of the paper's appendix, in PyTorch, gives our logits."""
+  nn = torch.nn
+  dim, depth, kernel, patch, classes = 12, 3, 5, 4, 7
+
+  class Residual(nn.Module):
+    def __init__(self, fn):
+      super().__init__()
+      self.fn = fn
+
+    def forward(self, x):
+      return self.fn(x) + x
+
+  norm = lambda: [nn.GELU(), nn.BatchNorm2d(dim)]
+  depthwise = lambda: nn.Conv2d(dim, dim, kernel, groups=dim, padding="same")
+  torch.manual_seed(0)
+  theirs = nn.Sequential(
+    nn.Conv2d(3, dim, patch, stride=patch),
+    *norm(),
+    *[
+      nn.Sequential(
+        Residual(nn.Sequential(depthwise(), *norm())),
+        nn.Conv2d(dim, dim, 1),
+        *norm(),
+      )
+      for _ in range(depth)
+    ],
+    nn.AdaptiveAvgPool2d((1, 1)),
+    nn.Flatten(),
+    nn.Linear(dim, classes),
+  )
+  images = torch.randn(4, 3, 16, 16)
+  theirs(images)  # Moves the running statistics.
+  torch.save(theirs.state_dict(), tmp_path / "model.pth")
+  path = str(tmp_path / "model.pth")
+  found = weights.architecture(weights.load(path), path)
+  assert found == {
+    "dim": dim,
+    "depth": depth,
+    "patch_size": patch,
+    "kernel_size": kernel,
+    "num_classes": classes,
+  }
+  model, variables, _ = weights.load_model(path)
+  with torch.no_grad():
+    expected = theirs.eval()(images).numpy()
+  ours = model.apply(variables, common.nhwc(images.numpy()), train=False)
+  common.assert_close(ours, expected, 2e-5)
+
+
+def test_what_does_not_fit_is_named(tmp_path):
+  variables = interop.from_torch(STATE)
+  model = common.tiny_model(dim=16)
+  shapes = models.variable_shapes(model)
+  name = "weights.pth"
+  with pytest.raises(UserError, match=r"^weights.pth: .* is \(.*model's is \("):
+    weights.fit(variables, shapes, name)
+  own = jax.tree.map(lambda x: np.zeros(x.shape), shapes)
+  assert weights.fit(own, shapes, name).keys() == own.keys()
+  missing = {**own, "params": {**own["params"]}}
+  del missing["params"]["block_1"]
+  with pytest.raises(UserError, match=r"has no params/block_1/.*; the model's"):
+    weights.fit(missing, shapes, name)
+  extra = {**own, "params": {**own["params"], "neck": {"bias": np.ones(3)}}}
+  with pytest.raises(UserError, match=r"params/neck/bias \(3,\) is not in the"):
+    weights.fit(extra, shapes, name)
+  with pytest.raises(UserError, match="not a ConvMixer's weights"):
+    weights.architecture({"params": {"conv1": {}}}, name)
+  path = tmp_path / "resnet.pth"
+  torch.save({"conv1.weight": torch.ones(3)}, path)
+  with pytest.raises(
+    UserError, match=r"resnet.pth: conv1.weight: not a tensor"
+  ):
+    weights.load(path)
+
+
+def test_a_missing_head_starts_anew(capsys):
+  wanted = jax.tree.map(
+    lambda x: np.ones(x.shape), models.variable_shapes(common.tiny_model())
+  )
+  headless = jax.tree.map(np.zeros_like, wanted)
+  del headless["params"]["head"]
+  fitted = weights.fit(headless, wanted, "file", new_head=True)
+  assert np.all(fitted["params"]["head"]["kernel"] == 1)
+  assert np.all(fitted["params"]["stem"]["kernel"] == 0)
+  assert "head/kernel: not in file; starts anew" in capsys.readouterr().out
+  assert weights.architecture(headless, "file")["num_classes"] is None
+  with pytest.raises(UserError, match="has no params/head/bias"):
+    weights.fit(headless, wanted, "file")
+
+
+def test_the_wrong_activation_is_a_warning(capsys):
+  shapes = lambda name: models.variable_shapes(models.create_model(name))
+  model = models.create_model("convmixer_768_32", activation="gelu")
+  weights.warn_of_activation(shapes("convmixer_768_32"), model, "file")
+  assert "convmixer_768_32, which was trained with relu" in (
+    capsys.readouterr().err
+  )
+  for name in ("convmixer_768_32", "convmixer_128_4"):
+    model = models.create_model(name)
+    weights.warn_of_activation(shapes(name), model, "file")
+  assert not capsys.readouterr().err
+
+
+# --- What is made of them.
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+  """A short run on the digits, and its weights as a PyTorch file."""
+  workdir = tmp_path_factory.mktemp("run")
+  config = common.digits_config(**{"data.train_split": "train[:320]"})
+  state = train.train_and_evaluate(config, workdir)
+  variables = {"params": state.params, "batch_stats": state.batch_stats}
+  tensors = interop.to_torch(jax.device_get(variables))
+  path = workdir / "weights.pth"
+  torch.save(
+    {k: torch.from_numpy(np.array(v)) for k, v in tensors.items()}, path
+  )
+  return workdir, path, config
+
+
+def test_init_from_and_eval_of_a_file(run, tmp_path, capsys):
+  workdir, path, config = run
+  by_workdir = train.evaluate_checkpoint(config, workdir)
+  config = common.digits_config(init_from=str(path))
+  by_file = train.evaluate_checkpoint(config, tmp_path / "none")
+  assert by_file == by_workdir | {"step": None}
+  assert not (tmp_path / "none").exists()
+  # Fine-tuned at another resolution, on other classes.
+  tuned = {
+    "init_from": str(path),
+    "data.image_size": 12,
+    "data.train_split": "train[:64]",
+    "optim.learning_rate": 0.0,
+  }
+  state = train.train_and_evaluate(
+    common.digits_config(**tuned), tmp_path / "tuned"
+  )
+  common.assert_close(
+    state.params["stem"]["kernel"],
+    interop.from_torch(interop.load(path))["params"]["stem"]["kernel"],
+    0.0,
+  )
+  config = common.digits_config(init_from=str(tmp_path / "none.pth"))
+  with pytest.raises(UserError, match=r"config.init_from=.*No such file"):
+    train.evaluate_checkpoint(config, tmp_path / "none")
+
+
+def predict(*args, stdin=None):
+  process = common.run_main(
+    *args, module="convmixer_jax.predict", stdin=-1 if stdin else None
+  )
+  out, err = process.communicate(stdin, timeout=120)
+  return process.returncode, out, err
+
+
+def test_predict(run, tmp_path):
+  """A table, JSON, a folder, a list; a workdir and its file agree."""
+  workdir, *_ = run
+  folder = tmp_path / "photos"
+  (folder / "deeper").mkdir(parents=True)
+  for i, kind in enumerate(("JPEG", "PNG", "WEBP")):
+    place = folder / "deeper" if i == 2 else folder
+    data = test_data.encoded(test_data.photo(i, 40, 30), format=kind)
+    (place / f"{i}.{kind.lower()}").write_bytes(data)
+  (folder / "notes.txt").write_text("nothing")
+  code, out, err = predict(f"--weights={workdir}", "--json", folder)
+  assert code == 0, err
+  rows = [json.loads(line) for line in out.splitlines()]
+  assert [os.path.basename(row["image"]) for row in rows] == [
+    "0.jpeg",
+    "1.png",
+    "2.webp",
+  ]
+  # As the model itself says of the first.
+  model, variables, data = weights.load_model(str(workdir))
+  image = decode.eval_image((folder / "0.jpeg").read_bytes(), 8, 1.0)
+  images = augment.make_normalize(data["mean"], data["std"])(image[None])
+  logits = model.apply(variables, images, train=False)
+  expected = np.asarray(jax.nn.softmax(logits))[0]
+  best = rows[0]["predictions"]
+  assert len(best) == 5
+  assert best[0]["class"] == int(expected.argmax())
+  assert best[0]["name"] == str(expected.argmax())
+  assert best[0]["probability"] == pytest.approx(expected.max(), rel=1e-4)
+
+  (folder / "bad.jpg").write_text("no image")
+  listing = (
+    f"{folder / '0.jpeg'}\n{folder / 'bad.jpg'}\n{folder / 'none.png'}\n"
+  )
+  code, out, err = predict(
+    f"--weights={workdir}", "--top=2", "--batch_size=2", "-", stdin=listing
+  )
+  assert code == 2
+  assert out.splitlines()[0] == str(folder / "0.jpeg")
+  assert len(out.splitlines()) == 3
+  name = best[0]["name"]
+  assert out.splitlines()[1].endswith(f"%  {name}")
+  first, second = err.splitlines()
+  assert first.startswith(f"error: {folder / 'bad.jpg'}: cannot be decoded")
+  assert second.endswith(
+    "none.png: cannot be decoded: No such file or directory"
+  )
+
+
+def test_the_hubs_cache_is_read(run, tmp_path, monkeypatch):
+  """hf-hub:OWNER/NAME, without a network, of a model fetched before."""
+  _, path, _ = run
+  model = tmp_path / "models--timm--convmixer_digits"
+  (model / "refs").mkdir(parents=True)
+  (model / "refs" / "main").write_text("0" * 40)
+  snapshot = model / "snapshots" / ("0" * 40)
+  snapshot.mkdir(parents=True)
+  safetensors.numpy.save_file(
+    {k: np.ascontiguousarray(v) for k, v in interop.load(path).items()},
+    snapshot / "model.safetensors",
+  )
+  photo = tmp_path / "photo.png"
+  photo.write_bytes(test_data.encoded(test_data.photo(0, 40, 30), format="PNG"))
+  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  code, out, err = predict("--weights=hf-hub:timm/convmixer_digits", photo)
+  assert code == 0, err
+  assert out.splitlines()[0] == str(photo)
+  code, _, err = predict("--weights=hf-hub:timm/another", photo)
+  assert code == 2
+  assert err.startswith("error: hf-hub:timm/another: cannot be downloaded: ")
+  assert len(err.splitlines()) == 1
+
+
+def test_torch_is_not_needed():
+  code = "import sys, convmixer_jax.predict; print('torch' in sys.modules)"
+  out = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=common.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  assert out.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (["a.jpg"], "--weights: must be given"),
+    (["--weights=none.pth", "a.jpg"], "none.pth: No such file"),
+    (["--weights=tests", "a.jpg"], "tests: holds no checkpoints"),
+    (["--weights=README.md", "a.jpg"], "neither a PyTorch checkpoint"),
+    (["--weights=README.md"], "no images"),
+    (
+      ["--weights=experiments/results/digits/seed0", "a.jpg"],
+      "seed0: holds no checkpoints",
+    ),
+    (["--weights=README.md", "--tpo=3", "a.jpg"], "tpo"),
+  ],
+)
+def test_predicts_mistakes(args, says):
+  code, out, err = predict(*args)
+  assert code == 2
+  assert not out
+  assert err.startswith("error: ")
+  assert says in err
+  assert len(err.splitlines()) == 1
+
+
+def test_imagenets_names_are_built_in(tmp_path):
+  variables = interop.from_torch(STATE)
+  head = variables["params"]["head"]
+  dim = head["kernel"].shape[0]
+  variables["params"]["head"] = {
+    "kernel": np.zeros((dim, 1000), np.float32),
+    "bias": np.eye(1000, dtype=np.float32)[281],
+  }
+  path = tmp_path / "a.safetensors"
+  tensors = interop.to_torch(variables)
+  safetensors.numpy.save_file(
+    {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path
+  )
+  *_, data = weights.load_model(str(path))
+  assert data["class_names"][281] == "tabby"
+  assert len(set(data["class_names"])) == 1000
+  assert (data["image_size"], data["crop_pct"]) == (224, 0.96)
+
+
+# --- Export.
+
+
+@pytest.mark.parametrize(
+  "options",
+  [
+    {},
+    {"pointwise_residual": True},
+    {"depthwise_residual": False, "activation": "relu"},
+    {"norm": "layer"},
+  ],
+)
+def test_what_is_exported_is_the_model(options, tmp_path):
+  """Of any batch, with random statistics, from uint8 to logits."""
+  model = common.tiny_model(**options)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(
+    lambda x: rng.uniform(0.5, 1.5, x.shape).astype(np.float32) / 8,
+    {"batch_stats": {}} | models.variable_shapes(model),
+  )
+  stats = {"mean": (0.4, 0.5, 0.6), "std": (0.2, 0.3, 0.2)}
+  function = export.inference_function(model, variables, **stats)
+  path = export.write_stablehlo(function, 8, tmp_path)
+  exported = jax.export.deserialize(bytearray(path.read_bytes()))
+  assert exported.platforms == ("cpu", "cuda", "rocm", "tpu")
+  text = exported.mlir_module()
+  norms = 1 + 2 * model.depth
+  folded = int(not options.get("pointwise_residual"))
+  if model.norm == "batch":  # Statistics are gone; one add for each norm.
+    assert "rsqrt" not in text
+    paths = dict(export._norms(variables["params"], variables["batch_stats"]))
+    assert len(paths) == norms
+    assert text.count("stablehlo.constant dense<") >= 2 * (norms - folded)
+  images = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)
+  ours = model.apply(
+    variables, augment.make_normalize(**stats)(images), train=False
+  )
+  for batch in (1, 5):
+    common.assert_close(exported.call(images[:batch]), ours[:batch], 1e-5)
+
+
+def test_the_export_command(run, tmp_path):
+  _, path, _ = run
+  out = tmp_path / "exported"
+  process = common.run_main(
+    f"--weights={run[0]}", f"--out={out}", module="convmixer_jax.export"
+  )
+  text, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert "read back, it differs" in text
+  about = json.loads((out / "model.json").read_text())
+  assert about["image_size"] == 8
+  assert about["class_names"] == [str(i) for i in range(10)]
+  process = common.run_main(
+    f"--weights={path}", f"--out={path}", module="convmixer_jax.export"
+  )
+  _, err = process.communicate(timeout=120)
+  assert process.returncode == 2
+  assert err.startswith(f"error: --out={path}: File exists")
+
+
+@pytest.mark.slow
+def test_the_segmentation_example(run, tmp_path):
+  """The loss falls; pixels are told apart; there is a picture."""
+  out = tmp_path / "overlay.png"
+  process = common.run_main(
+    f"--weights={run[0]}",
+    f"--out={out}",
+    "--steps=100",
+    module="examples.segmentation",
+  )
+  text, err = process.communicate(timeout=300)
+  assert process.returncode == 0, err
+  losses = [float(x) for x in re.findall(r"loss ([\d.]+)", text)]
+  assert losses[0] > 1.5
+  assert losses[-1] < 1.0  # The classes' shares alone give 1.3.
+  assert re.search(r"mean IoU [\d.]+ %", text)
+  with Image.open(out) as picture:
+    assert picture.width > 1000
+
+
+# --- Against timm itself, at full size.
+
+
+def timms(name, folder):
+  """The images that timm makes of the photo, and its logits."""
+  subprocess.run(
+    [sys.executable, common.ROOT / "tests" / "timm_peer.py", name, folder],
+    check=True,
+  )
+  images, logits = (
+    np.load(folder / f"{file}.npy") for file in ("input", "logits")
+  )
+  return common.nhwc(images), logits
+
+
+def photograph():
+  from sklearn import datasets
+
+  image = Image.fromarray(datasets.load_sample_image("china.jpg"))
+  file = io.BytesIO()
+  image.save(file, "JPEG", quality=95)
+  return file.getvalue()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  "name", ["convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"]
+)
+def test_full_size_models_are_timms(name, tmp_path):
+  data = photograph()
+  (tmp_path / "photo.jpg").write_bytes(data)
+  wanted, expected = timms(name, tmp_path)
+  # From file to tensor.
+  image = decode.eval_image(data, 224, 0.96)
+  std = np.array((0.229, 0.224, 0.225))
+  images = augment.make_normalize((0.485, 0.456, 0.406), std)(image[None])
+  assert np.all(np.abs(images - wanted) <= 1 / 255 / std)
+  # Their weights here.
+  model, variables, _ = weights.load_model(str(tmp_path / "weights.pth"))
+  ours = model.apply(variables, wanted, train=False)
+  common.assert_close(ours, expected, 1e-4, name)
+  # Ours there.
+  other = jax.tree.map(lambda x: x * np.float32(0.9), variables)
+  tensors = interop.to_torch(other)
+  tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+  safetensors.numpy.save_file(tensors, tmp_path / "ours.safetensors")
+  _, expected = timms(name, tmp_path)
+  ours = model.apply(other, wanted, train=False)
+  common.assert_close(ours, expected, 1e-4, name)
