@@ -1,36 +1,35 @@
 import re
+import runpy
 import shlex
 
-from absl import flags
-from ml_collections import config_flags
 import pytest
 
 from convmixer_jax import config as config_lib
 from tests import common
 
 README = (common.ROOT / "README.md").read_text()
-COMMANDS = re.findall(r"^python -m convmixer_jax\.main (.*)$", README, re.M)
+COMMANDS = re.findall(
+  r"^python -m ((?:convmixer_jax|benchmarks|examples|experiments)\.\w+)(.*)$",
+  README,
+  re.M,
+)
 
 
 def test_there_are_commands():
-  assert len(COMMANDS) >= 8
+  assert len(COMMANDS) >= 15
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_parse(command):
+@pytest.mark.parametrize(("module", "command"), COMMANDS)
+def test_commands_parse(module, command, monkeypatch):
   """Flags known, overrides of the right type, and a config that may run."""
-  values = flags.FlagValues()
-  argv = ["main", *shlex.split(command)]
-  config = config_flags.DEFINE_config_file(
-    "config", flag_values=values, sys_argv=argv
-  )
-  text = (common.ROOT / "convmixer_jax" / "main.py").read_text()
-  for name in re.findall(r'\bflags\.DEFINE_\w+\(\s*"(\w+)"', text):
-    flags.DEFINE_string(name, None, "", flag_values=values)
-  # A flag without a value, as README has --distributed.
-  argv = [a + "=true" if a == "--distributed" else a for a in argv]
-  assert values(argv) == ["main"]
-  config_lib.check(config.value, num_devices=8)
+  argv = [module, *shlex.split(command)]
+  monkeypatch.setattr("sys.argv", argv)  # Overrides are looked for there.
+  flag_values = runpy.run_module(module, run_name="fresh")["_FLAGS"]
+  rest = flag_values(argv)[1:]
+  takes_names = (".predict", ".run", ".tables")
+  assert bool(rest) == module.endswith(takes_names)
+  if "config" in flag_values:
+    config_lib.check(flag_values.config, num_devices=8)
 
 
 def test_make_targets_exist():
@@ -42,7 +41,7 @@ def test_make_targets_exist():
 
 def test_files_that_are_named_exist():
   for name in re.findall(
-    r"\]\(([\w./-]+)\)|`((?:convmixer_jax|tests|configs|experiments)/[\w./-]*)`",
+    r"\]\(([\w./-]+)\)|`((?:convmixer_jax|tests|configs|experiments|benchmarks|examples)/[\w./-]*)`",
     README,
   ):
     path = "".join(name)

@@ -1,0 +1,1 @@
+"""The paper's experiments: sweeps as data, a runner, tables."""

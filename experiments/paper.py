@@ -1,0 +1,55 @@
+"""What the paper and its relatives published: paper.csv, a source a row."""
+
+import csv
+import dataclasses
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Published:
+  """One row.
+
+  Attributes:
+    table: of the paper, or what it comes from.
+    model: a key of `models.VARIANTS`, or the row's label.
+    patch_size: None where the model has none.
+    kernel_size: likewise.
+    value: None where it is not established.
+    source: who says so.
+  """
+
+  table: str
+  model: str
+  patch_size: int | None
+  kernel_size: int | None
+  value: float | None
+  source: str
+
+
+def read() -> list[Published]:
+  """All rows whose metric is top-1, in percent."""
+  number = lambda text, kind: kind(text) if text else None
+  with (Path(__file__).parent / "paper.csv").open() as file:
+    return [
+      Published(
+        row["table"],
+        row["model"],
+        number(row["patch_size"], int),
+        number(row["kernel_size"], int),
+        number(row["value"], float),
+        row["source"],
+      )
+      for row in csv.DictReader(file)
+      if row["metric"] == "top1"
+    ]
+
+
+def find(
+  table: str, model: str, patch_size: int, kernel_size: int
+) -> Published | None:
+  """The row of a table, or None if it has none such."""
+  wanted = (table, model, patch_size, kernel_size)
+  for row in read():
+    if (row.table, row.model, row.patch_size, row.kernel_size) == wanted:
+      return row
+  return None

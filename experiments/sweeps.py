@@ -1,0 +1,243 @@
+"""Sweeps as data: the cells of each table, and the seeds of each cell."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import difflib
+from pathlib import Path
+import runpy
+from typing import Any
+
+import jax
+import ml_collections
+
+from convmixer_jax import config as config_lib
+from convmixer_jax import models
+from convmixer_jax import UserError
+from experiments import paper
+
+ROOT = Path(__file__).parents[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+  """One cell of a table: a config but for its seed.
+
+  Attributes:
+    name: of its folder.
+    config: file and variant.
+    overrides: dotted field -> value.
+    table: of `paper`, '' if nobody published such a cell.
+    row: the model or label under which that table has it.
+  """
+
+  name: str
+  config: str
+  overrides: Mapping[str, Any]
+  table: str = ""
+  row: str = "convmixer_256_8"
+
+  def resolve(self, seed: int) -> ml_collections.ConfigDict:
+    """The whole config of one run."""
+    path, *variant = self.config.split(":")
+    get_config = runpy.run_path(str(ROOT / path))["get_config"]
+    config = get_config(*variant).lock()
+    config.update_from_flattened_dict({**self.overrides, "seed": seed})
+    return config
+
+  def model(self) -> models.ConvMixer:
+    """With 1000 classes for ImageNet and 10 otherwise."""
+    config = self.resolve(0)
+    classes = 1000 if config.data.name == "imagenet2012" else 10
+    return models.create_model(num_classes=classes, **config.model)
+
+  def published(self) -> paper.Published | None:
+    """The paper's row, or None."""
+    model = self.model()
+    return paper.find(self.table, self.row, model.patch_size, model.kernel_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sweep:
+  """What it asks, its cells, and the seeds that each of them is run with."""
+
+  about: str
+  cells: Sequence[Cell]
+  seeds: Sequence[int] = (0, 1, 2)
+
+  def runs(self) -> list[tuple[Cell, int]]:
+    """All cells with the first seed, then all with the second, and so on."""
+    return [(cell, seed) for seed in self.seeds for cell in self.cells]
+
+
+def _grid(config, table, patches, kernels, **overrides):
+  return [
+    Cell(
+      f"p{p}_k{k}",
+      config,
+      {"model.patch_size": p, "model.kernel_size": k, **overrides},
+      table,
+    )
+    for p in patches
+    for k in kernels
+  ]
+
+
+def _ablation():
+  """Switches of model and recipe, one at a time; named as in the paper."""
+  changes = {
+    "baseline": {},
+    "no depthwise residual": {"model.depthwise_residual": False},
+    "add pointwise residual": {"model.pointwise_residual": True},
+    "layernorm for batchnorm": {"model.norm": "layer"},
+    "relu for gelu": {"model.activation": "relu"},
+    "no mixup and cutmix": {
+      "augment.mixup_alpha": 0.0,
+      "augment.cutmix_alpha": 0.0,
+    },
+    "no random erasing": {"augment.erase_prob": 0.0},
+    "no randaugment": {"augment.randaugment": ""},
+    "no random scaling": {"augment.crop_scale": (1.0, 1.0)},
+    "no gradient clipping": {"optim.clip_norm": 0.0},
+  }
+  return [
+    Cell(
+      label.replace(" ", "_"),
+      "configs/cifar10.py:paper",
+      overrides,
+      "cifar10_ablation",
+      label,
+    )
+    for label, overrides in changes.items()
+  ]
+
+
+def _imagenet():
+  """Every ConvMixer of the paper's ImageNet tables."""
+  variants = {
+    "convmixer_1536_20": "1536_20",
+    "convmixer_768_32": "768_32",
+    "convmixer_1024_20_ks9_p14": "1024_20",
+  }
+  return [
+    Cell(
+      f"{row.model}_p{row.patch_size}_k{row.kernel_size}",
+      f"configs/imagenet.py:{variants.get(row.model, '1536_20')}",
+      {
+        "model.name": row.model,
+        "model.patch_size": row.patch_size,
+        "model.kernel_size": row.kernel_size,
+      },
+      "imagenet",
+      row.model,
+    )
+    for row in paper.read()
+    if row.table == "imagenet" and row.model in models.VARIANTS
+  ]
+
+
+_SCRIPT, _PAPER = "configs/cifar10.py:script", "configs/cifar10.py:paper"
+SWEEPS: dict[str, Sweep] = {
+  "smoke": Sweep(
+    "The runner itself, on the digits: minutes on a CPU.",
+    _grid("configs/digits.py", "", (1, 2), (3, 5), epochs=4),
+    seeds=(0, 1),
+  ),
+  "patch_kernel": Sweep(
+    "Patch and kernel size, by the authors' CIFAR-10 script.",
+    _grid(_SCRIPT, "cifar10_script_grid", (1, 2, 4, 8), (3, 5, 7, 9)),
+  ),
+  "patch_kernel_small": Sweep(
+    "The same question, at a size that two CPU cores answer in hours.",
+    _grid(
+      _SCRIPT,
+      "",
+      (2, 4, 8),
+      (3, 5, 7),
+      **{
+        "model.dim": 64,
+        "model.depth": 4,
+        "epochs": 8,
+        "batch_size": 128,
+        "eval_every": 391,
+        "save_every": 391,
+      },
+    ),
+    seeds=(0, 1),
+  ),
+  "cifar10_script": Sweep(
+    "The authors' script, and its independently rerun grid.",
+    [
+      Cell("script", _SCRIPT, {}, "cifar10_script"),
+      *(
+        cell
+        for cell in _grid(_SCRIPT, "cifar10_script_grid", (1, 2, 4), (3, 5, 7))
+        if cell.name != "p2_k5"  # The script's own.
+      ),
+    ],
+  ),
+  "cifar10_kernel": Sweep(
+    "Kernel size at 200 epochs.",
+    _grid(_PAPER, "cifar10_kernel", (1,), (3, 5, 7, 9)),
+  ),
+  "cifar10_patch": Sweep(
+    "Patch size at 200 epochs.",
+    _grid(_PAPER, "cifar10_patch", (2, 4), (9,)),
+  ),
+  "cifar10_size": Sweep(
+    "Width and depth at 200 epochs.",
+    [
+      Cell(
+        f"{dim}_{depth}",
+        _PAPER,
+        {
+          "model.dim": dim,
+          "model.depth": depth,
+          "model.patch_size": 1,
+          "model.kernel_size": 8,
+        },
+        "cifar10_size",
+        f"convmixer_{dim}_{depth}",
+      )
+      for dim in (128, 256)
+      for depth in (4, 8, 12)
+    ],
+  ),
+  "cifar10_ablation": Sweep("What each part is good for.", _ablation()),
+  "imagenet": Sweep("The paper's models.", _imagenet(), seeds=(0,)),
+}
+
+
+def get(name: str) -> Sweep:
+  """A sweep by its name.
+
+  Raises:
+    UserError: no such sweep, or one whose cells no longer fit their config.
+  """
+  if name not in SWEEPS:
+    near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
+    raise UserError(
+      f"{name}: no such sweep; nearest is {near}; there are {', '.join(SWEEPS)}"
+    )
+  for cell, seed in SWEEPS[name].runs():
+    config_lib.check(cell.resolve(seed), num_devices=1)
+  return SWEEPS[name]
+
+
+def count_parameters(model: models.ConvMixer) -> int:
+  """Trainable parameters, for RGB images."""
+  leaves = jax.tree.leaves(models.variable_shapes(model)["params"])
+  return sum(leaf.size for leaf in leaves)
+
+
+def forward_flops(model: models.ConvMixer, image_size: int) -> int:
+  """Floating-point operations of one image's forward pass.
+
+  A multiply-add is two. Convolutions and the head are counted; activations,
+  norms, residuals and biases, under 1 %, are not.
+  """
+  side = image_size // model.patch_size
+  stem = 3 * model.patch_size**2 * model.dim
+  block = model.kernel_size**2 * model.dim + model.dim**2
+  locations = side**2 * (stem + model.depth * block)
+  return 2 * (locations + model.dim * model.num_classes)

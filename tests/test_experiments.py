@@ -1,0 +1,237 @@
+import csv
+import io
+import json
+import signal
+import time
+
+import pytest
+
+from convmixer_jax import config as config_lib
+from convmixer_jax import models
+from convmixer_jax import UserError
+from experiments import paper
+from experiments import run as run_lib
+from experiments import sweeps
+from experiments import tables
+from tests import common
+
+
+@pytest.mark.parametrize("name", sweeps.SWEEPS)
+def test_every_run_of_every_sweep_may_train(name):
+  sweep = sweeps.get(name)
+  names = [cell.name for cell in sweep.cells]
+  assert len(set(names)) == len(names)
+  configs = [cell.resolve(seed).to_json() for cell, seed in sweep.runs()]
+  assert len(set(configs)) == len(configs) == len(names) * len(sweep.seeds)
+
+
+def test_cells_are_those_of_the_paper():
+  """Each published ConvMixer is a cell, with the published parameter count."""
+  with (common.ROOT / "experiments" / "paper.csv").open() as file:
+    counts = {
+      (r["table"], r["model"], r["patch_size"], r["kernel_size"]): r["params"]
+      for r in csv.DictReader(file)
+    }
+  found = set()
+  for sweep in sweeps.SWEEPS.values():
+    for cell in sweep.cells:
+      row = cell.published()
+      if row is None:
+        continue
+      key = (row.table, row.model, str(row.patch_size), str(row.kernel_size))
+      found.add(key)
+      # The table counts LayerNorm's parameters as BatchNorm's: equal.
+      assert sweeps.count_parameters(cell.model()) == int(counts[key]), key
+  tables_here = {key[0] for key in found}
+  missing = {
+    key
+    for key in counts
+    if key[0] in tables_here
+    and (key[1] in models.VARIANTS or key[0] == "cifar10_ablation")
+  } - found
+  # The script's grid and its own row are one cell.
+  assert missing == {("cifar10_script_grid", "convmixer_256_8", "2", "5")}
+  assert len(found) > 35
+
+
+def test_an_ablation_changes_its_switch_alone():
+  cells = {cell.row: cell for cell in sweeps.get("cifar10_ablation").cells}
+  base = config_lib.flatten(cells.pop("baseline").resolve(0))
+  assert len(cells) == 9
+  for label, cell in cells.items():
+    changed = config_lib.flatten(cell.resolve(0)).items() - base.items()
+    assert changed == {*cell.overrides.items()}, label
+    assert len(changed) == (2 if label == "no mixup and cutmix" else 1), label
+
+
+def test_flops():
+  model = models.create_model("convmixer_1536_20")
+  assert sweeps.forward_flops(model, 224) / 1e9 == pytest.approx(102, abs=0.5)
+
+
+def test_what_is_not_established_is_unknown():
+  row = paper.find("cifar10_ablation", "relu for gelu", 1, 9)
+  assert row is not None
+  assert row.value is None
+  assert paper.find("cifar10_ablation", "relu for gelu", 1, 7) is None
+
+
+def test_an_unknown_sweep_lists_the_known():
+  with pytest.raises(UserError, match=r"nearest is cifar10_size.*patch_kernel"):
+    sweeps.get("cifar10_sizes")
+
+
+def finished_run(folder, cell, seed, top1):
+  workdir = folder / cell.name / f"seed{seed}"
+  workdir.mkdir(parents=True)
+  (workdir / "config.json").write_text(cell.resolve(seed).to_json())
+  status = {"starts": [{"status": "finished"}]}
+  (workdir / "run.json").write_text(json.dumps(status))
+  records = [
+    {"kind": "train", "step": 1, "loss": 1.0, "images_per_second": 100 + seed},
+    {"kind": "eval", "step": 2, "top1": top1},
+  ]
+  lines = "".join(json.dumps(record) + "\n" for record in records)
+  (workdir / "metrics.jsonl").write_text(lines)
+  return workdir
+
+
+def test_tables(tmp_path):
+  """Means by hand; what is missing, unknown, edited or foreign is said so."""
+  sweep = sweeps.get("cifar10_ablation")
+  cells = {cell.row: cell for cell in sweep.cells}
+  finished_run(tmp_path, cells["baseline"], 0, 95.0)
+  finished_run(tmp_path, cells["baseline"], 1, 96.0)
+  finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
+  edited = finished_run(tmp_path, cells["no randaugment"], 0, 99.0)
+  config = json.loads((edited / "config.json").read_text())
+  config["epochs"] = 300
+  (edited / "config.json").write_text(json.dumps(config))
+  cut = finished_run(tmp_path, cells["no random scaling"], 0, 86.0)
+  text = (cut / "metrics.jsonl").read_text()
+  (cut / "metrics.jsonl").write_text(text[:-9])
+  half = finished_run(tmp_path, cells["no random erasing"], 0, 95.0)
+  (half / "run.json").write_text("{")
+  (tmp_path / "notes").mkdir()
+
+  rows, problems = tables.collect(sweep, tmp_path)
+  by_name = {row[0]: dict(zip(tables.COLUMNS, row)) for row in rows}
+  assert by_name["baseline"] == {
+    "cell": "baseline",
+    "parameters": "706,570",
+    "GFLOP/image": by_name["baseline"]["GFLOP/image"],
+    "img/s": "100",
+    "ours": "95.50 +- 0.71 (2)",
+    "paper": "95.88",
+    "difference": "-0.38",
+  }
+  relu = by_name["relu_for_gelu"]
+  assert (relu["ours"], relu["paper"], relu["difference"]) == (
+    "94.00 (1)",
+    "unknown",
+    "",
+  )
+  for name in ("no_randaugment", "no_random_scaling", "no_random_erasing"):
+    assert by_name[name]["ours"] == "missing"
+  assert len(problems) == 4
+  said = "\n".join(problems)
+  assert f"{edited}: epochs is 300; the sweep's is 200" in said
+  assert f"{cut}: not finished, or its files are damaged" in said
+  assert f"{half}: not finished" in said
+  assert f"{tmp_path / 'notes'}: not of this sweep" in said
+
+  read = list(csv.reader(io.StringIO(tables.render(rows, "csv"))))
+  assert read == [[*tables.COLUMNS], *map(list, rows)]
+  markdown = tables.render(rows, "markdown").splitlines()
+  assert len(markdown) == 2 + len(rows)
+  assert {line.count("|") for line in markdown} == {len(tables.COLUMNS) + 1}
+  latex = tables.render(rows, "latex")
+  assert r"95.50 $\pm$ 0.71 (2)" in latex
+  assert latex.count(r"\\") == 1 + len(rows)
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (["smok", "--root=x"], "nearest is smoke"),
+    (["smoke"], "--root: must be given"),
+    (["smoke", "--root=README.md"], "Not a directory"),
+    (["smoke", "--root=x", "--only=5/4"], "--only=5/4: must be I/N"),
+    ([], "give one of smoke"),
+  ],
+)
+def test_mistakes_get_one_line(args, says):
+  process = common.run_main(*args, module="experiments.run")
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 2
+  assert says in err
+  assert err.startswith("error: ")
+  assert len(err.splitlines()) == 1
+
+
+def test_dry_run_writes_nothing(tmp_path):
+  process = common.run_main(
+    "smoke",
+    f"--root={tmp_path / 'root'}",
+    "--dry_run",
+    "--only=2/4",
+    module="experiments.run",
+  )
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 0, err
+  assert "p1_k5/seed0" in out
+  assert "p1_k3" not in out
+  assert "25,354" in out
+  assert "hours to go" in out
+  assert not (tmp_path / "root").exists()
+
+
+def test_more_parts_than_runs_is_no_mistake(tmp_path):
+  args = ("smoke", f"--root={tmp_path}", "--dry_run", "--only=20/20")
+  process = common.run_main(*args, module="experiments.run")
+  out, err = process.communicate(timeout=60)
+  assert process.returncode == 0, err
+  assert out.endswith("0 runs\n")
+
+
+@pytest.mark.slow
+def test_a_sweep_skips_records_and_resumes(tmp_path, monkeypatch):
+  """One cell trains, one fails; again: the first is skipped."""
+  small = {"model.dim": 8, "model.depth": 1, "epochs": 1}
+  cells = [
+    sweeps.Cell("good", "configs/digits.py", small),
+    sweeps.Cell(
+      "bad", "configs/digits.py", {**small, "data.train_split": "train[:0]"}
+    ),
+  ]
+  runs = [
+    run_lib.Run(cell, 0, tmp_path / cell.name / "seed0") for cell in cells
+  ]
+  assert not run_lib._run_all(runs, 2, [])
+  assert [run.status for run in runs] == ["finished", "failed"]
+  assert "has no images" in (runs[1].workdir / "failed.txt").read_text()
+  assert run_lib.finished(runs[0].workdir)
+  rows, problems = tables.collect(sweeps.Sweep("", cells, (0,)), tmp_path)
+  assert rows[0][4].endswith("(1)")
+  assert rows[1][4] == "missing"
+  assert len(problems) == 1
+  assert "bad" in problems[0]
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_the_run_under_way(tmp_path):
+  command = ("smoke", f"--root={tmp_path}")
+  process = common.run_main(*command, module="experiments.run")
+  log = tmp_path / "smoke" / "p1_k3" / "seed0" / "log.txt"
+  deadline = time.time() + 120
+  while time.time() < deadline:
+    if log.exists() and "\nstep " in log.read_text():
+      break
+    time.sleep(0.2)
+  process.send_signal(signal.SIGINT)
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 130, out + err
+  assert "p1_k3/seed0: interrupted" in out
+  start = json.loads((log.parent / "run.json").read_text())["starts"][-1]
+  assert start["status"] == "interrupted"
+  assert any((log.parent / "checkpoints").iterdir())
