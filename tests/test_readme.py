@@ -24,7 +24,8 @@ def test_commands_parse(module, command, monkeypatch):
   """Flags known, overrides of the right type, and a config that may run."""
   argv = [module, *shlex.split(command)]
   monkeypatch.setattr("sys.argv", argv)  # Overrides are looked for there.
-  flag_values = runpy.run_module(module, run_name="fresh")["_FLAGS"]
+  path = (common.ROOT / module.replace(".", "/")).with_suffix(".py")
+  flag_values = runpy.run_path(str(path))["_FLAGS"]
   rest = flag_values(argv)[1:]
   takes_names = (".predict", ".run", ".tables")
   assert bool(rest) == module.endswith(takes_names)
