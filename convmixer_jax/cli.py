@@ -1,6 +1,7 @@
 """What the command lines share: the config's flags, --help, one-line errors."""
 
 from collections.abc import Callable
+import ctypes
 import difflib
 import re
 import signal
@@ -95,6 +96,22 @@ def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     raise UserError(str(e).strip().splitlines()[-1].strip()) from e
 
 
+def keep_pages() -> None:
+  """Makes glibc's malloc keep the memory that is freed, until the end.
+
+  XLA allocates its buffers on a CPU anew at every call, and malloc would give
+  those that are large back to the system, which then has to zero and map every
+  page again. Other systems are left as they are.
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  if mallopt is not None:
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    mallopt(m_mmap_max, 0)  # All from one heap,
+    mallopt(m_arena_max, 1)
+    mallopt(m_top_pad, 64 << 20)  # which grows in large steps
+    mallopt(m_trim_threshold, -1)  # and never shrinks.
+
+
 def run(
   main: Callable[[list[str]], None], flag_values: flags.FlagValues
 ) -> None:
@@ -104,6 +121,7 @@ def run(
   imported together.
   """
   logging.set_verbosity(logging.WARNING)
+  keep_pages()
   try:
     app.run(main, flags_parser=lambda argv: _parse_flags(argv, flag_values))
   except UserError as e:

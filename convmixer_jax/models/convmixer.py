@@ -14,6 +14,7 @@ Every convolution is followed by the activation and then by BatchNorm, in this
 order. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
 """
 
+from collections.abc import Callable
 import functools
 import math
 from typing import Any
@@ -24,17 +25,7 @@ import jax.numpy as jnp
 
 from convmixer_jax import ops
 
-
-def _gelu(x):
-  """The exact GELU as PyTorch computes it, in float32.
-
-  linen's is written with erfc, which takes three times as long on a CPU.
-  """
-  y = x.astype(jnp.float32)
-  return (0.5 * y * (1 + jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
-
-
-ACTIVATIONS = {"gelu": _gelu, "relu": nn.relu}
+ACTIVATIONS = ("gelu", "relu")
 NORMS = ("batch", "layer")
 REMAT_POLICIES = (
   "nothing_saveable",
@@ -64,6 +55,30 @@ def _depthwise(implementation, x, kernel, strides, padding, **kwargs):
   )
 
 
+def _pointwise(implementation, x, kernel, *args, **kwargs):
+  """Likewise for `nn.Dense`."""
+  del args, kwargs
+  return ops.pointwise_conv(x, kernel, implementation=implementation)
+
+
+class BiasApart(nn.Module):
+  """A layer that leaves its bias to be added with the activation.
+
+  Attributes:
+    make_layer: of linen; the variables are the layer's own.
+  """
+
+  make_layer: Callable[..., nn.Module]
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the layer's result without the bias, and the bias."""
+    layer = self.make_layer(use_bias=False)
+    nn.share_scope(self, layer)
+    bias = self.param("bias", layer.bias_init, (layer.features,))
+    return layer(x), bias
+
+
 class Block(nn.Module):
   """One ConvMixer block: [B, H, W, dim] -> the same shape."""
 
@@ -80,32 +95,50 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
     k = self.kernel_size
-    y = nn.Conv(
-      self.dim,
-      (k, k),
-      feature_group_count=self.dim,
-      conv_general_dilated=functools.partial(_depthwise, self.implementation),
-      dtype=self.dtype,
+    y = BiasApart(
+      functools.partial(
+        nn.Conv,
+        self.dim,
+        (k, k),
+        feature_group_count=self.dim,
+        conv_general_dilated=functools.partial(_depthwise, self.implementation),
+        dtype=self.dtype,
+        **_init(k * k),
+      ),
       name="depthwise",
-      **_init(k * k),
     )(x)
-    y = _activate_and_norm(self, y, train, "depthwise_norm")
-    x = x + y if self.depthwise_residual else y
-    y = nn.Dense(
-      self.dim, dtype=self.dtype, name="pointwise", **_init(self.dim)
+    residual = x if self.depthwise_residual else None
+    x = _activate_and_norm(self, y, train, "depthwise_norm", residual)
+    y = BiasApart(
+      functools.partial(
+        nn.Dense,
+        self.dim,
+        dot_general=functools.partial(_pointwise, self.implementation),
+        dtype=self.dtype,
+        **_init(self.dim),
+      ),
+      name="pointwise",
     )(x)
-    y = _activate_and_norm(self, y, train, "pointwise_norm")
-    return x + y if self.pointwise_residual else y
+    residual = x if self.pointwise_residual else None
+    return _activate_and_norm(self, y, train, "pointwise_norm", residual)
 
 
-def _activate_and_norm(module, x, train, name):
-  """Called inside `module`'s compact method, whose submodule the norm is."""
-  x = ACTIVATIONS[module.activation](x)
-  if module.norm == "layer":
-    return nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(x)
-  return ops.BatchNorm(module.bn_group_size, dtype=module.dtype, name=name)(
-    x, train
-  )
+def _activate_and_norm(module, layer, train, name, residual=None):
+  """norm(activation(x + bias)) + residual, of a layer's x and bias.
+
+  Called inside `module`'s compact method, whose submodule the norm is.
+  """
+  x, bias = layer
+  if module.norm == "batch":
+    return ops.BatchNorm(
+      module.bn_group_size,
+      module.activation,
+      implementation=module.implementation,
+      name=name,
+    )(x, train, bias=bias, residual=residual)
+  y = ops.ACTIVATIONS[module.activation](x.astype(jnp.float32) + bias)
+  y = nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(y)
+  return y if residual is None else y + residual
 
 
 class ConvMixer(nn.Module):
@@ -177,16 +210,19 @@ class ConvMixer(nn.Module):
         " return_features"
       )
     p = self.patch_size
-    x = nn.Conv(
-      self.dim,
-      (p, p),
-      strides=p,
-      padding="VALID",
-      dtype=self.dtype,
+    y = BiasApart(
+      functools.partial(
+        nn.Conv,
+        self.dim,
+        (p, p),
+        strides=p,
+        padding="VALID",
+        dtype=self.dtype,
+        **_init(p * p * images.shape[-1]),
+      ),
       name="stem",
-      **_init(p * p * images.shape[-1]),
     )(images)
-    x = _activate_and_norm(self, x, train, "stem_norm")
+    x = _activate_and_norm(self, y, train, "stem_norm")
 
     block = Block
     if self.remat is not None:

@@ -1,12 +1,32 @@
-"""BatchNorm with PyTorch's constants and with statistics over groups."""
+"""Bias, activation, BatchNorm and residual: what follows a convolution.
+
+BatchNorm has PyTorch's constants, and statistics over groups of the batch.
+"""
+
+import functools
+import math
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from convmixer_jax.ops import native
+
+
+def _gelu(x):
+  """The exact GELU as PyTorch computes it.
+
+  linen's is written with erfc, which takes three times as long on a CPU.
+  """
+  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+
+
+# In the order that native.cc knows.
+ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
+
 
 class BatchNorm(nn.Module):
-  """Normalises [B, H, W, C] over batch and space, as PyTorch's BatchNorm2d.
+  """normalize(activation(x + bias)) + residual, over batch and space.
 
   Unlike linen's: the running variance is the unbiased one, n / (n - 1), and the
   batch may be cut into groups of consecutive images that each have their own
@@ -14,47 +34,231 @@ class BatchNorm(nn.Module):
   averages then move by the mean of the groups' statistics. Where every group
   lies on one device, the normalisation needs no communication.
 
+  For its backward pass it keeps x, and computes the activation anew.
+
   Attributes:
     group_size: images per group; 0 means the whole batch, on however many
       devices it lies ("synchronised" BatchNorm).
+    activation: key of `ACTIVATIONS`.
     momentum: weight of the old running value (PyTorch's momentum is one minus
       this).
     epsilon: added to the variance.
-    dtype: of the result; statistics are always float32. None: the input's.
+    implementation: see `depthwise_conv`; 'shift' is plain XLA here.
   """
 
   group_size: int = 0
+  activation: str = "identity"
   momentum: float = 0.9
   epsilon: float = 1e-5
-  dtype: jnp.dtype | None = None
+  implementation: str | None = None
 
   @nn.compact
-  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+  def __call__(
+    self,
+    x: jax.Array,
+    train: bool,
+    *,
+    bias: jax.Array | None = None,
+    residual: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns [B, H, W, C], of x's dtype; all else is computed in float32.
+
+    Args:
+      x: [B, H, W, C].
+      train: normalise by the statistics of x, and move the running ones.
+      bias: [C], of the layer before.
+      residual: like x.
+    """
     batch, *_, channels = x.shape
     scale = self.param("scale", nn.initializers.ones, (channels,))
-    bias = self.param("bias", nn.initializers.zeros, (channels,))
+    offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-    dtype = self.dtype or x.dtype
+    if bias is None:
+      bias = jnp.zeros(channels)
+    static = (self.implementation or "auto", self.activation)
 
     if not train:
-      inverse = jax.lax.rsqrt(running_var.value + self.epsilon) * scale
-      y = (x.astype(jnp.float32) - running_mean.value) * inverse + bias
-      return y.astype(dtype)
+      scale *= jax.lax.rsqrt(running_var.value + self.epsilon)
+      offset -= running_mean.value * scale
+      by_image = lambda v: jnp.broadcast_to(v, (batch, channels))
+      scale, offset = by_image(scale), by_image(offset)
+      return _affine(static, x, bias, scale, offset, residual)
 
     group = self.group_size or batch
     if batch % group:
       raise ValueError(f"a batch of {batch} is not whole groups of {group}")
-    grouped = x.astype(jnp.float32).reshape(batch // group, group, *x.shape[1:])
-    axes = (1, 2, 3)
-    mean = grouped.mean(axes, keepdims=True)  # [groups, 1, 1, 1, C]
-    centred = grouped - mean
-    var = jnp.square(centred).mean(axes, keepdims=True)
+    y, mean, var = _normalize_groups(
+      static, group, self.epsilon, x, bias, scale, offset, residual
+    )
     if not self.is_initializing():
       n = group * x.shape[1] * x.shape[2]
-      unbiased = var * (n / max(n - 1, 1))
-      for running, new in ((running_mean, mean), (running_var, unbiased)):
-        new = new.mean(0).reshape(channels)
-        running.value += (1 - self.momentum) * (new - running.value)
-    y = centred * (jax.lax.rsqrt(var + self.epsilon) * scale) + bias
-    return y.reshape(x.shape).astype(dtype)
+      for running, new in (
+        (running_mean, mean),
+        (running_var, var * (n / max(n - 1, 1))),
+      ):
+        running.value += (1 - self.momentum) * (new.mean(0) - running.value)
+    return y
+
+
+# --- y = act(x + bias) * scale + offset + residual; scale, offset: [B, C].
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _affine(static, x, bias, scale, offset, residual):
+  return _normalize(static, x, bias, scale, offset, residual)
+
+
+def _affine_forward(static, x, bias, scale, offset, residual):
+  y = _normalize(static, x, bias, scale, offset, residual)
+  return y, (x, bias, scale, residual is not None)
+
+
+def _affine_backward(static, kept, grad):
+  x, bias, scale, has_residual = kept
+  zeros = jnp.zeros_like(scale)
+  grad_offset, grad_scale = _grad_sums(static, x, bias, zeros, grad)
+  grad_x, grad_bias = _input_grad(static, x, bias, scale, zeros, zeros, grad)
+  grad_residual = grad if has_residual else None
+  return grad_x, grad_bias.sum(0), grad_scale, grad_offset, grad_residual
+
+
+_affine.defvjp(_affine_forward, _affine_backward)
+
+
+# --- The same with the statistics of each group, which have no gradient.
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _normalize_groups(static, group, epsilon, x, bias, scale, offset, residual):
+  """Returns y, and the groups' means and (biased) variances, [B / group, C]."""
+  return _groups_forward(
+    static, group, epsilon, x, bias, scale, offset, residual
+  )[0]
+
+
+def _by_group(x, group):  # [B, C] -> [B / group, group, C]
+  return x.reshape(-1, group, x.shape[-1])
+
+
+def _groups_forward(static, group, epsilon, x, bias, scale, offset, residual):
+  means, squares = (
+    _by_group(v, group) for v in _moments(static, x, bias)
+  )  # Of each image.
+  mean = means.mean(1)
+  pixels = x.shape[1] * x.shape[2]
+  between = jnp.square(means - mean[:, None]).mean(1)
+  var = squares.mean(1) / pixels + between
+  inverse = jax.lax.rsqrt(var + epsilon)
+  by_image = lambda v: jnp.repeat(v, group, axis=0)
+  y = _normalize(
+    static,
+    x,
+    bias,
+    by_image(inverse * scale),
+    by_image(offset - mean * inverse * scale),
+    residual,
+  )
+  kept = x, bias, scale, mean, inverse, residual is not None
+  return (y, mean, var), kept
+
+
+def _groups_backward(static, group, epsilon, kept, grads):
+  del epsilon
+  x, bias, scale, mean, inverse, has_residual = kept
+  grad = grads[0]
+  by_image = lambda v: jnp.repeat(v, group, axis=0)
+  sums, products = (
+    _by_group(v, group).sum(1)
+    for v in _grad_sums(static, x, bias, by_image(mean), grad)
+  )
+  # With a = act(x + bias) and â = (a - mean) * inverse, the gradient of a is
+  # inverse * scale * (grad - mean of grad - â * mean of grad * â).
+  n = group * x.shape[1] * x.shape[2]
+  steep = inverse * scale
+  slope = -steep * jnp.square(inverse) * products / n
+  level = -steep * sums / n - slope * mean
+  grad_x, grad_bias = _input_grad(
+    static, x, bias, by_image(steep), by_image(slope), by_image(level), grad
+  )
+  grad_scale = (inverse * products).sum(0)
+  grad_residual = grad if has_residual else None
+  return grad_x, grad_bias.sum(0), grad_scale, sums.sum(0), grad_residual
+
+
+_normalize_groups.defvjp(_groups_forward, _groups_backward)
+
+
+# --- The four passes over images that all of this is made of.
+
+
+def _dispatch(static, name, plain, *args, **attributes):
+  implementation, activation = static
+  index = [*ACTIVATIONS].index(activation)
+  plain = functools.partial(plain, ACTIVATIONS[activation])
+  return native.dispatch(
+    implementation,
+    *args,
+    native=lambda *args: tuple(
+      native.call(name, *args, activation=index, **attributes)
+    ),
+    shift=plain,
+    xla=plain,
+  )
+
+
+def _float(x):
+  return x.astype(jnp.float32)
+
+
+def _moments(static, x, bias):
+  """Mean and sum of squared differences from it of act(x + bias): [B, C]."""
+
+  def plain(act, x, bias):
+    a = act(_float(x) + bias)
+    mean = a.mean((1, 2), keepdims=True)
+    return mean[:, 0, 0], jnp.square(a - mean).sum((1, 2))
+
+  return _dispatch(static, "moments", plain, x, bias)
+
+
+def _normalize(static, x, bias, scale, offset, residual):
+  has_residual = residual is not None
+
+  def plain(act, x, bias, scale, offset, residual):
+    y = act(_float(x) + bias) * scale[:, None, None] + offset[:, None, None]
+    if has_residual:
+      y += _float(residual)
+    return (y.astype(x.dtype),)
+
+  residual = residual if has_residual else x
+  args = x, bias, scale, offset, residual
+  (y,) = _dispatch(static, "normalize", plain, *args, has_residual=has_residual)
+  return y
+
+
+def _grad_sums(static, x, bias, mean, grad):
+  """Sums of grad, and of grad * (act(x + bias) - mean): [B, C]."""
+
+  def plain(act, x, bias, mean, grad):
+    grad = _float(grad)
+    centred = act(_float(x) + bias) - mean[:, None, None]
+    return grad.sum((1, 2)), (grad * centred).sum((1, 2))
+
+  return _dispatch(static, "grad_sums", plain, x, bias, mean, grad)
+
+
+def _input_grad(static, x, bias, scale, slope, level, grad):
+  """(grad * scale + a * slope + level) * act'(x + bias), and its sums [B, C].
+
+  a is act(x + bias); scale, slope and level are [B, C].
+  """
+
+  def plain(act, x, bias, scale, slope, level, grad):
+    a, vjp = jax.vjp(act, _float(x) + bias)
+    scale, slope, level = (v[:, None, None] for v in (scale, slope, level))
+    (grad_x,) = vjp(_float(grad) * scale + a * slope + level)
+    return grad_x.astype(x.dtype), grad_x.sum((1, 2))
+
+  args = x, bias, scale, slope, level, grad
+  return _dispatch(static, "input_grad", plain, *args)

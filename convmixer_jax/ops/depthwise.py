@@ -11,7 +11,9 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-IMPLEMENTATIONS = ("auto", "xla", "shift")
+from convmixer_jax.ops import native
+
+IMPLEMENTATIONS = ("auto", "xla", "shift", "native")
 
 
 def depthwise_conv(
@@ -27,9 +29,10 @@ def depthwise_conv(
     kernel: [k, k, C], of x's dtype.
     implementation: 'xla' is `feature_group_count=C`; 'shift' is the sum of k*k
       shifted products, which XLA's CPU back end compiles to vector code where
-      its grouped convolution stays scalar. None or 'auto': 'shift' on CPU and
-      'xla' elsewhere, decided for the platform that the program is compiled
-      for.
+      its grouped convolution stays scalar; 'native' is C++, for float32 and
+      bfloat16 on CPUs, and becomes 'shift' where it cannot be compiled. None or
+      'auto': 'native' on CPU and 'xla' elsewhere, decided for the platform that
+      the program is compiled for.
 
   Returns:
     [B, H, W, C], of x's dtype; differentiable in both arguments (reverse mode).
@@ -57,7 +60,14 @@ def depthwise_conv(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _depthwise(implementation, x, kernel):
-  return _dispatch(implementation, _shift, _xla, x, kernel)
+  return native.dispatch(
+    implementation,
+    x,
+    kernel,
+    native=lambda *args: native.call("depthwise", *args)[0],
+    shift=_shift,
+    xla=_xla,
+  )
 
 
 def _forward(implementation, x, kernel):
@@ -65,16 +75,17 @@ def _forward(implementation, x, kernel):
 
 
 def _backward(implementation, residuals, grad):
-  return _dispatch(implementation, _shift_vjp, _xla_vjp, *residuals, grad)
+  return native.dispatch(
+    implementation,
+    *residuals,
+    grad,
+    native=lambda *args: tuple(native.call("depthwise_vjp", *args)),
+    shift=_shift_vjp,
+    xla=_xla_vjp,
+  )
 
 
 _depthwise.defvjp(_forward, _backward)
-
-
-def _dispatch(implementation, shift, xla, *args):
-  if implementation == "auto":
-    return lax.platform_dependent(*args, cpu=shift, default=xla)
-  return (shift if implementation == "shift" else xla)(*args)
 
 
 def _same_padding(k: int) -> tuple[int, int]:

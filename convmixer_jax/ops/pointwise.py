@@ -1,0 +1,55 @@
+"""Pointwise (1x1) convolution: a product of matrices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from convmixer_jax.ops import native
+
+
+def pointwise_conv(
+  x: jax.Array, kernel: jax.Array, *, implementation: str | None = None
+) -> jax.Array:
+  """Mixes the channels of each location.
+
+  Args:
+    x: [B, H, W, C], float.
+    kernel: [C, D], of x's dtype.
+    implementation: see `depthwise_conv`; 'shift' is plain XLA here.
+
+  Returns:
+    [B, H, W, D], of x's dtype; differentiable in both (reverse mode).
+  """
+  return _pointwise(implementation or "auto", x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _pointwise(implementation, x, kernel):
+  return native.dispatch(
+    implementation,
+    x,
+    kernel,
+    native=lambda *args: native.call("pointwise", *args)[0],
+    shift=jnp.dot,
+    xla=jnp.dot,
+  )
+
+
+def _forward(implementation, x, kernel):
+  return _pointwise(implementation, x, kernel), (x, kernel)
+
+
+def _backward(implementation, residuals, grad):
+  plain = lambda x, kernel, grad: jax.vjp(jnp.dot, x, kernel)[1](grad)
+  return native.dispatch(
+    implementation,
+    *residuals,
+    grad,
+    native=lambda *args: tuple(native.call("pointwise_vjp", *args)),
+    shift=plain,
+    xla=plain,
+  )
+
+
+_pointwise.defvjp(_forward, _backward)
