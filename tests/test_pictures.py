@@ -16,7 +16,8 @@ def trained(seed=0, cls=pictures.Trained, **overrides):
   """A model with random weights and statistics that are not the initial."""
   model = common.tiny_model(**overrides)
   images = np.zeros((1, 8, 8, 3), np.float32)
-  variables = model.init(jax.random.key(seed), images, train=False)
+  init = jax.jit(lambda key: model.init(key, images, train=False))
+  variables = init(jax.random.key(seed))
   rng = np.random.default_rng(seed)
   variables = jax.tree.map(
     lambda x: x + 0.1 * np.abs(rng.normal(size=x.shape)), variables
