@@ -5,6 +5,7 @@ import numpy as np
 from PIL import Image
 import pytest
 
+from convmixer_jax import models
 from convmixer_jax import train
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
@@ -13,14 +14,14 @@ from tests import common
 
 
 def trained(seed=0, cls=pictures.Trained, **overrides):
-  """A model with random weights and statistics that are not the initial."""
+  """A model with random weights and statistics."""
   model = common.tiny_model(**overrides)
-  images = np.zeros((1, 8, 8, 3), np.float32)
-  init = jax.jit(lambda key: model.init(key, images, train=False))
-  variables = init(jax.random.key(seed))
   rng = np.random.default_rng(seed)
-  variables = jax.tree.map(
-    lambda x: x + 0.1 * np.abs(rng.normal(size=x.shape)), variables
+  variables = jax.tree.map_with_path(
+    lambda path, leaf: rng.uniform(
+      0.5 if "batch_stats" in str(path) else -0.5, 1, leaf.shape
+    ).astype(np.float32),
+    models.variable_shapes(model),
   )
   return cls(model, variables, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
 
