@@ -145,15 +145,15 @@ def main(argv: list[str]) -> None:
       f" larger than the images of {data.image_size}"
     )
   out = Path(_OUT.value or Path(workdir) / "pictures").expanduser()
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-    for name, about, drawn in _pictures(
-      trained, against, config, source, names or source.class_names, blocks
-    ):
+  for name, about, drawn in _pictures(
+    trained, against, config, source, names or source.class_names, blocks
+  ):
+    try:
+      out.mkdir(parents=True, exist_ok=True)
       drawn.savefig(out / name, dpi=150)
-      print(f"{out / name}: {about}", flush=True)
-  except OSError as e:
-    raise UserError(f"--out={out}: {e.strerror or e}") from e
+    except OSError as e:
+      raise UserError(f"--out={out}: {e.strerror or e}") from e
+    print(f"{out / name}: {about}", flush=True)
 
 
 def _config(workdir):
@@ -543,7 +543,8 @@ def _draw_cka(values, other):
   ax = drawn.add_subplot()
   image = ax.imshow(values, "magma", vmin=0, vmax=1, origin="lower")
   drawn.colorbar(image)
-  ax.set(xlabel=f"blocks of {other}", ylabel="blocks of the model")
+  ax.set_xlabel(f"blocks of {other}", parse_math=False)
+  ax.set_ylabel("blocks of the model")
   return drawn
 
 
@@ -557,8 +558,9 @@ def _draw_confusion(counts, names, title):
   drawn.colorbar(image, label="share of the true class", shrink=0.8)
   ax.set(xlabel="predicted", ylabel="true")
   if classes <= 50:
-    ax.set_xticks(range(classes), names, rotation=90)
-    ax.set_yticks(range(classes), names)
+    names = [_short(name) for name in names]
+    ax.set_xticks(range(classes), names, rotation=90, parse_math=False)
+    ax.set_yticks(range(classes), names, parse_math=False)
   if classes <= 20:
     for (i, j), count in np.ndenumerate(counts):
       color = "white" if shares[i, j] > 0.5 else "black"
@@ -567,18 +569,22 @@ def _draw_confusion(counts, names, title):
   return drawn
 
 
+def _short(name):
+  """Of ImageNet's synonyms the first."""
+  return name.partition(",")[0][:24]
+
+
 def _draw_mistakes(mistakes, names):
   columns = 5
   rows = max(1, math.ceil(len(mistakes) / columns))
   drawn = _figure(2.2 * columns, 2.6 * rows)
   axes = drawn.subplots(rows, columns, squeeze=False).ravel()
-  short = lambda k: names[k].partition(",")[0][:24]
   for ax in axes:
     ax.axis("off")
   for ax, m in zip(axes, mistakes):
     ax.imshow(m.image)
-    text = f"{short(m.predicted)} ({100 * m.probability:.0f} %)"
-    text += f"\ntrue: {short(m.label)}"
+    text = f"{_short(names[m.predicted])} ({100 * m.probability:.0f} %)"
+    text += f"\ntrue: {_short(names[m.label])}"
     ax.set_title(text, fontsize="small", parse_math=False)
   return drawn
 

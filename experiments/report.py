@@ -107,7 +107,7 @@ def main(argv: list[str]) -> None:
   page = render(argv[1], sweep, folder, results, problems)
   try:
     # A file's name may be no text.
-    Path(out).expanduser().write_text(page, errors="backslashreplace")
+    Path(out).expanduser().write_text(page, "utf-8", "backslashreplace")
   except OSError as e:
     raise UserError(f"--out={out}: {e.strerror}") from e
   for problem in problems:
@@ -169,16 +169,17 @@ def _metadata(folder, cell, seed):
     minutes = f"{sum(span.total_seconds() for span in spans) / 60:.1f}"
   except (KeyError, TypeError, ValueError):  # It was killed, say.
     minutes = "?"
+  tell = lambda name: last.get(name) or "?"
   return {
     "run": f"{cell}/seed{seed}",
-    "device": f"{last.get('num_devices', '?')} x {last.get('device', '?')}",
-    "CPUs": last.get("cpu_count", "?"),
-    "commit": last.get("commit", "?"),
+    "device": f"{tell('num_devices')} x {tell('device')}",
+    "CPUs": tell("cpu_count"),
+    "commit": tell("commit"),
     "started": starts[0].get("started", "?"),
-    "ended": last.get("ended", "?"),
+    "ended": tell("ended"),
     "minutes": minutes,
     "starts": len(starts),
-    "Python": last.get("python", "?"),
+    "Python": tell("python"),
     "versions": ", ".join(f"{k} {v}" for k, v in versions.items())
     if isinstance(versions, dict)
     else "?",

@@ -100,6 +100,7 @@ def test_hsic_of_unrelated_features_is_0_on_average():
     pictures.unbiased_hsic(a[None], b[None])[0, 0] for a, b in zip(*grams)
   ]
   own = [pictures.unbiased_hsic(a[None], a[None])[0, 0] for a in grams[0]]
+  assert own[0] == pytest.approx((u_centred(grams[0][0]) ** 2).sum() / (8 * 5))
   assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(2000)
   assert abs(np.mean(found)) < 0.02 * np.mean(own)
 
@@ -160,10 +161,12 @@ def test_the_confusion_matrix_counts_every_image():
   batches = stream.eval_batches(
     source, batch_size=128, rows=np.arange(128), image_size=8, crop_pct=1.0
   )
-  counts, mistakes = pictures.score(model, batches, keep=20)
   logits = np.asarray(model.logits(model.variables, source.images))
   hits = logits.argmax(-1) == source.labels
   assert 0 < hits.sum() < len(source)
+  assert not hits[0]  # With which the last batch is padded.
+  keep = np.sum(~hits) - 1
+  counts, mistakes = pictures.score(model, batches, keep)
   assert counts.sum() == len(source) == 360
   assert np.trace(counts) == hits.sum()
   assert counts.sum(1).tolist() == np.bincount(source.labels).tolist()
@@ -173,7 +176,7 @@ def test_the_confusion_matrix_counts_every_image():
   )
   probabilities = np.asarray(jax.nn.softmax(logits)).max(-1)
   wrong = np.flatnonzero(~hits)
-  wrong = wrong[np.argsort(-probabilities[wrong], kind="stable")][:20]
+  wrong = wrong[np.argsort(-probabilities[wrong], kind="stable")][:keep]
   assert [m.probability for m in mistakes] == pytest.approx(
     probabilities[wrong], rel=1e-5
   )
@@ -270,6 +273,18 @@ def test_every_picture_of_a_run(tmp_path):
   )
   _, err = process.communicate(timeout=60)
   assert err == "error: config.model.name: missing; must be a string\n"
+
+
+def test_a_class_may_have_any_name(tmp_path):
+  names = ["a $\\frac$", "<b>", "c" * 99]
+  mistake = pictures.Mistake(noise(8, 8, 3), 0, 2, 0.5)
+  for drawn in (
+    pictures._draw_confusion(np.eye(3, dtype=int), names, "title"),
+    pictures._draw_mistakes([mistake], names),
+    pictures._draw_mistakes([], names),
+    pictures._draw_cka(np.eye(3), "runs/$\\frac$"),
+  ):
+    drawn.savefig(tmp_path / "x.png")
 
 
 def test_a_mistake_gets_one_line():
