@@ -143,8 +143,9 @@ def finished(workdir: Path) -> bool:
   """Whether a run has trained to its end and been scored."""
   try:
     start = json.loads((workdir / "run.json").read_text())["starts"][-1]
-    kinds = [record["kind"] for record in logger.read_metrics(workdir)]
-    return start["status"] == "finished" and kinds[-1] == "eval"
+    steps = [(r["kind"], r["step"]) for r in logger.read_metrics(workdir)]
+    last = ("eval", start["last_step"])
+    return start["status"] == "finished" and steps[-1] == last
   except (OSError, ValueError, LookupError, TypeError):
     return False
 

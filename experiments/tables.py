@@ -10,12 +10,15 @@ are unfinished, damaged, or of another config than the sweep's are left out and
 named on the standard error.
 """
 
+from collections.abc import Mapping
 import csv
+import dataclasses
 import io
 import json
 from pathlib import Path
 import statistics
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -46,29 +49,61 @@ COLUMNS = ("cell", "parameters", "GFLOP/image", "img/s", "ours", "paper",
 _FREE = {*config_lib.FREE_FIELDS, "data.dir"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A cell and its finished runs: seed -> the records of metrics.jsonl."""
+
+  cell: sweeps.Cell
+  runs: Mapping[int, list[dict[str, Any]]]
+
+  @property
+  def scores(self) -> dict[int, float]:
+    """Seed -> top-1 of the last step, in percent."""
+    return {seed: records[-1]["top1"] for seed, records in self.runs.items()}
+
+  @property
+  def mean(self) -> float | None:
+    """Over seeds; None without any."""
+    return statistics.mean(self.scores.values()) if self.runs else None
+
+  @property
+  def std(self) -> float | None:
+    """Over seeds; None with fewer than two."""
+    scores = self.scores.values()
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
 def main(argv: list[str]) -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) != 2:
-    raise UserError(f"SWEEP: give one of {', '.join(sweeps.SWEEPS)}")
-  folder = Path(cli.given(_ROOT)).expanduser() / argv[1]
-  sweep = sweeps.get(argv[1])
-  if not folder.is_dir():
-    raise UserError(f"--root={_ROOT.value}: holds no {argv[1]}")
-  rows, problems = collect(sweep, folder)
-  print(render(rows, _FORMAT.value), end="")
+  results, problems = collect(*locate(argv, cli.given(_ROOT)))
+  print(render([row(r) for r in results], _FORMAT.value), end="")
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
 
 
+def locate(argv: list[str], root: str) -> tuple[sweeps.Sweep, Path]:
+  """The sweep that a command line names, and its folder.
+
+  Raises:
+    UserError: it names none, or `root` holds none such.
+  """
+  if len(argv) != 2:
+    raise UserError(f"SWEEP: give one of {', '.join(sweeps.SWEEPS)}")
+  sweep, folder = sweeps.get(argv[1]), Path(root).expanduser() / argv[1]
+  if not folder.is_dir():
+    raise UserError(f"--root={root}: holds no {argv[1]}")
+  return sweep, folder
+
+
 def collect(
   sweep: sweeps.Sweep, folder: Path
-) -> tuple[list[tuple[str, ...]], list[str]]:
+) -> tuple[list[Result], list[str]]:
   """Reads what is there; writes nothing.
 
   Returns:
-    A row of `COLUMNS` for each cell, and what was left out and why.
+    Each cell's result, and what was left out and why.
   """
-  rows, problems = [], []
+  results, problems = [], []
   known = {
     folder / cell.name / f"seed{seed}" for cell, seed in sweep.runs()
   } | {folder / cell.name for cell in sweep.cells}
@@ -76,7 +111,7 @@ def collect(
     if path not in known:
       problems.append(f"{path}: not of this sweep")
   for cell in sweep.cells:
-    scores, rates = [], []
+    runs = {}
     for seed in sweep.seeds:
       workdir = folder / cell.name / f"seed{seed}"
       if not workdir.exists():
@@ -84,11 +119,9 @@ def collect(
       if problem := _problem(cell, seed, workdir):
         problems.append(f"{workdir}: {problem}")
         continue
-      records = logger.read_metrics(workdir)
-      scores.append(records[-1]["top1"])
-      rates += [r["images_per_second"] for r in records if r["kind"] == "train"]
-    rows.append(_row(cell, scores, rates))
-  return rows, problems
+      runs[seed] = logger.read_metrics(workdir)
+    results.append(Result(cell, runs))
+  return results, problems
 
 
 def _problem(cell, seed, workdir):
@@ -98,32 +131,53 @@ def _problem(cell, seed, workdir):
     wanted = json.loads(cell.resolve(seed).to_json())
   except (OSError, ValueError) as e:
     return f"config.json: {e}"
+  if not isinstance(theirs, dict):
+    return "config.json: not a JSON object"
   theirs, wanted = config_lib.flatten(theirs), config_lib.flatten(wanted)
   for name in sorted((theirs.keys() | wanted.keys()) - _FREE):
     if theirs.get(name) != wanted.get(name):
       return f"{name} is {theirs.get(name)}; the sweep's is {wanted.get(name)}"
   if not run_lib.finished(workdir):
     return "not finished, or its files are damaged"
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  records = logger.read_metrics(workdir)
+  if len(records) < len(lines) or not all(map(_is_record, records)):
+    return "metrics.jsonl: has a line that is no record of a run"
   return ""
 
 
-def _row(cell, scores, rates):
-  model = cell.model()
+def _is_record(record):
+  number = lambda value: isinstance(value, (int, float))
+  if record["kind"] == "eval":
+    good = number(record.get("top1")) and 0 <= record["top1"] <= 100
+  else:  # A run that logs every step has no rate of the first.
+    rate = record.get("images_per_second", 0)
+    good = number(record.get("loss")) and number(rate)
+  return good and isinstance(record["step"], int)
+
+
+def row(result: Result) -> tuple[str, ...]:
+  """One of `COLUMNS`."""
+  cell, model = result.cell, result.cell.model()
   size = cell.resolve(0).data.image_size
   published = cell.published()
+  rates = [
+    record["images_per_second"]
+    for records in result.runs.values()
+    for record in records
+    if "images_per_second" in record
+  ]
   paper, difference = "", ""
   if published:
     paper = "unknown"
     if published.value is not None:
       paper = f"{published.value:.2f}"
-      if scores:
-        difference = f"{statistics.mean(scores) - published.value:+.2f}"
+      if result.mean is not None:
+        difference = f"{result.mean - published.value:+.2f}"
   ours = "missing"
-  if scores:
-    ours = f"{statistics.mean(scores):.2f}"
-    if len(scores) > 1:
-      ours += f" +- {statistics.stdev(scores):.2f}"
-    ours += f" ({len(scores)})"
+  if result.mean is not None:
+    spread = "" if result.std is None else f" +- {result.std:.2f}"
+    ours = f"{result.mean:.2f}{spread} ({len(result.runs)})"
   return (
     cell.name,
     f"{sweeps.count_parameters(model):,}",

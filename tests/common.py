@@ -1,5 +1,6 @@
 """What several test files need."""
 
+import json
 import os
 from pathlib import Path
 import runpy
@@ -120,6 +121,43 @@ def damaged(whole: bytes, trials: int, places: int, within: int | None = None):
 def load_config(path) -> ml_collections.ConfigDict:
   path, *variant = str(path).split(":")
   return runpy.run_path(str(ROOT / path))["get_config"](*variant).lock()
+
+
+def finished_run(folder, cell, seed, top1, evals=3):
+  """Writes what a run of a sweep's cell leaves; returns its workdir."""
+  workdir = folder / cell.name / f"seed{seed}"
+  workdir.mkdir(parents=True)
+  config = cell.resolve(seed)
+  (workdir / "config.json").write_text(config.to_json())
+  start = {
+    "started": "2026-01-01T00:00:00+00:00",
+    "commit": "0123abc",
+    "python": "3.11.7",
+    "versions": {"jax": "0.10.2", "flax": "0.12.8"},
+    "device": "cpu",
+    "num_devices": 1,
+    "cpu_count": 2,
+    "status": "finished",
+    "last_step": 10 * evals,
+    "ended": "2026-01-01T00:12:30+00:00",
+  }
+  (workdir / "run.json").write_text(json.dumps({"starts": [start]}))
+  records = []
+  for n in range(1, evals + 1):
+    loss, score = 2.3 - 0.1 * n + 0.02 * seed, top1 * n / evals
+    rate = 100 + seed
+    records += [
+      {
+        "step": 10 * n,
+        "kind": "train",
+        "loss": loss,
+        "images_per_second": rate,
+      },
+      {"step": 10 * n, "kind": "eval", "top1": score},
+    ]
+  lines = "".join(json.dumps(record) + "\n" for record in records)
+  (workdir / "metrics.jsonl").write_text(lines)
+  return workdir
 
 
 def run_main(*args, devices=1, module="convmixer_jax.main", **popen):

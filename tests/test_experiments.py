@@ -80,40 +80,26 @@ def test_an_unknown_sweep_lists_the_known():
     sweeps.get("cifar10_sizes")
 
 
-def finished_run(folder, cell, seed, top1):
-  workdir = folder / cell.name / f"seed{seed}"
-  workdir.mkdir(parents=True)
-  (workdir / "config.json").write_text(cell.resolve(seed).to_json())
-  status = {"starts": [{"status": "finished"}]}
-  (workdir / "run.json").write_text(json.dumps(status))
-  records = [
-    {"kind": "train", "step": 1, "loss": 1.0, "images_per_second": 100 + seed},
-    {"kind": "eval", "step": 2, "top1": top1},
-  ]
-  lines = "".join(json.dumps(record) + "\n" for record in records)
-  (workdir / "metrics.jsonl").write_text(lines)
-  return workdir
-
-
 def test_tables(tmp_path):
   """Means by hand; what is missing, unknown, edited or foreign is said so."""
   sweep = sweeps.get("cifar10_ablation")
   cells = {cell.row: cell for cell in sweep.cells}
-  finished_run(tmp_path, cells["baseline"], 0, 95.0)
-  finished_run(tmp_path, cells["baseline"], 1, 96.0)
-  finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
-  edited = finished_run(tmp_path, cells["no randaugment"], 0, 99.0)
+  common.finished_run(tmp_path, cells["baseline"], 0, 95.0)
+  common.finished_run(tmp_path, cells["baseline"], 1, 96.0)
+  common.finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
+  edited = common.finished_run(tmp_path, cells["no randaugment"], 0, 99.0)
   config = json.loads((edited / "config.json").read_text())
   config["epochs"] = 300
   (edited / "config.json").write_text(json.dumps(config))
-  cut = finished_run(tmp_path, cells["no random scaling"], 0, 86.0)
+  cut = common.finished_run(tmp_path, cells["no random scaling"], 0, 86.0)
   text = (cut / "metrics.jsonl").read_text()
   (cut / "metrics.jsonl").write_text(text[:-9])
-  half = finished_run(tmp_path, cells["no random erasing"], 0, 95.0)
+  half = common.finished_run(tmp_path, cells["no random erasing"], 0, 95.0)
   (half / "run.json").write_text("{")
   (tmp_path / "notes").mkdir()
 
-  rows, problems = tables.collect(sweep, tmp_path)
+  results, problems = tables.collect(sweep, tmp_path)
+  rows = [tables.row(result) for result in results]
   by_name = {row[0]: dict(zip(tables.COLUMNS, row)) for row in rows}
   assert by_name["baseline"] == {
     "cell": "baseline",
@@ -210,9 +196,9 @@ def test_a_sweep_skips_records_and_resumes(tmp_path, monkeypatch):
   assert [run.status for run in runs] == ["finished", "failed"]
   assert "has no images" in (runs[1].workdir / "failed.txt").read_text()
   assert run_lib.finished(runs[0].workdir)
-  rows, problems = tables.collect(sweeps.Sweep("", cells, (0,)), tmp_path)
-  assert rows[0][4].endswith("(1)")
-  assert rows[1][4] == "missing"
+  results, problems = tables.collect(sweeps.Sweep("", cells, (0,)), tmp_path)
+  assert len(results[0].scores) == 1
+  assert tables.row(results[1])[4] == "missing"
   assert len(problems) == 1
   assert "bad" in problems[0]
 
