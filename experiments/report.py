@@ -31,6 +31,7 @@ from matplotlib import ticker
 import numpy as np
 
 from convmixer_jax import cli
+from convmixer_jax import models
 from convmixer_jax import UserError
 from experiments import sweeps
 from experiments import tables
@@ -233,7 +234,7 @@ def _pictures(results) -> Iterator[Picture]:
     _scatter(
       results,
       "FLOP an image",
-      lambda cell: sweeps.forward_flops(cell.model(), size(cell)),
+      lambda cell: models.forward_flops(cell.model(), size(cell)),
     ),
   )
 

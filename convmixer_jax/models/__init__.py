@@ -71,3 +71,16 @@ def variable_shapes(model: ConvMixer) -> dict[str, Any]:
   images = jnp.zeros((1, model.patch_size, model.patch_size, 3))
   init = lambda: model.init(jax.random.key(0), images, train=False)
   return {"batch_stats": {}} | jax.eval_shape(init)
+
+
+def forward_flops(model: ConvMixer, image_size: int) -> int:
+  """Floating-point operations of one image's forward pass.
+
+  A multiply-add is two. Convolutions and the head are counted; activations,
+  norms, residuals and biases, under 1 %, are not.
+  """
+  side = image_size // model.patch_size
+  stem = 3 * model.patch_size**2 * model.dim
+  block = model.kernel_size**2 * model.dim + model.dim**2
+  locations = side**2 * (stem + model.depth * block)
+  return 2 * (locations + model.dim * model.num_classes)
