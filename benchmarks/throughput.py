@@ -168,12 +168,7 @@ def make_work(mode, model, batch, size):
     arrays = {f"w.{name}": value for name, value in theirs.items()}
     arrays |= {"x": x, "labels": labels}
     images = jnp.asarray(x)
-    tx = optim.make_optimizer(
-      lambda count: 1e-3,
-      variables["params"],
-      {"weight_decay": 0.01, "decay_all": True, "eps": 1e-3,
-       "betas": (0.9, 0.999), "clip_norm": 1.0},
-    )  # fmt: skip
+    tx = make_optimizer(variables["params"])
     flops = batch * models.forward_flops(model, size)
     if mode == "infer":
       apply = jax.jit(lambda v, x: model.apply(v, x, train=False))
@@ -229,6 +224,18 @@ def make_work(mode, model, batch, size):
   stage = jax.jit(stage)
   inputs = [jnp.asarray(a, model.dtype) for a in arrays.values()]
   return lambda: stage(*inputs), arrays, flops
+
+
+def make_optimizer(params):
+  """The recipe's: AdamW and a clip of the gradient's norm."""
+  settings = {
+    "weight_decay": 0.01,
+    "decay_all": True,
+    "eps": 1e-3,
+    "betas": (0.9, 0.999),
+    "clip_norm": 1.0,
+  }
+  return optim.make_optimizer(lambda count: 1e-3, params, settings)
 
 
 def _start_peer(folder, model, arrays):
