@@ -238,6 +238,7 @@ def evaluate_checkpoint(
   # What the weights were trained for is fixed; how they are scored is free.
   fixed = ("model.", "data.image_size", "data.mean", "data.std")
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
+  free += config_lib.FREE_FIELDS
   _refuse_another_config(config, workdir, free)
   step = checkpoint.latest_step(workdir)
   if step is None and config.init_from is None:
@@ -287,12 +288,12 @@ def _load_init_from(config, model, wanted, new_head=False):
   name = os.path.expanduser(config.init_from)
   try:
     loaded = weights.load(name)
-    loaded = weights.fit(loaded, wanted, name, new_head=new_head)
+    fitted = weights.fit(loaded, wanted, name, new_head=new_head)
   except UserError as e:
     raise UserError(f"config.init_from={e}") from e
   if not os.path.isdir(name):
     weights.warn_of_activation(loaded, model, name)
-  return loaded
+  return fitted
 
 
 def _make_workdir(workdir):

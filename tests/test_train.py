@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -12,8 +13,11 @@ import pytest
 
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
+from convmixer_jax import models
+from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import UserError
+from convmixer_jax import weights
 from tests import common
 from tests import test_data
 
@@ -299,6 +303,60 @@ def test_a_run_with_moving_averages_resumes_and_evaluates(tmp_path):
     **{"ema_decay": 0.5, "optim.learning_rate": 0.0},
   )
   assert same_state(tuned.params, loaded["params"])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_checkpoint_fits_scanned_and_unrolled_models(tmp_path, scan):
+  """To the bit, the optimiser's state and the averages too."""
+
+  def fresh(scan, seed):
+    model = common.tiny_model(scan=scan, depth=3)
+    tx = common.adamw(models.variable_shapes(model)["params"])
+    init = lambda key: step_lib.init_state(key, model, tx, 8, ema=True)
+    state = init(jax.random.key(seed))
+    mu = lambda s: s._replace(mu=state.params) if hasattr(s, "mu") else s
+    opt_state = jax.tree.map(
+      mu, state.opt_state, is_leaf=lambda x: hasattr(x, "mu")
+    )
+    return state.replace(opt_state=opt_state)
+
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path)) as checkpointer:
+    checkpointer.save(1, fresh(scan, seed=1))
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path)) as checkpointer:
+    for template in (fresh(scan, seed=2), fresh(not scan, seed=2)):
+      restored = checkpointer.restore(template)
+      expected = fresh("blocks" in template.params, seed=1)
+      assert same_state(restored, expected)
+      assert not same_state(restored, template)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_run_goes_on_with_scan_switched(tmp_path, scan):
+  """Within rounding: the same sums in another order."""
+  settings = {"model.depth": 2, "ema_decay": 0.8, "save_every": 5}
+  other = {"model.scan": scan, "model.remat": "nothing_saveable"}
+  plain = {"model.scan": not scan}
+  whole = train_digits(tmp_path, **settings, **plain)
+  shutil.rmtree(tmp_path / "checkpoints" / "10")
+  ours = train_digits(tmp_path, **settings, **other)
+  assert ("blocks" in ours.params) == scan
+  assert ("blocks" in whole.params) != scan
+  ours, whole = map(models.unstack_blocks, (ours, whole))
+  assert common.tree_error(ours, whole) <= 2e-5
+  # Scored, loaded and tuned from either way.
+  config = common.digits_config(**TEN_STEPS, **settings, **plain)
+  metrics = train.evaluate_checkpoint(config, tmp_path)
+  last = records(tmp_path)[-1]
+  assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-5)
+  model, variables, _ = weights.load_model(str(tmp_path))
+  assert not model.scan
+  assert same_state(variables["params"], ours.ema["params"])
+  still = {"init_from": str(tmp_path), "optim.learning_rate": 0.0}
+  tuned = train_digits(tmp_path / "tuned", **settings, **other, **still)
+  assert same_state(
+    models.unstack_blocks(tuned.params), jax.device_get(ours.ema["params"])
+  )
 
 
 # --- Real processes.
