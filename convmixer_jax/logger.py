@@ -1,6 +1,7 @@
 """What a run writes down: metrics, config, environment, progress."""
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import datetime
@@ -55,6 +56,7 @@ class Logger:
     self._batch_size = batch_size
     self._step = first_step
     self._clock = None
+    self._waited = 0.0
     if not active:
       return
     self._workdir = Path(workdir)
@@ -110,11 +112,23 @@ class Logger:
   def start_clock(self, step: int) -> None:
     """Rates count from here on: call after compilation and after pauses."""
     self._clock, self._step = time.perf_counter(), step
+    self._waited = 0.0
+
+  def timed(self, batches: Iterable) -> Iterator:
+    """Yields from `batches`; the time they take is what data_wait counts."""
+    start = time.perf_counter()
+    for batch in batches:
+      self._waited += time.perf_counter() - start
+      yield batch
+      start = time.perf_counter()
 
   def train(
     self, step: int, metrics: Sequence[Mapping[str, Any]], **more: float
   ) -> None:
     """Records the means of the steps since the last record.
+
+    Beside them images_per_second, and data_wait: the percentage of the time
+    that went into waiting for batches.
 
     Args:
       step: updates done.
@@ -126,19 +140,23 @@ class Logger:
     elapsed = time.perf_counter() - self._clock if self._clock else 0.0
     if images and elapsed:
       means["images_per_second"] = images / elapsed
+      means["data_wait"] = 100 * self._waited / elapsed
+    self.start_clock(step)  # What follows, logging, counts in the next rate.
     self._record(step, "train", {"steps": len(metrics)} | means | more)
-    self.start_clock(step)
     if not self._active:
       return
     rate = means.get("images_per_second", 0.0)
     left = (self._total - step) * self._batch_size / rate if rate else None
     self._bar.set_description(f"step {step}/{self._total}", refresh=False)
-    self._bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
+    wait = f"data wait {means.get('data_wait', 0.0):.0f} %"
+    self._bar.set_postfix_str(
+      f"loss {means['loss']:.4f}, {wait}", refresh=False
+    )
     self._bar.update(step * self._batch_size - self._bar.n)
     if self._bar.disable:
       self.say(
         f"step {step}/{self._total}  loss {means['loss']:.4f}  "
-        + (f"{rate:.0f} img/s  {_duration(left)} left" if rate else "")
+        + (f"{rate:.0f} img/s  {wait}  {_duration(left)} left" if rate else "")
       )
 
   def evaluated(self, step: int, metrics: Mapping[str, float] | None) -> None:
