@@ -121,8 +121,8 @@ def train_and_evaluate(
       )
     return state
 
-  # --- The loop. Step n means n updates done. The device always has a step to
-  # do: a log waits for it, and a step for the one AHEAD before.
+  # --- The loop. Step n means n updates done. A log waits for the device; other
+  # steps wait for the one AHEAD before, so the device always has one to do.
   logger = logger_lib.Logger(
     workdir,
     config.to_json(indent=2),

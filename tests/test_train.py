@@ -6,6 +6,8 @@ import shutil
 import signal
 import socket
 import sys
+import time
+import types
 
 import jax
 import numpy as np
@@ -130,15 +132,93 @@ def test_five_steps_and_five_more_equal_ten(
   assert [s["status"] for s in starts] == ["interrupted", "finished"]
 
 
-def test_it_works_without_tensorflow(tmp_path, monkeypatch, capsys):
-  monkeypatch.setitem(sys.modules, "clu.metric_writers", None)
-  monkeypatch.delattr("clu.metric_writers", raising=False)
+def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
   train_digits(tmp_path)
   out = capsys.readouterr().out
   assert "no TensorBoard events" in out
   assert "Total: 322 -- 1,288 bytes" in out  # clu's overview of the parameters.
   assert not list(tmp_path.glob("events.*"))
   assert records(tmp_path)
+
+
+def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
+  """Three seconds for a batch, one for its step, by a clock of our own."""
+  now = [0.0]
+  clock = types.SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+  monkeypatch.setattr(logger, "time", clock)
+
+  def batches():
+    for step in range(1, 9):
+      now[0] += 3
+      yield step
+
+  log = logger.Logger(
+    tmp_path, "{}", first_step=0, total_steps=8, batch_size=2, active=True
+  )
+  for step in log.timed(batches()):
+    now[0] += 1
+    if step == 1:
+      log.start_clock(step)
+    if step % 3 == 0:
+      now[0] += 10  # An evaluation counts neither here nor there.
+      log.start_clock(step)
+    if step in (2, 8):
+      log.train(step, [{"loss": 1.0}])
+  log.close("finished", 8)
+  for record in logger.read_metrics(tmp_path):
+    assert record["data_wait"] == 75
+    assert record["images_per_second"] == 0.5
+
+
+@pytest.mark.parametrize(
+  ("mistake", "error"),
+  [
+    (lambda x: None, None),
+    (lambda x: x + 1, "Disallowed host-to-device"),
+    (lambda x: float(x), "an array was read"),
+  ],
+)
+def test_the_loop_moves_only_what_it_means_to(
+  tmp_path, monkeypatch, mistake, error
+):
+  """No implicit transfer, and so no hidden wait, from the first batch on.
+
+  jax's guard sees what goes to a CPU device. What comes from it needs no
+  transfer there, so here nothing but jax.device_get may make an array a number.
+  """
+  until, device_get = train.stream.until, jax.device_get
+  x = jax.device_put(np.float32(1))
+  read, running, meant = type(x)._value, [], []
+  stack = contextlib.ExitStack()
+
+  def guarded(*args):
+    if not running:
+      stack.enter_context(jax.transfer_guard("disallow"))
+    running.append(True)
+    yield from until(*args)
+
+  def get(tree):
+    meant.append(True)
+    try:
+      return device_get(tree)
+    finally:
+      meant.pop()
+
+  def checked(self):
+    assert meant or not running, "an array was read"
+    return read.fget(self)
+
+  monkeypatch.setattr(train.stream, "until", guarded)
+  monkeypatch.setattr(jax, "device_get", get)
+  monkeypatch.setattr(type(x), "_value", property(checked))
+  preempted = lambda self, step: mistake(x) and False
+  monkeypatch.setattr(checkpoint.Checkpointer, "preempted", preempted)
+  if error:
+    stack.enter_context(pytest.raises(Exception, match=error))
+  with stack:
+    train_digits(tmp_path, eval_every=4, save_every=4)
+  assert running
 
 
 def test_another_config_is_refused(unbroken):
