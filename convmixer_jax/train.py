@@ -169,7 +169,7 @@ def train_and_evaluate(
         state, scalars = train_step(state, batch)
         pending.append(scalars)
         if len(pending) > AHEAD:
-          jax.block_until_ready(pending[-1 - AHEAD])
+          pending[-1 - AHEAD]["loss"].block_until_ready()
         if step == first_step + 1:
           logger.start_clock(step)  # Compilation does not count in the rates.
         if due(step, config.log_every):
