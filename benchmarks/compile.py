@@ -1,0 +1,122 @@
+"""What depth costs: compiling a train step unrolled, scanned, and with remat.
+
+  python -m benchmarks.compile --model convmixer_1536_20 --batch 4
+  python -m benchmarks.compile --model convmixer_768_32 --batch 8 --repeats 7
+
+The step is the whole one (forward, backward, clip, AdamW, BatchNorm's update)
+on images of 224 pixels, without augmentation. Prints one JSON object: for each
+way seconds to trace and to compile, seconds a step, medians of --repeats, and
+MiB: the state's, what a step needs beside it, and their sum.
+"""
+
+import json
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+import benchmarks
+from convmixer_jax import cli
+from convmixer_jax import models
+from convmixer_jax import optim
+from convmixer_jax import step as step_lib
+
+_FLAGS = flags.FlagValues()
+_MODEL = flags.DEFINE_string(
+  "model",
+  None,
+  "A name of models.VARIANTS: --model convmixer_1536_20.",
+  flag_values=_FLAGS,
+)
+_BATCH = flags.DEFINE_integer(
+  "batch",
+  4,
+  "Images a step: --batch 4.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_IMAGE_SIZE = flags.DEFINE_integer(
+  "image_size",
+  224,
+  "Side of the images in pixels: --image_size 224.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_REPEATS = flags.DEFINE_integer(
+  "repeats",
+  3,
+  "Timings of each step: --repeats 3.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+WAYS = {
+  "unrolled": {},
+  "scanned": {"scan": True},
+  "scanned, remat": {"scan": True, "remat": "nothing_saveable"},
+}
+_OPTIM = {
+  "weight_decay": 2e-5,
+  "decay_all": False,
+  "eps": 1e-3,
+  "betas": (0.9, 0.999),
+  "clip_norm": 1.0,
+}
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  del argv
+  jax.config.update("jax_enable_compilation_cache", False)
+  name = cli.given(_MODEL)
+  result = {"model": name, "batch": _BATCH.value, "image": _IMAGE_SIZE.value}
+  for way, fields in WAYS.items():
+    result[way] = _measure(models.create_model(name, **fields))
+  print(json.dumps(result | benchmarks.provenance(), indent=2))
+
+
+def _measure(model):
+  batch, size = _BATCH.value, _IMAGE_SIZE.value
+  shapes = models.variable_shapes(model)
+  tx = optim.make_optimizer(lambda count: 1e-3, shapes["params"], _OPTIM)
+  as_floats = lambda key, images, targets: (images / 255.0, targets)
+  step = jax.jit(
+    step_lib.make_train_step(model, tx, as_floats, seed=0), donate_argnums=0
+  )
+  init = jax.jit(lambda key: step_lib.init_state(key, model, tx, size))
+  inputs = {
+    "image": jnp.zeros((batch, size, size, 3), jnp.uint8),
+    "label": jnp.arange(batch),
+  }
+  state = init(jax.random.key(0))
+  start = time.perf_counter()
+  lowered = step.lower(state, inputs)
+  traced = time.perf_counter()
+  compiled = lowered.compile()
+  ended = time.perf_counter()
+
+  def update():
+    nonlocal state
+    state, _ = compiled(state, inputs)
+    return state
+
+  times = benchmarks.seconds(update, repeats=_REPEATS.value)
+  memory = compiled.memory_analysis()
+  mebibytes = lambda size: round(size / 2**20)
+  return {
+    "trace_seconds": round(traced - start, 2),
+    "compile_seconds": round(ended - traced, 2),
+    "step_seconds": benchmarks.summary(times),
+    "state_mebibytes": mebibytes(memory.argument_size_in_bytes),
+    "temporary_mebibytes": mebibytes(memory.temp_size_in_bytes),
+    "peak_mebibytes": mebibytes(
+      memory.argument_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+    ),
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)
