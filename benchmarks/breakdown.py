@@ -196,10 +196,14 @@ def _input(batch, size):
   labels = rng.integers(0, 10, len(images)).astype(np.int32)
   source = sources.InMemory(images, labels, [str(i) for i in range(10)])
   batches = stream.train_batches(
-    source, seed=0, batch_size=batch, rows=np.arange(batch), start=0, stop=10**6,
-    image_size=size, num_workers=0, max_unreadable=0, scale=(1, 1),
-    ratio=(1, 1), interpolation="bilinear",
-  )  # fmt: skip
+    source,
+    seed=0,
+    batch_size=batch,
+    rows=np.arange(batch),
+    start=0,
+    stop=10**6,
+    image_size=size,
+  )
   return lambda: jnp.asarray(next(batches)["image"])
 
 

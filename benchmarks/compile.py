@@ -17,32 +17,13 @@ import jax
 import jax.numpy as jnp
 
 import benchmarks
+from benchmarks import throughput
 from convmixer_jax import cli
 from convmixer_jax import models
-from convmixer_jax import optim
 from convmixer_jax import step as step_lib
 
 _FLAGS = flags.FlagValues()
-_MODEL = flags.DEFINE_string(
-  "model",
-  None,
-  "A name of models.VARIANTS: --model convmixer_1536_20.",
-  flag_values=_FLAGS,
-)
-_BATCH = flags.DEFINE_integer(
-  "batch",
-  4,
-  "Images a step: --batch 4.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_IMAGE_SIZE = flags.DEFINE_integer(
-  "image_size",
-  224,
-  "Side of the images in pixels: --image_size 224.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_MODEL = benchmarks.define_model(_FLAGS)
 _REPEATS = flags.DEFINE_integer(
   "repeats",
   3,
@@ -55,30 +36,23 @@ WAYS = {
   "scanned": {"scan": True},
   "scanned, remat": {"scan": True, "remat": "nothing_saveable"},
 }
-_OPTIM = {
-  "weight_decay": 2e-5,
-  "decay_all": False,
-  "eps": 1e-3,
-  "betas": (0.9, 0.999),
-  "clip_norm": 1.0,
-}
 
 
 def main(argv: list[str]) -> None:
   """Runs what the flags say; see --help."""
   del argv
   jax.config.update("jax_enable_compilation_cache", False)
-  name = cli.given(_MODEL)
-  result = {"model": name, "batch": _BATCH.value, "image": _IMAGE_SIZE.value}
+  result = {}
   for way, fields in WAYS.items():
-    result[way] = _measure(models.create_model(name, **fields))
+    model, batch, size = _MODEL(**fields)
+    result[way] = _measure(model, batch, size)
+  result |= {"model": benchmarks.describe(model), "batch": batch}
   print(json.dumps(result | benchmarks.provenance(), indent=2))
 
 
-def _measure(model):
-  batch, size = _BATCH.value, _IMAGE_SIZE.value
+def _measure(model, batch, size):
   shapes = models.variable_shapes(model)
-  tx = optim.make_optimizer(lambda count: 1e-3, shapes["params"], _OPTIM)
+  tx = throughput.make_optimizer(shapes["params"])
   as_floats = lambda key, images, targets: (images / 255.0, targets)
   step = jax.jit(
     step_lib.make_train_step(model, tx, as_floats, seed=0), donate_argnums=0
