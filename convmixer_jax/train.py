@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from convmixer_jax import augment
 from convmixer_jax import checkpoint
@@ -226,26 +228,35 @@ def jit_step(
   """
   replicated = sharding.replicated(mesh)
   batch_sharding = sharding.batch_sharding(mesh)
-  return jax.jit(
-    step_lib.make_train_step(
+  augment_fn = augment.make_augment(
+    config.augment, mean=config.data.mean, std=config.data.std, crop=crop
+  )
+
+  def update(seed, state, batch):
+    train_step = step_lib.make_train_step(
       model,
       tx,
-      augment.make_augment(
-        config.augment, mean=config.data.mean, std=config.data.std, crop=crop
-      ),
-      seed=config.seed,
+      augment_fn,
+      seed=seed,
       label_smoothing=config.augment.label_smoothing,
       accum_steps=config.accum_steps,
       ema_decay=config.ema_decay,
       batch_sharding=batch_sharding,
-    ),
-    in_shardings=(replicated, batch_sharding),
+    )
+    return train_step(state, batch)
+
+  update = jax.jit(
+    update,
+    in_shardings=(replicated, replicated, batch_sharding),
     out_shardings=replicated,
-    donate_argnums=0,
+    donate_argnames="state",
     compiler_options=(
       {"xla_gpu_deterministic_ops": True} if config.deterministic else None
     ),
   )
+  # An argument, so that runs with other seeds find the program compiled.
+  seed = jax.device_put(np.uint32(config.seed), replicated)
+  return functools.partial(update, seed)
 
 
 def evaluate_checkpoint(

@@ -16,6 +16,7 @@ import pytest
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import UserError
@@ -219,6 +220,27 @@ def test_the_loop_moves_only_what_it_means_to(
   with stack:
     train_digits(tmp_path, eval_every=4, save_every=4)
   assert running
+
+
+def test_seeds_share_a_compiled_program():
+  """So that all runs of a sweep's cell but the first start from the cache."""
+  model, mesh = common.tiny_model(), sharding.make_mesh(jax.devices()[:1])
+  tx = common.adamw(models.variable_shapes(model)["params"])
+  init = lambda: step_lib.init_state(jax.random.key(0), model, tx, 8)
+  batch = {
+    "image": jax.ShapeDtypeStruct((32, 8, 8, 3), np.uint8),
+    "label": jax.ShapeDtypeStruct((32,), np.int32),
+  }
+
+  def program(**overrides):
+    config = common.digits_config(**overrides)
+    step = train.jit_step(config, model, tx, mesh, crop=True)
+    (seed,) = step.args
+    assert seed == config.seed
+    return step.func.lower(seed, jax.eval_shape(init), batch).as_text()
+
+  assert program(seed=0) == program(seed=1)
+  assert program() != program(**{"augment.flip": True})
 
 
 def test_another_config_is_refused(unbroken):
