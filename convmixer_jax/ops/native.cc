@@ -35,7 +35,6 @@ constexpr int kLanes = 4;
 #endif
 
 typedef float Vec __attribute__((vector_size(kLanes * 4)));
-typedef int32_t VecInt __attribute__((vector_size(kLanes * 4)));
 typedef uint32_t VecBits __attribute__((vector_size(kLanes * 4)));
 typedef uint16_t VecHalf __attribute__((vector_size(kLanes * 2)));
 using bfloat16 = uint16_t;
@@ -114,9 +113,11 @@ constexpr int64_t kStreamBytes = 4 << 20;
 // --- Threads: XLA's.
 
 // Calls task(0) ... task(n - 1) on XLA's threads and on this one, which does
-// all of them if the others are busy, and returns after the last.
+// all of them if the others are busy, and returns after the last. Threads that
+// start too late find nothing to do, and do not touch `task`; a task without
+// memory ends the process, since the others could not be left.
 template <class Task>
-void parallel_for(ffi::ThreadPool& pool, int64_t n, const Task& task) {
+void parallel_for(ffi::ThreadPool& pool, int64_t n, const Task& task) noexcept {
   struct Progress {
     std::atomic<int64_t> next{0}, done{0};
   };
@@ -545,14 +546,19 @@ void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
 // --- The activation, its derivative, and BatchNorm's passes over an image.
 
 struct Gelu {
-  // P(N > |x|) as density times a polynomial in 1 / (1 + 0.28 |x|), fitted
-  // here to 5e-9 in x P; no digits cancel in the tail.
-  static inline Vec tail(Vec x, Vec* density) {
-    const Vec size = bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu);
+  // |x|, the normal density times sqrt(2 pi), and P(N > |x|); |x| ends at 13,
+  // where the others are all but 0 and must not meet infinity.
+  struct Tail {
+    Vec size, density, q;
+  };
+
+  // q is density times a polynomial in 1 / (1 + 0.28 |x|), fitted here to 5e-9
+  // in x q; no digits cancel in the tail.
+  static inline Tail tail(Vec x) {
+    Vec size = bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu);
+    size = size > 13.0f ? broadcast(13.0f) : size;  // Keeps what is no number.
     // exp(-x^2 / 2) = 2^(whole + part), part in [-0.5, 0.5].
-    Vec exponent = size * size * -0.72134752f;
-    const Vec least = broadcast(-126.0f);
-    exponent = exponent > least ? exponent : least;
+    const Vec exponent = size * size * -0.72134752f;
     const Vec shifted = exponent + 12582912.0f;  // 1.5 * 2^23: rounds.
     const Vec part = exponent - (shifted - 12582912.0f);
     Vec power = broadcast(1.5403530e-4f);
@@ -560,8 +566,8 @@ struct Gelu {
                     6.9314718e-1f, 1.0f}) {
       power = power * part + c;
     }
-    const VecInt whole = bit_cast<VecInt>(shifted) << 23;
-    *density = bit_cast<Vec>(bit_cast<VecInt>(power) + whole);
+    const VecBits whole = bit_cast<VecBits>(shifted) << 23;
+    const Vec density = bit_cast<Vec>(bit_cast<VecBits>(power) + whole);
     const Vec t = 1.0f / (1.0f + 0.28f * size);
     Vec sum = broadcast(-0.10703258216381073f);
     for (float c : {0.39492639899253845f, -0.24527941644191742f,
@@ -569,22 +575,19 @@ struct Gelu {
                     0.1169590875506401f}) {
       sum = sum * t + c;
     }
-    return sum * t * *density;
+    return {size, density, sum * t * density};
   }
 
   static inline Vec value(Vec x) {
-    Vec density;
-    const Vec q = tail(x, &density);
-    const Vec size = bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu);
-    return (x > 0.0f ? x : Vec{}) - size * q;
+    const Tail at = tail(x);
+    return (x > 0.0f ? x : Vec{}) - at.size * at.q;
   }
 
   static inline Vec derivative(Vec x, Vec* value) {
-    Vec density;
-    const Vec q = tail(x, &density);
-    const Vec below = x > 0.0f ? 1.0f - q : q;
-    *value = x * below;
-    return below + x * density * 0.39894228f;
+    const Tail at = tail(x);
+    *value = (x > 0.0f ? x : Vec{}) - at.size * at.q;
+    const Vec below = at.q - at.size * at.density * 0.39894228f;
+    return x > 0.0f ? 1.0f - below : below;
   }
 };
 
@@ -597,9 +600,10 @@ struct Identity {
 };
 
 struct Relu {
-  static inline Vec value(Vec x) { return x > 0.0f ? x : Vec{}; }
+  // What is not a number stays so.
+  static inline Vec value(Vec x) { return x < 0.0f ? Vec{} : x; }
   static inline Vec derivative(Vec x, Vec* value) {
-    *value = x > 0.0f ? x : Vec{};
+    *value = Relu::value(x);
     return x > 0.0f ? broadcast(1.0f) : Vec{};
   }
 };
