@@ -35,6 +35,7 @@ import numpy as np
 
 from convmixer_jax import augment
 from convmixer_jax import cli
+from convmixer_jax import ops
 from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax.models import ConvMixer
@@ -120,21 +121,19 @@ def inference_function(
     bias = head["bias"] + shift @ head["kernel"]
     head = {"kernel": scale[:, None] * head["kernel"], "bias": bias}
     params = params | {"head": head}
-    folded = last
-  else:
-    folded = None
 
   def intercept(call, args, kwargs, context):
-    path = context.module.path
-    if context.method_name == "__call__" and path == folded:
-      return args[0]
-    if context.method_name == "__call__" and path in affine:
-      scale, shift = affine[path]
-      return args[0] * scale + shift
-    return call(*args, **kwargs)
+    norm = context.module
+    if not isinstance(norm, ops.BatchNorm):
+      return call(*args, **kwargs)
+    y = ops.ACTIVATIONS[norm.activation](args[0] + kwargs["bias"])
+    if norm.path in affine:
+      scale, shift = affine[norm.path]
+      y = y * scale + shift
+    return y if kwargs["residual"] is None else y + kwargs["residual"]
 
   def function(images):
-    with nn.intercept_methods(intercept):
+    with nn.intercept_methods(intercept), ops.portable():
       variables = {"params": params}
       return jnp.asarray(model.apply(variables, normalize(images), train=False))
 

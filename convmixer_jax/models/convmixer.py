@@ -77,8 +77,8 @@ class BiasApart(nn.Module):
     """Returns the layer's result without the bias, and the bias."""
     layer = self.make_layer(use_bias=False)
     nn.share_scope(self, layer)
-    bias = self.param("bias", layer.bias_init, (layer.features,))
-    return layer(x), bias
+    y = layer(x)  # Whose kernel is the first parameter drawn, as in linen.
+    return y, self.param("bias", layer.bias_init, (layer.features,))
 
 
 class Block(nn.Module):

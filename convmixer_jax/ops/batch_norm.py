@@ -67,7 +67,7 @@ class BatchNorm(nn.Module):
       x: [B, H, W, C].
       train: normalise by the statistics of x, and move the running ones.
       bias: [C], of the layer before.
-      residual: like x.
+      residual: [B, H, W, C].
     """
     batch, *_, channels = x.shape
     scale = self.param("scale", nn.initializers.ones, (channels,))
@@ -76,11 +76,14 @@ class BatchNorm(nn.Module):
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
     if bias is None:
       bias = jnp.zeros(channels)
+    bias, scale, offset = map(_float, (bias, scale, offset))
+    if residual is not None:
+      residual = residual.astype(x.dtype)
     static = (self.implementation or "auto", self.activation)
 
     if not train:
-      scale *= jax.lax.rsqrt(running_var.value + self.epsilon)
-      offset -= running_mean.value * scale
+      scale *= jax.lax.rsqrt(_float(running_var.value) + self.epsilon)
+      offset -= _float(running_mean.value) * scale
       by_image = lambda v: jnp.broadcast_to(v, (batch, channels))
       scale, offset = by_image(scale), by_image(offset)
       return _affine(static, x, bias, scale, offset, residual)

@@ -13,8 +13,6 @@ import jax.numpy as jnp
 
 from convmixer_jax.ops import native
 
-IMPLEMENTATIONS = ("auto", "xla", "shift", "native")
-
 
 def depthwise_conv(
   x: jax.Array, kernel: jax.Array, *, implementation: str | None = None
@@ -38,24 +36,20 @@ def depthwise_conv(
     [B, H, W, C], of x's dtype; differentiable in both arguments (reverse mode).
 
   Raises:
-    ValueError: unknown implementation, or shapes that do not fit.
+    ValueError: unknown implementation, or shapes or dtypes that do not fit.
   """
-  implementation = implementation or "auto"
-  if implementation not in IMPLEMENTATIONS:
-    raise ValueError(
-      f"implementation={implementation!r}: must be one of {IMPLEMENTATIONS}"
-    )
   if (
     x.ndim != 4
     or kernel.ndim != 3
-    or kernel.shape[0] != kernel.shape[1]
+    or not kernel.shape[0] == kernel.shape[1] > 0
     or kernel.shape[2] != x.shape[3]
+    or kernel.dtype != x.dtype
   ):
     raise ValueError(
-      "depthwise_conv takes x [B, H, W, C] and kernel [k, k, C], not"
-      f" {x.shape} and {kernel.shape}"
+      "depthwise_conv takes x [B, H, W, C] and kernel [k, k, C] of one dtype,"
+      f" not {x.dtype}{x.shape} and {kernel.dtype}{kernel.shape}"
     )
-  return _depthwise(implementation, x, kernel)
+  return _depthwise(implementation or "auto", x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

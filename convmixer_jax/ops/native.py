@@ -5,9 +5,13 @@ differentiable by itself. They run on CPUs alone.
 """
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import contextvars
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 from pathlib import Path
 import platform
@@ -15,6 +19,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from typing import Any
 
 from absl import logging
@@ -26,8 +31,14 @@ from jaxlib import version
 Op = Callable[..., Any]
 
 _SOURCE = Path(__file__).with_name("native.cc")
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fPIC", "-shared")
+_FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
+# The first that the compiler takes: x86 and Arm, others, any.
+_TUNING = (["-march=native"], ["-mcpu=native"], [])
 _DTYPES = (jnp.float32, jnp.bfloat16)
+_LOCK = threading.Lock()
+_portable = contextvars.ContextVar("portable", default=False)
+
+IMPLEMENTATIONS = ("auto", "xla", "shift", "native")
 
 # What each op takes and gives, as dimensions. Work is divided over b alone;
 # results without b are sums over it.
@@ -45,7 +56,20 @@ _OPS = {
 
 def available(x: jax.Array) -> bool:
   """Whether the ops take arrays of x's type; builds them at the first call."""
-  return x.dtype in _DTYPES and _library() is not None
+  if x.dtype not in _DTYPES or _portable.get():
+    return False
+  with _LOCK:
+    return _library() is not None
+
+
+@contextlib.contextmanager
+def portable() -> Iterator[None]:
+  """What is traced inside is plain XLA, and runs without this code."""
+  token = _portable.set(True)
+  try:
+    yield
+  finally:
+    _portable.reset(token)
 
 
 def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
@@ -73,8 +97,19 @@ def dispatch(
     native: for CPUs, made of `call`s.
     shift: for CPUs without a compiler.
     xla: for all else.
+
+  Raises:
+    ValueError: unknown implementation.
   """
-  if implementation in ("auto", "native") and not available(args[0]):
+  if implementation not in IMPLEMENTATIONS:
+    raise ValueError(
+      f"implementation={implementation!r}: must be one of {IMPLEMENTATIONS}"
+    )
+  # With a GPU there, nobody waits for a compiler that would serve the CPU only.
+  wanted = implementation == "native" or (
+    implementation == "auto" and jax.default_backend() == "cpu"
+  )
+  if not (wanted and available(args[0])):
     native = shift
   if implementation == "auto":
     return jax.lax.platform_dependent(*args, cpu=native, default=xla)
@@ -102,6 +137,8 @@ def _op(name, attributes):
       )
       for dims in gives
     ]
+    if 0 in size.values():  # What is summed over nothing, if anything.
+      return [jnp.zeros(result.shape, result.dtype) for result in results]
     return jax.ffi.ffi_call(target, results)(*args, **dict(attributes))
 
   def partition(mesh, args, results):
@@ -154,14 +191,15 @@ def _op(name, attributes):
 def _library() -> ctypes.CDLL | None:
   """Loads the ops, and says in one line why they could not be."""
   try:
-    library = ctypes.CDLL(str(_build()))
-  except (OSError, subprocess.SubprocessError) as e:
+    library = _load()
+  except (OSError, ValueError, subprocess.SubprocessError) as e:
     output = getattr(e, "stderr", None) or str(e)
+    lines = output.strip().splitlines() or [type(e).__name__]
     logging.warning(
       "plain XLA runs the depthwise convolutions, which takes several times as"
       " long: the C++ of ops/native.cc did not build (%s). It needs a compiler,"
       " from `apt-get install g++` for instance, or named by CXX.",
-      output.strip().splitlines()[-1] if output.strip() else type(e).__name__,
+      next((line for line in lines if "error" in line), lines[-1]),
     )
     return None
   for name in _OPS:
@@ -171,6 +209,62 @@ def _library() -> ctypes.CDLL | None:
       platform="cpu",
     )
   return library
+
+
+def _load() -> ctypes.CDLL:
+  # The cache may be full, or on a file system that runs nothing.
+  if (cache := _cache()) is not None:
+    with contextlib.suppress(OSError):
+      return ctypes.CDLL(str(_cached(cache)))
+  with tempfile.TemporaryDirectory(prefix="convmixer_jax_") as folder:
+    return ctypes.CDLL(str(_build(folder)))
+
+
+def _cache() -> Path | None:
+  """The user's own folder, in which no one else can leave a library."""
+  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+  folder = Path(cache) / "convmixer_jax"
+  if not folder.is_absolute():  # There is no home.
+    return None
+  try:
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    stat = folder.stat()
+  except OSError:
+    return None
+  own = stat.st_uid == os.getuid() and not stat.st_mode & 0o022
+  return folder if own and os.access(folder, os.W_OK) else None
+
+
+def _cached(cache: Path) -> Path:
+  """The library's file, built unless it is there and whole."""
+  digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+  for path in cache.glob(f"native-{_key()}-*.so"):
+    if path.stem.endswith(f"-{digest(path)}"):
+      return path
+  # Other processes may be building it too: each leaves a whole one.
+  with tempfile.TemporaryDirectory(dir=cache) as folder:
+    built = _build(folder)
+    path = cache / f"native-{_key()}-{digest(built)}.so"
+    return built.replace(path)
+
+
+def _build(folder: str) -> Path:
+  path = Path(folder) / "native.so"
+  command = [*_compiler(), *_FLAGS, "-isystem", jax.ffi.include_dir(),
+             str(_SOURCE), "-o", str(path)]  # fmt: skip
+  for tuning in _TUNING:
+    result = _run([*command, *tuning])
+    if result.returncode == 0:
+      return path
+  raise subprocess.CalledProcessError(
+    result.returncode, command, stderr=result.stderr
+  )
+
+
+def _run(command: list[str]) -> subprocess.CompletedProcess:
+  return subprocess.run(
+    command, capture_output=True, text=True, errors="replace"
+  )
 
 
 def _compiler() -> list[str]:
@@ -185,12 +279,12 @@ def _compiler() -> list[str]:
 @functools.cache
 def _key() -> str:
   """Of all that the library is made of and for."""
-  compiler = subprocess.run(
-    [*_compiler(), "--version"], capture_output=True, text=True, check=True
-  )
+  compiler = _run([*_compiler(), "--version"])
+  compiler.check_returncode()
   parts = [
     _SOURCE.read_text(),
     *_FLAGS,
+    *itertools.chain(*_TUNING),
     *_compiler(),
     compiler.stdout,
     platform.machine(),
@@ -207,31 +301,3 @@ def _cpu_features() -> str:
     return platform.processor()
   return "".join(sorted({x for x in lines if x.lower().startswith(
     ("model name", "flags", "features"))}))  # fmt: skip
-
-
-def _build() -> Path:
-  """The library's file, from the user's cache where it is there."""
-  cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-  folder = Path(cache) / "convmixer_jax"
-  try:
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    usable = os.access(folder, os.W_OK)
-  except OSError:
-    usable = False
-  if not usable:
-    folder = Path(tempfile.mkdtemp(prefix="convmixer_jax_"))
-  path = folder / f"native-{_key()}.so"
-  if path.exists():
-    return path
-  # Other processes may be building it too: the last to finish wins.
-  with tempfile.TemporaryDirectory(dir=folder) as build:
-    built = os.path.join(build, path.name)
-    include = ["-isystem", jax.ffi.include_dir()]
-    subprocess.run(
-      [*_compiler(), *_FLAGS, *include, str(_SOURCE), "-o", built],
-      capture_output=True,
-      text=True,
-      check=True,
-    )
-    os.replace(built, path)
-  return path

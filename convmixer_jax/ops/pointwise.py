@@ -20,7 +20,20 @@ def pointwise_conv(
 
   Returns:
     [B, H, W, D], of x's dtype; differentiable in both (reverse mode).
+
+  Raises:
+    ValueError: unknown implementation, or shapes or dtypes that do not fit.
   """
+  if (
+    x.ndim != 4
+    or kernel.ndim != 2
+    or kernel.shape[0] != x.shape[3]
+    or kernel.dtype != x.dtype
+  ):
+    raise ValueError(
+      "pointwise_conv takes x [B, H, W, C] and kernel [C, D] of one dtype, not"
+      f" {x.dtype}{x.shape} and {kernel.dtype}{kernel.shape}"
+    )
   return _pointwise(implementation or "auto", x, kernel)
 
 
