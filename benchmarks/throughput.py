@@ -208,7 +208,7 @@ def make_work(mode, model, batch, size):
   implementation = model.implementation
   locations = batch * side * side
   if mode == "pointwise":
-    kernel = normal(dim, dim) / np.sqrt(dim)
+    kernel = normal(dim, dim) / dim**0.5
     bias = normal(dim)
     arrays = {"x": x, "kernel": kernel, "bias": bias}
     norm = ops.BatchNorm(activation="gelu", implementation=implementation)

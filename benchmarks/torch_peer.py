@@ -13,6 +13,7 @@ import time
 import numpy as np
 import torch
 from torch import nn
+import torch._functorch.config
 
 WAYS = ("contiguous", "channels_last", "contiguous compiled",
         "channels_last compiled")  # fmt: skip
@@ -88,6 +89,7 @@ def _synchronize(device):
 
 def _make_run(work, tensors, way, device):
   """Returns a function that does the work once; it returns what to compare."""
+  torch._functorch.config.donated_buffer = False  # Gradients are taken again.
   torch._dynamo.reset()  # Each way is compiled for its own shapes and layout.
   channels_last = way.startswith("channels_last")
   memory_format = (

@@ -5,8 +5,6 @@ import ctypes
 import difflib
 import hashlib
 import os
-from pathlib import Path
-import platform
 import re
 import signal
 import sys
@@ -21,6 +19,7 @@ from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import UserError
+from convmixer_jax.ops import native
 
 _CACHE_BYTES = 2**30  # What was used longest ago goes first.
 
@@ -128,29 +127,16 @@ def keep_compiled() -> None:
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  try:
-    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-    folder = root / "convmixer_jax" / "xla" / _cpu()
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if os.access(folder, os.W_OK):
-      jax.config.update("jax_compilation_cache_dir", str(folder))
-      jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
-  except (OSError, RuntimeError):  # No home, or not ours.
+  if (cache := native.cache_folder()) is None:
     return
-
-
-def _cpu():
-  """Its kind and how many cores of it may be used."""
   try:
-    lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
-    kind = [
-      x for x in lines if x.startswith(("model name", "flags", "Features"))
-    ]
     cores = len(os.sched_getaffinity(0))
-  except (OSError, AttributeError):  # Not Linux.
-    kind, cores = [platform.processor()], os.cpu_count()
-  digest = hashlib.sha256("\n".join(kind).encode()).hexdigest()[:8]
-  return f"{platform.machine()}-{digest}-{cores}"
+  except AttributeError:  # Not Linux.
+    cores = os.cpu_count()
+  kind = hashlib.sha256(native.cpu().encode()).hexdigest()[:8]
+  folder = cache / "xla" / f"{kind}-{cores}"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 
 
 def run(

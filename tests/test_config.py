@@ -232,7 +232,7 @@ MAY_IMPORT = {
   "step": {"augment", "optim"},
   "data": set(),
   "config": {"augment", "models", "optim"},
-  "cli": {"config"},
+  "cli": {"config", "ops"},
   "weights": {"checkpoint", "interop", "models"},
   "checkpoint": {"models", "step"},
   "evaluate": {"data", "sharding", "step"},
