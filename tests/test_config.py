@@ -203,7 +203,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     ("examples.segmentation", "weights out steps"),
     ("experiments.run", "root only dry_run jobs"),
     ("experiments.tables", "root format"),
-    ("experiments.report", "root out"),
+    ("experiments.report", "root out figures"),
     (
       "experiments.pictures",
       "workdir out against blocks num_images batch_size data_dir",
