@@ -1,12 +1,35 @@
+"""The operations against float64, and the library that some of them are in."""
+
+from concurrent import futures
+import os
+import shutil
+import subprocess
+import sys
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
+from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import sharding
-from convmixer_jax.ops import depthwise
+from convmixer_jax.ops import native
 from tests import common
+
+needs_compiler = pytest.mark.skipif(
+  not native.available(jnp.zeros(1)), reason="no C++ compiler: native is shift"
+)
+
+
+def normal(seed, *shape, dtype=jnp.float32):
+  return jax.random.normal(jax.random.key(seed), shape, dtype)
+
+
+def float64(*arrays):
+  return [np.asarray(a, np.float64) for a in arrays]
 
 
 def exact(x, kernel):
@@ -42,35 +65,161 @@ SHAPES = [  # B, H, W, C, k
   (2, 4, 4, 5, 8),
   (1, 3, 3, 1, 9),
   (5, 6, 6, 7, 1),
+  (2, 3, 9, 21, 3),  # More than one vector and one tile, neither whole.
+]
+# Uneven sums over images, several tasks, past the caches, and mostly padding.
+NATIVE_SHAPES = [
+  (70, 2, 3, 5, 3),
+  (2, 24, 20, 300, 5),
+  (8, 32, 32, 272, 2),
+  (1, 2, 1, 33, 12),
+  (1, 1, 1, 1, 1),
+]
+CASES = [
+  *[(i, s) for i in (None, *native.IMPLEMENTATIONS) for s in SHAPES],
+  *[("native", shape) for shape in NATIVE_SHAPES],
 ]
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("implementation", [None, *depthwise.IMPLEMENTATIONS])
-def test_depthwise_and_its_gradients(implementation, shape):
-  *image_shape, k = shape
-  keys = jax.random.split(jax.random.key(0), 3)
-  x, grad = (jax.random.normal(key, image_shape) for key in keys[:2])
-  kernel = jax.random.normal(keys[2], (k, k, image_shape[-1]))
+def check_bilinear(op, implementation, args, expected, tolerances):
+  """Value and gradients of op(x, kernel) against float64."""
+  x, kernel, grad = args
   y, vjp = jax.vjp(
-    lambda x, kernel: ops.depthwise_conv(
-      x, kernel, implementation=implementation
-    ),
-    x,
+    lambda x, kernel: op(x, kernel, implementation=implementation), x, kernel
+  )
+  for ours, golden, tolerance in zip(
+    (y, *vjp(grad)), expected, tolerances, strict=True
+  ):
+    assert ours.dtype == x.dtype
+    common.assert_close(*float64(ours, golden), tolerance)
+
+
+@pytest.mark.parametrize(("implementation", "shape"), CASES)
+def test_depthwise_and_its_gradients(implementation, shape):
+  *image, k = shape
+  args = normal(0, *image), normal(1, k, k, image[-1]), normal(2, *image)
+  expected = exact(*args[:2]), *exact_vjp(*args)
+  tolerances = 1e-6, 2e-6, 5e-6 if shape[1] > 20 else 2e-6
+  check_bilinear(ops.depthwise_conv, implementation, args, expected, tolerances)
+
+
+@pytest.mark.parametrize("implementation", native.IMPLEMENTATIONS)
+def test_depthwise_bfloat16(implementation):
+  image = (8, 8, 8, 20)
+  args = [
+    normal(seed, *shape, dtype=jnp.bfloat16)
+    for seed, shape in enumerate((image, (5, 5, 20), image))
+  ]
+  expected = exact(*args[:2]), *exact_vjp(*args)
+  check_bilinear(ops.depthwise_conv, implementation, args, expected, [1e-2] * 3)
+
+
+# B, H, W, C, D. The rows fill tiles or do not, as do C and D the vectors; some
+# are several blocks of each.
+@pytest.mark.parametrize(
+  "shape",
+  [
+    (1, 1, 1, 1, 1),
+    (2, 3, 5, 7, 3),
+    (1, 4, 7, 16, 32),
+    (3, 5, 11, 33, 50),
+    (2, 9, 9, 300, 530),
+    (9, 32, 32, 31, 65),
+  ],
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("implementation", native.IMPLEMENTATIONS)
+def test_pointwise_and_its_gradients(implementation, dtype, shape):
+  *image, width = shape
+  x = normal(0, *image, dtype=dtype)
+  kernel = normal(1, image[-1], width, dtype=dtype)
+  grad = normal(2, *image[:-1], width, dtype=dtype)
+  x64, kernel64, grad64 = float64(x, kernel, grad)
+  expected = (
+    x64 @ kernel64,
+    grad64 @ kernel64.T,
+    np.einsum("bhwc,bhwd->cd", x64, grad64),
+  )
+  tolerance = 1e-2 if dtype == jnp.bfloat16 else 3e-6
+  args = x, kernel, grad
+  check_bilinear(
+    ops.pointwise_conv, implementation, args, expected, [tolerance] * 3
+  )
+
+
+BILINEAR = {
+  ops.depthwise_conv: ((2, 5, 4, 6), (3, 3, 6)),
+  ops.pointwise_conv: ((2, 5, 4, 6), (6, 9)),
+}
+
+
+@pytest.mark.parametrize("op", BILINEAR)
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2)])
+def test_vmap_of_ops_and_gradients(op, axes):
+  """Over each argument, in a scan, with remat."""
+  shapes = BILINEAR[op]
+  args = [
+    normal(i, *shape) if axis is None else normal(i, 3, *shape)
+    for i, (shape, axis) in enumerate(zip(shapes, axes))
+  ]
+
+  def loss(x, kernel):
+    return jnp.sin(op(x, kernel, implementation="native")).sum()
+
+  grad = jax.value_and_grad(jax.checkpoint(loss), (0, 1))
+  one_by_one = [
+    grad(*(a if axis is None else a[i] for a, axis in zip(args, axes)))
+    for i in range(3)
+  ]
+  expected = jax.tree.map(lambda *leaves: np.stack(leaves), *one_by_one)
+  moved = [
+    a if axis is None else jnp.moveaxis(a, 0, axis)
+    for a, axis in zip(args, axes)
+  ]
+  ours = jax.jit(jax.vmap(grad, axes))(*moved)
+  assert common.tree_error(ours, expected) < 2e-6
+
+  if axes == (0, 0):
+    _, scanned = jax.lax.scan(lambda _, xs: (None, grad(*xs)), None, args)
+    assert common.tree_error(scanned, expected) < 2e-6
+
+
+@pytest.mark.parametrize("op", BILINEAR)
+def test_ops_of_nothing(op):
+  """An empty batch has an output without images, and gradients of zero."""
+  (_, *image), kernel_shape = BILINEAR[op]
+  kernel = normal(0, *kernel_shape)
+  y, vjp = jax.vjp(
+    lambda x, kernel: op(x, kernel, implementation="native"),
+    jnp.zeros((0, *image)),
     kernel,
   )
-  common.assert_close(y, exact(x, kernel), 1e-6)
-  for ours, expected in zip(vjp(grad), exact_vjp(x, kernel, grad)):
-    common.assert_close(ours, expected, 2e-6)
+  assert y.shape == (0, *image[:-1], kernel_shape[-1])
+  np.testing.assert_array_equal(vjp(y)[1], np.zeros(kernel_shape))
 
 
-@pytest.mark.parametrize("implementation", ["xla", "shift"])
-def test_depthwise_bfloat16(implementation):
-  x = jax.random.normal(jax.random.key(0), (8, 8, 8, 4), jnp.bfloat16)
-  kernel = jax.random.normal(jax.random.key(1), (5, 5, 4), jnp.bfloat16)
-  y = ops.depthwise_conv(x, kernel, implementation=implementation)
-  assert y.dtype == jnp.bfloat16
-  common.assert_close(y.astype(np.float32), exact(x, kernel), 1e-2)
+@pytest.mark.parametrize("op", BILINEAR)
+def test_other_dtypes(op):
+  """Half precision is left to XLA; dtypes are not mixed."""
+  shapes = BILINEAR[op]
+  x, kernel = (normal(0, *shape, dtype=jnp.float16) for shape in shapes)
+  assert not native.available(x)
+  y = op(x, kernel, implementation="native")
+  assert y.dtype == jnp.float16
+  expected = op(*(a.astype(jnp.float32) for a in (x, kernel)))
+  common.assert_close(y.astype(jnp.float32), expected, 1e-2)
+  with pytest.raises(ValueError, match="of one dtype"):
+    op(x, kernel.astype(jnp.float32))
+
+
+def test_ops_from_several_threads():
+  x, kernel = normal(0, 16, 6, 6, 20), normal(1, 3, 3, 20)
+  op = jax.jit(lambda x: ops.depthwise_conv(x, kernel))
+  with futures.ThreadPoolExecutor(8) as pool:
+    results = list(pool.map(lambda i: op(x * i), range(32)))
+  expected = exact(x, kernel)
+  for i, y in enumerate(results):
+    common.assert_close(y, i * expected, 1e-6)
 
 
 def test_depthwise_refuses():
@@ -79,6 +228,10 @@ def test_depthwise_refuses():
     ops.depthwise_conv(x, kernel, implementation="fast")
   with pytest.raises(ValueError, match="kernel"):
     ops.depthwise_conv(x, kernel[:, :2])
+  with pytest.raises(ValueError, match="kernel"):
+    ops.depthwise_conv(x, kernel[:0, :0])
+  with pytest.raises(ValueError, match="kernel"):
+    ops.pointwise_conv(x, kernel)
 
 
 def gradient_hlo(fn, *args):
@@ -86,17 +239,199 @@ def gradient_hlo(fn, *args):
   return grad.lower(*args).compile().as_text()
 
 
-def test_depthwise_compiles_one_implementation_and_gathers_nothing():
+@pytest.mark.parametrize("op", BILINEAR)
+def test_ops_compile_one_implementation_and_gather_nothing(op):
   mesh = sharding.make_mesh()
-  x = jax.device_put(jnp.ones((16, 8, 8, 4)), sharding.batch_sharding(mesh))
-  kernel = jax.device_put(jnp.ones((3, 3, 4)), sharding.replicated(mesh))
-  hlo = gradient_hlo(ops.depthwise_conv, x, kernel)
+  (_, *image), kernel_shape = BILINEAR[op]
+  x = jax.device_put(normal(0, 16, *image), sharding.batch_sharding(mesh))
+  kernel = jax.device_put(normal(1, *kernel_shape), sharding.replicated(mesh))
+  hlo = gradient_hlo(op, x, kernel)
   assert "conditional" not in hlo
-  assert "convolution" not in hlo  # On CPU it is the shifted sum.
+  assert "convolution" not in hlo  # On CPU it is C++, or the shifted sum.
+  assert ("convmixer_" in hlo) == native.available(x)
   assert "all-gather" not in hlo
   assert "all-to-all" not in hlo
   assert "collective-permute" not in hlo
   assert "all-reduce" in hlo  # The kernel's gradient, over the batch.
+  grads = jax.jit(jax.grad(lambda *a: jnp.square(op(*a)).sum(), (0, 1)))
+  alone = [jax.device_put(a, jax.devices()[0]) for a in (x, kernel)]
+  assert common.tree_error(grads(x, kernel), grads(*alone)) < 2e-6
+
+
+# --- Activation and BatchNorm.
+
+
+# Half of a unit in the last place of 12 is 4.8e-7.
+@pytest.mark.parametrize(
+  ("implementation", "bound"), [("xla", 8e-7), ("native", 5e-7)]
+)
+def test_gelu_and_its_derivative(implementation, bound):
+  x = np.concatenate([np.linspace(-12, 12, 48001), [-1e30, -20.0, 20.0, 1e30]])
+  x = x.astype(np.float32).reshape(1, 5, -1, 1)
+  one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
+  y, vjp = jax.vjp(
+    lambda x: ops.batch_norm._affine(
+      (implementation, "gelu"), x, zero[0], one, zero, None
+    ),
+    x,
+  )
+  (derivative,) = vjp(jnp.ones_like(x))
+  z, y, derivative = float64(x, y, derivative)
+  below = scipy.special.ndtr(z)
+  near = np.abs(z) < 100
+  error = np.abs(y - z * below)
+  assert error[near].max() < bound
+  assert (error / np.abs(z).clip(1)).max() < bound
+  expected = below + z * np.exp(-np.square(z) / 2) / np.sqrt(2 * np.pi)
+  assert np.abs(derivative - expected).max() < 3e-7
+
+
+@pytest.mark.parametrize("implementation", ["xla", "native"])
+def test_activations_of_special_values(implementation):
+  x = np.float32([np.inf, np.nan, 0.0, -0.0]).reshape(1, 2, 2, 1)
+  one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
+  for activation in ops.ACTIVATIONS:
+    y = ops.batch_norm._affine(
+      (implementation, activation), x, zero[0], one, zero, None
+    )
+    np.testing.assert_array_equal(y, x, activation)
+
+
+def norm_reference(activation, x, bias, scale, offset, residual, group, stats):
+  """Groups' own statistics, or `stats`; written for any precision."""
+  a = {
+    "identity": lambda x: x,
+    "relu": lambda x: jnp.where(x > 0, x, 0),
+    "gelu": lambda x: x * jax.scipy.stats.norm.cdf(x),
+  }[activation](x + bias)
+  if stats is None:
+    groups = a.reshape(-1, group, *a.shape[1:])
+    mean = groups.mean((1, 2, 3), keepdims=True)
+    var = jnp.square(groups - mean).mean((1, 2, 3), keepdims=True)
+    a = ((groups - mean) / jnp.sqrt(var + 1e-5)).reshape(a.shape)
+  else:
+    a = (a - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
+  return a * scale + offset + (0 if residual is None else residual)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("implementation", ["xla", "native"])
+def test_batch_norm_and_its_gradients(implementation, train, activation, dtype):
+  """With respect to all of its inputs, with a residual and without."""
+  # Channels: a block of 256 and a part of one, which ends within a vector.
+  shape, channels, group = (6, 3, 5, 275), 275, 2
+  x, residual, grad = (normal(i, *shape, dtype=dtype) for i in range(3))
+  bias, scale, offset = (normal(i, channels) for i in range(3, 6))
+  stats = {"mean": normal(6, channels), "var": jnp.exp(normal(7, channels))}
+  module = ops.BatchNorm(group, activation, implementation=implementation)
+
+  def ours(x, bias, scale, offset, residual):
+    params = {"scale": scale, "bias": offset}
+    return module.apply(
+      {"params": params, "batch_stats": stats},
+      x,
+      train,
+      bias=bias,
+      residual=residual,
+      mutable=["batch_stats"],
+    )[0]
+
+  for args in ((x, bias, scale, offset, residual), (x, bias, scale, offset)):
+    pad = [None] * (5 - len(args))
+    y, vjp = jax.vjp(lambda *args, pad=pad: ours(*args, *pad), *args)
+    with jax.enable_x64(True):
+      exact_y, exact_vjp = jax.vjp(
+        lambda *args, pad=pad: norm_reference(
+          activation, *args, *pad, group, None if train else stats
+        ),
+        *(jnp.asarray(a, jnp.float64) for a in args),
+      )
+      expected = exact_y, *exact_vjp(jnp.asarray(grad, jnp.float64))
+      expected = float64(*expected)
+    for value, golden in zip((y, *vjp(grad)), expected, strict=True):
+      # Parameters' gradients are float32, also where images are rounded. They
+      # are sums of 90 terms, of which that of a bias before a mere
+      # normalisation is 0.
+      tolerance = 5e-6 if value.dtype == jnp.float32 else 1e-2
+      largest = max(np.abs(golden).max(), 10 * (golden.ndim == 1))
+      assert np.abs(float64(value)[0] - golden).max() <= tolerance * largest
+
+
+def test_batch_norm_of_mixed_dtypes_and_vmap():
+  """Parameters and residual may have other dtypes than x."""
+  module = ops.BatchNorm(activation="gelu")
+  x, residual = normal(0, 2, 4, 3, 3, 5), normal(1, 2, 4, 3, 3, 5)
+  bias = normal(2, 2, 5)
+  variables = module.init(jax.random.key(0), x[0], False)
+
+  def apply(x, bias, residual):
+    return module.apply(
+      variables,
+      x,
+      True,
+      bias=bias,
+      residual=residual,
+      mutable=["batch_stats"],
+    )
+
+  half = [a.astype(jnp.bfloat16) for a in (bias, residual)]
+  y, stats = jax.vmap(apply)(x, *half)
+  assert y.dtype == jnp.float32
+  for i in range(2):
+    expected = apply(x[i], *(a[i].astype(jnp.float32) for a in half))
+    ours = y[i], jax.tree.map(lambda s, i=i: s[i], stats)
+    assert common.tree_error(ours, expected) < 2e-6
+
+
+class PlainBlock(nn.Module):
+  """models.convmixer.Block, of linen's layers."""
+
+  activation: str
+
+  @nn.compact
+  def __call__(self, x):
+    act = {"relu": nn.relu, "gelu": lambda x: nn.gelu(x, approximate=False)}
+    norm = lambda name: nn.BatchNorm(
+      use_running_average=False,
+      epsilon=1e-5,
+      use_fast_variance=False,
+      name=name,
+    )
+    dim = x.shape[-1]
+    y = nn.Conv(dim, (4, 4), feature_group_count=dim, name="depthwise")(x)
+    x = x + norm("depthwise_norm")(act[self.activation](y))
+    y = nn.Dense(dim, name="pointwise")(x)
+    return norm("pointwise_norm")(act[self.activation](y))
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu"])
+def test_a_block_is_linens_layers(activation):
+  """The same variables give the same output and gradients."""
+  ours = models.convmixer.Block(
+    20, 4, activation, "batch", True, False, 0, jnp.float32, None
+  )
+  plain = PlainBlock(activation)
+  x, grad = normal(0, 4, 6, 5, 20), normal(1, 4, 6, 5, 20)
+  variables = ours.init(jax.random.key(0), x, True)
+  shapes = jax.eval_shape(plain.init, jax.random.key(0), x)
+  assert jax.tree.map(jnp.shape, variables) == jax.tree.map(jnp.shape, shapes)
+
+  def value_and_gradients(apply):
+    def function(params, x):
+      both = variables | {"params": params}
+      return apply(both, x)
+
+    y, vjp, _ = jax.vjp(function, variables["params"], x, has_aux=True)
+    return y, vjp(grad)
+
+  mutable = ["batch_stats"]
+  result = value_and_gradients(
+    lambda v, x: ours.apply(v, x, True, mutable=mutable)
+  )
+  golden = value_and_gradients(lambda v, x: plain.apply(v, x, mutable=mutable))
+  assert common.tree_error(result, golden) < 1e-5
 
 
 def batch_norm(x, group_size, train=True, mesh=None):
@@ -195,3 +530,124 @@ def test_batch_norm_inference_uses_running_statistics():
 def test_batch_norm_refuses_broken_groups():
   with pytest.raises(ValueError, match="groups of 5"):
     batch_norm(X, 5)
+
+
+# --- The library.
+
+
+@pytest.mark.parametrize(
+  "command", ["/nonexistent", "/bin/false", "g++ 'unfinished", " "]
+)
+def test_without_a_compiler(command, tmp_path):
+  """One line, and the same numbers."""
+  code = (
+    "import numpy as np, jax; from convmixer_jax import ops\n"
+    "x = np.arange(24, dtype='f4').reshape(1, 3, 4, 2)\n"
+    "for i in ('native', 'auto', 'auto'):\n"
+    "  y = ops.depthwise_conv(x, np.ones((2, 2, 2), 'f4'), implementation=i)\n"
+    "  y = ops.pointwise_conv(y, np.ones((2, 3), 'f4'), implementation=i)\n"
+    "  print(float(y.sum()))\n"
+  )
+  env = os.environ | {"CXX": command, "XDG_CACHE_HOME": str(tmp_path)}
+  process = subprocess.run(
+    [sys.executable, "-c", code],
+    cwd=common.ROOT,
+    env=env,
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  x = np.arange(24, dtype="f4").reshape(1, 3, 4, 2)
+  total = 3 * exact(x, np.ones((2, 2, 2))).sum()
+  assert [float(line) for line in process.stdout.split()] == [total] * 3
+  (line,) = process.stderr.splitlines()
+  assert "apt-get install g++" in line
+  assert list(tmp_path.glob("**/*.so")) == []
+
+
+def test_the_librarys_cache(monkeypatch, tmp_path):
+  builds = []
+
+  def build(folder):
+    builds.append(folder)
+    path = native.Path(folder) / "native.so"
+    path.write_bytes(b"a library")
+    return path
+
+  monkeypatch.setattr(native, "_build", build)
+  monkeypatch.setattr(native, "_key", lambda: "key")
+  path = native._cached(tmp_path)
+  assert native._cached(tmp_path) == path
+  assert len(builds) == 1
+  path.write_bytes(b"a libr")  # Cut short: built anew, once.
+  assert native._cached(tmp_path) == path
+  assert native._cached(tmp_path) == path
+  assert len(builds) == 2
+  assert path.read_bytes() == b"a library"
+  assert list(tmp_path.iterdir()) == [path]
+  monkeypatch.setattr(native, "_key", lambda: "another")
+  assert native._cached(tmp_path) != path
+
+
+def test_where_the_library_is_cached(monkeypatch, tmp_path):
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  folder = native._cache()
+  assert folder == tmp_path / "convmixer_jax"
+  folder.chmod(0o777)  # Anyone may leave a library there.
+  assert native._cache() is None
+  folder.rmdir()
+  folder.write_text("a file")
+  assert native._cache() is None
+  monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
+  assert native._cache() is None
+
+
+@needs_compiler
+def test_flags_that_a_compiler_refuses(monkeypatch, tmp_path):
+  monkeypatch.setattr(native, "_FLAGS", ("-std=c++17", "-fsyntax-only"))
+  monkeypatch.setattr(native, "_SOURCE", tmp_path / "empty.cc")
+  native._SOURCE.touch()
+  monkeypatch.setattr(native, "_TUNING", (["-march=nonsense"], []))
+  native._build(str(tmp_path))
+  monkeypatch.setattr(native, "_TUNING", (["-march=nonsense"],))
+  with pytest.raises(subprocess.CalledProcessError) as e:
+    native._build(str(tmp_path))
+  assert "nonsense" in e.value.stderr
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_many_processes_build_at_once(tmp_path):
+  """And a library that was cut short is built again, in a process's start."""
+  code = (
+    "import jax.numpy as jnp; from convmixer_jax import ops\n"
+    "from convmixer_jax.ops import native\n"
+    "assert native.available(jnp.ones(1))\n"
+    "x, kernel = jnp.ones((1, 9, 9, 1)), jnp.ones((3, 3, 1))\n"
+    "print(ops.depthwise_conv(x, kernel).sum())"
+  )
+  env = os.environ | {"XDG_CACHE_HOME": str(tmp_path)}
+
+  def start():
+    return subprocess.Popen(
+      [sys.executable, "-c", code],
+      cwd=common.ROOT,
+      env=env,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT,
+      text=True,
+    )
+
+  processes = [start() for _ in range(4)]
+  assert [p.communicate()[0] for p in processes] == ["625.0\n"] * 4
+  (path,) = tmp_path.glob("convmixer_jax/*")
+  whole = path.read_bytes()
+  path.write_bytes(whole[: len(whole) // 2])
+  assert start().communicate()[0] == "625.0\n"
+  assert path.stat().st_size == len(whole)
+  # A home that cannot be used leaves nothing behind.
+  shutil.rmtree(tmp_path / "convmixer_jax")
+  (tmp_path / "convmixer_jax").touch()
+  env["TMPDIR"] = str(tmp_path)
+  assert start().communicate()[0] == "625.0\n"
+  assert [p.name for p in tmp_path.iterdir()] == ["convmixer_jax"]
