@@ -3,7 +3,7 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 RUN := .venv/bin/python -m
 
-.PHONY: train test test-slow lint clean .venv
+.PHONY: train test test-slow lint bench clean .venv
 
 ## train: the quick start; a minute or so on two cores
 train: .venv
@@ -21,6 +21,10 @@ lint: .venv/dev
 	$(RUN) ruff check .
 	$(RUN) ruff format --check .
 	$(RUN) pyright
+
+## bench: speed beside PyTorch's; a quarter of an hour on two idle cores
+bench: .venv/dev
+	$(RUN) benchmarks.table --out benchmarks/results/throughput.json
 
 ## .venv: sets up and does nothing else
 .venv: .venv/ready

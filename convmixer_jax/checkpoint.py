@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from convmixer_jax import models
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # The newest ones.
@@ -18,7 +19,8 @@ class Checkpointer:
 
   Writing goes on in the background while training continues; a checkpoint
   appears under its final name only when it is whole, so a process killed while
-  writing leaves the one before.
+  writing leaves the one before. What is written is the state of an unrolled
+  model, whether the model scans its blocks or not: a run may go on either way.
   """
 
   def __init__(self, workdir: str | os.PathLike):
@@ -32,16 +34,25 @@ class Checkpointer:
   def save(self, step: int, state: TrainState) -> None:
     """Starts to write, unless `step` is saved already."""
     if step != self._manager.latest_step():
+      state = jax.jit(models.unstack_blocks)(state)
       self._manager.save(step, args=ocp.args.StandardSave(state))
 
   def restore(self, template: TrainState) -> TrainState | None:
-    """The newest state, laid out like `template`; None if there is none."""
+    """The newest state, with `template`'s structure and sharding; or None."""
     step = self._manager.latest_step()
     if step is None:
       return None
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, template)
-    args = ocp.args.StandardRestore(abstract)
-    return cast(TrainState, self._manager.restore(step, args=args))
+    saved = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        x.shape, x.dtype, sharding=template.step.sharding
+      ),
+      jax.eval_shape(models.unstack_blocks, template),
+    )
+    args = ocp.args.StandardRestore(saved)
+    state = cast(TrainState, self._manager.restore(step, args=args))
+    if "blocks" in template.params:
+      state = jax.jit(models.stack_blocks)(state)
+    return state
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster asks a run of several processes to stop.

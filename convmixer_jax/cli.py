@@ -1,8 +1,10 @@
-"""What the command lines share: the config's flags, --help, one-line errors."""
+"""What the command lines share: flags, --help, one-line errors, a cache."""
 
 from collections.abc import Callable
 import ctypes
 import difflib
+import hashlib
+import os
 import re
 import signal
 import sys
@@ -12,10 +14,14 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
+import jax
 from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import UserError
+from convmixer_jax.ops import native
+
+_CACHE_BYTES = 2**30  # What was used longest ago goes first.
 
 
 def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
@@ -112,6 +118,27 @@ def keep_pages() -> None:
     mallopt(m_trim_threshold, -1)  # and never shrinks.
 
 
+def keep_compiled() -> None:
+  """Keeps compiled programs for the next start, in the user's cache folder.
+
+  Unless JAX_COMPILATION_CACHE_DIR says where, or the folder cannot be written.
+  What XLA compiles for a CPU depends on its features and on how many cores it
+  may use, neither of which is in jax's keys: so each has a folder of its own.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  if (cache := native.cache_folder()) is None:
+    return
+  try:
+    cores = len(os.sched_getaffinity(0))
+  except AttributeError:  # Not Linux.
+    cores = os.cpu_count()
+  kind = hashlib.sha256(native.cpu().encode()).hexdigest()[:8]
+  folder = cache / "xla" / f"{kind}-{cores}"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+
+
 def run(
   main: Callable[[list[str]], None], flag_values: flags.FlagValues
 ) -> None:
@@ -122,6 +149,7 @@ def run(
   """
   logging.set_verbosity(logging.WARNING)
   keep_pages()
+  keep_compiled()
   try:
     app.run(main, flags_parser=lambda argv: _parse_flags(argv, flag_values))
   except UserError as e:

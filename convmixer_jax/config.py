@@ -126,8 +126,11 @@ FIELDS: dict[str, Rule] = {
   "backbone_lr_scale": _number(0),
 }
 
-# Those that leave the numbers of a run as they are: a resumed run may differ.
+# Those that leave the numbers of a run as they are, scan and remat but for
+# rounding: a resumed run may differ.
 FREE_FIELDS = (
+  "model.scan",
+  "model.remat",
   "data.num_workers",
   "data.max_unreadable",
   "log_every",

@@ -39,6 +39,7 @@ from convmixer_jax import ops
 from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax.models import ConvMixer
+from convmixer_jax.models import unstack_blocks
 
 _FLAGS = flags.FlagValues()
 _WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
@@ -101,13 +102,12 @@ def inference_function(
   """Returns uint8 images [B, S, S, 3] -> logits, with BatchNorms folded.
 
   Args:
-    model: unrolled.
+    model: unrolled or scanned.
     variables: its params and batch_stats.
     mean: see `augment.make_normalize`.
     std: likewise.
   """
-  if model.scan:
-    raise UserError("model.scan=True: export takes unrolled models only")
+  model, variables = model.clone(scan=False), unstack_blocks(variables)
   normalize = augment.make_normalize(mean, std)
   params: Any = jax.tree.map(np.asarray, variables["params"])
   affine = {}  # Path of a BatchNorm -> scale and shift.

@@ -15,6 +15,7 @@ import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
+from convmixer_jax import models
 from convmixer_jax import UserError
 
 # timm's module -> ours; within a block, and outside.
@@ -84,12 +85,13 @@ def _from_sequential(module):
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Our variables, of an unrolled model, to timm's state_dict: the inverse."""
+  """Our variables, scanned or not, to timm's state_dict: the inverse."""
   theirs = {ours: name for name, ours in (_IN_BLOCK | _OUTSIDE).items()}
   leaves = {
     ours: name for name, ours in (_NORM_LEAVES | _LAYER_LEAVES).items()
   } | {("params", "scale"): "weight"}
   state_dict = {}
+  variables = models.unstack_blocks(variables)
   for path, value in traverse_util.flatten_dict(variables).items():
     collection, *modules, leaf = path
     module = theirs[modules[-1]]

@@ -1,6 +1,7 @@
 """What a run writes down: metrics, config, environment, progress."""
 
 from collections.abc import Iterable
+from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
 import datetime
@@ -55,6 +56,7 @@ class Logger:
     self._batch_size = batch_size
     self._step = first_step
     self._clock = None
+    self._waited = 0.0
     if not active:
       return
     self._workdir = Path(workdir)
@@ -75,7 +77,11 @@ class Logger:
       ),
     )
     self._records = records.open("a", buffering=1)
-    self._tensorboard = _tensorboard(self._workdir)
+    try:
+      self._tensorboard = _TensorBoard(self._workdir)
+    except ImportError as e:
+      print(f"no TensorBoard events: {e}; everything else is written")
+      self._tensorboard = None
     self._bar = tqdm.tqdm(
       total=total_steps * batch_size,
       initial=first_step * batch_size,
@@ -110,11 +116,23 @@ class Logger:
   def start_clock(self, step: int) -> None:
     """Rates count from here on: call after compilation and after pauses."""
     self._clock, self._step = time.perf_counter(), step
+    self._waited = 0.0
+
+  def timed(self, batches: Iterable) -> Iterator:
+    """Yields from `batches`; the time they take is what data_wait counts."""
+    start = time.perf_counter()
+    for batch in batches:
+      self._waited += time.perf_counter() - start
+      yield batch
+      start = time.perf_counter()
 
   def train(
     self, step: int, metrics: Sequence[Mapping[str, Any]], **more: float
   ) -> None:
     """Records the means of the steps since the last record.
+
+    Beside them images_per_second, and data_wait: the percentage of the time
+    that went into waiting for batches.
 
     Args:
       step: updates done.
@@ -126,19 +144,23 @@ class Logger:
     elapsed = time.perf_counter() - self._clock if self._clock else 0.0
     if images and elapsed:
       means["images_per_second"] = images / elapsed
+      means["data_wait"] = 100 * self._waited / elapsed
+    self.start_clock(step)  # What follows, logging, counts in the next rate.
     self._record(step, "train", {"steps": len(metrics)} | means | more)
-    self.start_clock(step)
     if not self._active:
       return
     rate = means.get("images_per_second", 0.0)
     left = (self._total - step) * self._batch_size / rate if rate else None
     self._bar.set_description(f"step {step}/{self._total}", refresh=False)
-    self._bar.set_postfix_str(f"loss {means['loss']:.4f}", refresh=False)
+    wait = f"data wait {means.get('data_wait', 0.0):.0f} %"
+    self._bar.set_postfix_str(
+      f"loss {means['loss']:.4f}, {wait}", refresh=False
+    )
     self._bar.update(step * self._batch_size - self._bar.n)
     if self._bar.disable:
       self.say(
         f"step {step}/{self._total}  loss {means['loss']:.4f}  "
-        + (f"{rate:.0f} img/s  {_duration(left)} left" if rate else "")
+        + (f"{rate:.0f} img/s  {wait}  {_duration(left)} left" if rate else "")
       )
 
   def evaluated(self, step: int, metrics: Mapping[str, float] | None) -> None:
@@ -170,10 +192,9 @@ class Logger:
     record = {"step": step, "kind": kind, "time": _now(), **scalars}
     self._records.write(json.dumps(record) + "\n")
     if self._tensorboard is not None:
-      self._tensorboard.write_scalars(
+      self._tensorboard.write(
         step, {f"{kind}/{k}": v for k, v in scalars.items()}
       )
-      self._tensorboard.flush()
 
   def _write_run(self):
     _write_whole(
@@ -243,17 +264,38 @@ def _environment() -> dict[str, Any]:
   }
 
 
-def _tensorboard(workdir):
-  """clu's writer, which needs tensorflow; None without."""
-  # tensorflow only writes the files here; its chatter is about computing.
-  os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-  os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-  try:
-    from clu import metric_writers  # Takes seconds, so not at the top.
-  except ImportError as e:
-    print(f"no TensorBoard events: {e}; everything else is written")
-    return None
-  return metric_writers.SummaryWriter(str(workdir))
+class _TensorBoard:
+  """Writes scalars in a thread of its own, without tensorflow's eager mode.
+
+  Raises:
+    ImportError: tensorboard is not installed.
+  """
+
+  def __init__(self, workdir):
+    # tensorflow only opens the file here; its chatter is about computing.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+    from tensorboard.compat.proto import event_pb2  # Takes seconds.
+    from tensorboard.compat.proto import summary_pb2
+    from tensorboard.summary.writer import event_file_writer
+
+    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+    self._writer = event_file_writer.EventFileWriter(
+      str(workdir), flush_secs=10
+    )
+
+  def write(self, step, scalars):
+    values = [
+      self._summary.Value(tag=tag, simple_value=value)
+      for tag, value in scalars.items()
+    ]
+    summary = self._summary(value=values)
+    self._writer.add_event(
+      self._event(step=step, wall_time=time.time(), summary=summary)
+    )
+
+  def close(self):
+    self._writer.close()
 
 
 def _duration(seconds):

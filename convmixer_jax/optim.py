@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from convmixer_jax import UserError
@@ -82,7 +83,7 @@ def make_optimizer(
       betas: decay of the first and second moments.
       clip_norm: largest global gradient norm; 0 does not clip.
     freeze: path prefixes ('stem', 'block_0/depthwise') of parameters that stay
-      as they are and do not count in the norm.
+      as they are and do not count in the norm; of a scanned model's too.
     backbone_lr_scale: multiplies the learning rate of everything but the head.
 
   Returns:
@@ -91,23 +92,29 @@ def make_optimizer(
   Raises:
     UserError: a prefix in `freeze` that no parameter has.
   """
-  names_of = lambda path: [p.key for p in path]
+  by_path = jax.tree_util.tree_map_with_path
   prefixes = {prefix: prefix.split("/") for prefix in freeze}
-  paths = [names_of(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-  for prefix, names in prefixes.items():
-    if not any(path[: len(names)] == names for path in paths):
-      known = ", ".join(sorted({path[0] for path in paths}))
+  paths = [
+    names
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    for names in _names(path, leaf)
+  ]
+  for prefix, frozen in prefixes.items():
+    if not any(names[: len(frozen)] == frozen for names in paths):
+      known = ", ".join(sorted({names[0] for names in paths}))
       raise UserError(f"freeze={prefix}: no parameter under it; has {known}")
 
-  def scale_of(path) -> float:
-    names = names_of(path)
+  def scale_of(names) -> float:
     if any(names[: len(frozen)] == frozen for frozen in prefixes.values()):
       return 0.0
     return 1.0 if names[0] == "head" else backbone_lr_scale
 
-  by_path = jax.tree_util.tree_map_with_path
-  scales = by_path(lambda path, _: scale_of(path), params)
-  is_kernel = by_path(lambda path, _: names_of(path)[-1] == "kernel", params)
+  def scales_of(path, leaf):
+    scales = [scale_of(names) for names in _names(path, leaf)]
+    return np.reshape(np.float32(scales), [-1] + [1] * (len(leaf.shape) - 1))
+
+  scales = by_path(scales_of, params)
+  is_kernel = by_path(lambda path, _: path[-1].key == "kernel", params)
 
   def scaled(factors):
     return optax.stateless(
@@ -115,7 +122,7 @@ def make_optimizer(
     )
 
   return optax.chain(
-    scaled(jax.tree.map(lambda scale: float(scale > 0), scales)),
+    scaled(jax.tree.map(lambda scale: np.float32(scale > 0), scales)),
     optax.clip_by_global_norm(config["clip_norm"])
     if config["clip_norm"]
     else optax.identity(),
@@ -129,3 +136,11 @@ def make_optimizer(
     ),
     scaled(scales),
   )
+
+
+def _names(path, leaf):
+  """What a parameter is called; for a scanned model's blocks, each of them."""
+  names = [part.key for part in path]
+  if names[0] != "blocks":
+    return [names]
+  return [[f"block_{i}", *names[1:]] for i in range(leaf.shape[0])]

@@ -77,7 +77,7 @@ def make_train_step(
   tx: optax.GradientTransformation,
   augment: Augment,
   *,
-  seed: int,
+  seed: int | jax.Array,
   label_smoothing: float = 0.0,
   accum_steps: int = 1,
   ema_decay: float = 0.0,

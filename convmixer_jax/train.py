@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
+import functools
 import json
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from convmixer_jax import augment
 from convmixer_jax import checkpoint
@@ -27,6 +29,8 @@ from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+
+AHEAD = 2  # Steps that the host may enqueue before the device has done them.
 
 
 def train_and_evaluate(
@@ -84,28 +88,8 @@ def train_and_evaluate(
   # --- The step, compiled for all devices.
   mesh = sharding.make_mesh()
   replicated = sharding.replicated(mesh)
-  batch_sharding = sharding.batch_sharding(mesh)
   host_crops = isinstance(train_source, sources.Encoded)
-  train_step = jax.jit(
-    step_lib.make_train_step(
-      model,
-      tx,
-      augment.make_augment(
-        config.augment, mean=data.mean, std=data.std, crop=not host_crops
-      ),
-      seed=seed,
-      label_smoothing=config.augment.label_smoothing,
-      accum_steps=config.accum_steps,
-      ema_decay=config.ema_decay,
-      batch_sharding=batch_sharding,
-    ),
-    in_shardings=(replicated, batch_sharding),
-    out_shardings=replicated,
-    donate_argnums=0,
-    compiler_options=(
-      {"xla_gpu_deterministic_ops": True} if config.deterministic else None
-    ),
-  )
+  train_step = jit_step(config, model, tx, mesh, crop=not host_crops)
 
   # --- State: what was saved here > the weights of another run > scratch.
   ema = config.ema_decay > 0
@@ -139,7 +123,8 @@ def train_and_evaluate(
       )
     return state
 
-  # --- The loop. Step n means n updates done; only a log waits for the device.
+  # --- The loop. Step n means n updates done. A log waits for the device; other
+  # steps wait for the one AHEAD before, so the device always has one to do.
   logger = logger_lib.Logger(
     workdir,
     config.to_json(indent=2),
@@ -170,6 +155,7 @@ def train_and_evaluate(
     ratio=config.augment.crop_ratio,
     interpolation=config.augment.interpolation,
   )
+  learning_rate = jax.jit(lambda step: schedule(step - 1))
   status, step, pending, metrics = "failed", first_step, [], None
   try:
     with _stop_signals() as stopped:
@@ -177,12 +163,15 @@ def train_and_evaluate(
       if first_step and due(first_step, config.eval_every) and not scored:
         metrics = evaluate(state, stopped)
         logger.evaluated(step, metrics)
-      batches = stream.until(stopped, batches)
+      batches = logger.timed(
+        sharding.to_global(mesh, batch, batch_size)
+        for batch in stream.until(stopped, batches)
+      )
       for step, batch in enumerate(batches, start=first_step + 1):
-        state, scalars = train_step(
-          state, sharding.to_global(mesh, batch, batch_size)
-        )
+        state, scalars = train_step(state, batch)
         pending.append(scalars)
+        if len(pending) > AHEAD:
+          pending[-1 - AHEAD]["loss"].block_until_ready()
         if step == first_step + 1:
           logger.start_clock(step)  # Compilation does not count in the rates.
         if due(step, config.log_every):
@@ -190,7 +179,7 @@ def train_and_evaluate(
             step,
             jax.device_get(pending),
             epoch=step / steps_per_epoch,
-            learning_rate=float(schedule(step - 1)),
+            learning_rate=float(jax.device_get(learning_rate(state.step))),
           )
           pending = []
         if due(step, config.eval_every):
@@ -220,6 +209,56 @@ def train_and_evaluate(
   return state
 
 
+def jit_step(
+  config: ml_collections.ConfigDict,
+  model: Any,
+  tx: Any,
+  mesh: jax.sharding.Mesh,
+  *,
+  crop: bool,
+) -> Callable:
+  """The train step of a run, jitted; it donates the state.
+
+  Args:
+    config: of the run.
+    model: see `step.make_train_step`.
+    tx: likewise.
+    mesh: the devices, among which batches are cut.
+    crop: whether the step crops, not the host.
+  """
+  replicated = sharding.replicated(mesh)
+  batch_sharding = sharding.batch_sharding(mesh)
+  augment_fn = augment.make_augment(
+    config.augment, mean=config.data.mean, std=config.data.std, crop=crop
+  )
+
+  def update(seed, state, batch):
+    train_step = step_lib.make_train_step(
+      model,
+      tx,
+      augment_fn,
+      seed=seed,
+      label_smoothing=config.augment.label_smoothing,
+      accum_steps=config.accum_steps,
+      ema_decay=config.ema_decay,
+      batch_sharding=batch_sharding,
+    )
+    return train_step(state, batch)
+
+  update = jax.jit(
+    update,
+    in_shardings=(replicated, replicated, batch_sharding),
+    out_shardings=replicated,
+    donate_argnames="state",
+    compiler_options=(
+      {"xla_gpu_deterministic_ops": True} if config.deterministic else None
+    ),
+  )
+  # An argument, so that runs with other seeds find the program compiled.
+  seed = jax.device_put(np.uint32(config.seed), replicated)
+  return functools.partial(update, seed)
+
+
 def evaluate_checkpoint(
   config: ml_collections.ConfigDict, workdir: str | os.PathLike
 ) -> dict[str, Any]:
@@ -238,6 +277,7 @@ def evaluate_checkpoint(
   # What the weights were trained for is fixed; how they are scored is free.
   fixed = ("model.", "data.image_size", "data.mean", "data.std")
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
+  free += config_lib.FREE_FIELDS
   _refuse_another_config(config, workdir, free)
   step = checkpoint.latest_step(workdir)
   if step is None and config.init_from is None:
@@ -287,12 +327,12 @@ def _load_init_from(config, model, wanted, new_head=False):
   name = os.path.expanduser(config.init_from)
   try:
     loaded = weights.load(name)
-    loaded = weights.fit(loaded, wanted, name, new_head=new_head)
+    fitted = weights.fit(loaded, wanted, name, new_head=new_head)
   except UserError as e:
     raise UserError(f"config.init_from={e}") from e
   if not os.path.isdir(name):
     weights.warn_of_activation(loaded, model, name)
-  return loaded
+  return fitted
 
 
 def _make_workdir(workdir):

@@ -9,6 +9,7 @@ from typing import Any
 
 from flax import traverse_util
 import flax.linen as nn
+import jax
 
 from convmixer_jax import checkpoint
 from convmixer_jax import interop
@@ -17,7 +18,7 @@ from convmixer_jax import UserError
 
 
 def load(where: str | os.PathLike) -> dict[str, Any]:
-  """Reads {'params', 'batch_stats'} of numpy arrays.
+  """Reads {'params', 'batch_stats'} of numpy arrays, as an unrolled model has.
 
   Args:
     where: a workdir, of which the newest checkpoint is taken, or what
@@ -48,20 +49,22 @@ def fit(
   """Checks that variables are those of a model, one by one.
 
   Args:
-    loaded: from `load`.
-    wanted: the model's, arrays or shapes.
+    loaded: from `load`, so of an unrolled model.
+    wanted: the model's, arrays or shapes; it may be a scanned one.
     name: of `loaded`, for messages.
     new_head: keep `wanted`'s head where `loaded`'s is missing or of another
       shape, and say so.
 
   Returns:
-    {'params', 'batch_stats'}.
+    {'params', 'batch_stats'}, named as in `wanted`.
 
   Raises:
     UserError: naming a tensor that is missing, unknown or of another shape.
   """
   has = traverse_util.flatten_dict(loaded, sep="/")
-  wants = traverse_util.flatten_dict(wanted, sep="/")
+  fresh = traverse_util.flatten_dict(wanted, sep="/")
+  shapes = jax.eval_shape(models.unstack_blocks, wanted)
+  wants = traverse_util.flatten_dict(shapes, sep="/")
   anew = []
   if new_head:
     for head in [path for path in wants if path.startswith("params/head/")]:
@@ -69,7 +72,7 @@ def fit(
       if shape != wants[head].shape:
         text = f"{head}: {shape} in {name}; starts anew as {wants[head].shape}"
         anew.append(text)
-        has[head] = wants[head]
+        has[head] = fresh[head]
   for path in sorted(has.keys() | wants.keys()):
     if path not in has:
       text = f"has no {path}; the model's is {wants[path].shape}"
@@ -82,7 +85,10 @@ def fit(
     raise UserError(f"{name}: {text}")
   for text in anew:
     print(text)
-  return {"batch_stats": {}} | traverse_util.unflatten_dict(has, sep="/")
+  fitted = traverse_util.unflatten_dict(has, sep="/")
+  if "blocks" in wanted["params"]:
+    fitted = models.stack_blocks(fitted)
+  return {"batch_stats": {}} | fitted
 
 
 def architecture(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -153,8 +159,8 @@ def load_model(
     model_name: a key of `models.VARIANTS`, instead.
 
   Returns:
-    The model; its variables; and how its images are made: image_size, crop_pct,
-    mean, std, and class_names or None.
+    The model, unrolled; its variables; and how its images are made: image_size,
+    crop_pct, mean, std, and class_names or None.
 
   Raises:
     UserError: no such weights, or they are not those of `model_name`.
@@ -176,7 +182,8 @@ def load_model(
       raise UserError(f"{where}: its config.json: {e}") from e
     data |= {name: config["data"][name] for name in data}
     classes = variables["params"]["head"]["bias"].shape[-1]
-    model = models.create_model(num_classes=classes, **config["model"])
+    overrides = config["model"] | {"scan": False}
+    model = models.create_model(num_classes=classes, **overrides)
   else:
     found = architecture(variables, where)
     classes = found["num_classes"]

@@ -264,11 +264,8 @@ def _first_images(data, source):
 
 
 def depthwise_kernels(params: Mapping[str, Any], block: int) -> np.ndarray:
-  """float32 [k, k, dim], of an unrolled or a scanned model."""
-  if "blocks" in params:
-    kernels = params["blocks"]["depthwise"]["kernel"][block]
-  else:
-    kernels = params[f"block_{block}"]["depthwise"]["kernel"]
+  """float32 [k, k, dim]."""
+  kernels = params[f"block_{block}"]["depthwise"]["kernel"]
   return np.asarray(kernels, np.float32)[:, :, 0]
 
 

@@ -31,6 +31,7 @@ from matplotlib import ticker
 import numpy as np
 
 from convmixer_jax import cli
+from convmixer_jax import models
 from convmixer_jax import UserError
 from experiments import sweeps
 from experiments import tables
@@ -49,6 +50,14 @@ _OUT = flags.DEFINE_string(
   flag_values=_FLAGS,
 )
 
+_FIGURES = flags.DEFINE_string(
+  "figures",
+  None,
+  "A folder to write each figure into too, as SVG for any background:"
+  " --figures docs/patch_kernel.",
+  flag_values=_FLAGS,
+)
+
 # Figures have the width of a phone, in inches of 72 pixels.
 WIDTH = 4.3
 # Each has a contrast of 3 or more both to the light and to the dark page.
@@ -57,6 +66,7 @@ COLORS = ("#3b82d6", "#d0650a", "#2a9455", "#e0484d", "#9a63d8", "#15929c",
 MARKERS = "os^DvP*X"
 # Stands for the color of the page's text, which the browser fills in.
 _INK = "#010203"
+_GRAY = "#7f868e"  # Legible on white and on black.
 _INKED = (
   "text.color",
   "axes.edgecolor",
@@ -104,25 +114,32 @@ def main(argv: list[str]) -> None:
   root, out = cli.given(_ROOT), cli.given(_OUT)
   sweep, folder = tables.locate(argv, root)
   results, problems = tables.collect(sweep, folder)
-  page = render(argv[1], sweep, folder, results, problems)
+  pictures = draw(results)
+  page = render(argv[1], sweep, folder, results, problems, pictures)
   try:
     # A file's name may be no text.
     Path(out).expanduser().write_text(page, "utf-8", "backslashreplace")
+    if _FIGURES.value:
+      figures = Path(_FIGURES.value).expanduser()
+      figures.mkdir(parents=True, exist_ok=True)
+      for picture in pictures:
+        svg = picture.svg.replace("currentColor", _GRAY)
+        (figures / f"{picture.name}.svg").write_text(svg, "utf-8")
   except OSError as e:
-    raise UserError(f"--out={out}: {e.strerror}") from e
+    raise UserError(f"{e.filename}: {e.strerror}") from e
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
   done = sum(len(result.runs) for result in results)
   print(f"{out}: {done} of {len(sweep.runs())} runs of {argv[1]}")
 
 
-@matplotlib.rc_context(_STYLE)
 def render(
   name: str,
   sweep: sweeps.Sweep,
   folder: Path,
   results: Sequence[tables.Result],
   problems: Sequence[str],
+  pictures: Sequence[Picture],
 ) -> str:
   """The page.
 
@@ -132,6 +149,7 @@ def render(
     folder: of its runs.
     results: from `tables.collect`.
     problems: likewise.
+    pictures: from `draw`.
   """
   environment = jinja2.Environment(
     loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -147,7 +165,7 @@ def render(
     problems=problems,
     columns=tables.COLUMNS,
     row=tables.row,
-    pictures=list(_pictures(results)),
+    pictures=pictures,
     runs=[
       _metadata(folder, result.cell.name, seed)
       for result in results
@@ -187,6 +205,12 @@ def _metadata(folder, cell, seed):
 
 
 # --- Figures.
+
+
+@matplotlib.rc_context(_STYLE)
+def draw(results: Sequence[tables.Result]) -> list[Picture]:
+  """The figures that such results can have."""
+  return list(_pictures(results))
 
 
 def _pictures(results) -> Iterator[Picture]:
@@ -233,7 +257,7 @@ def _pictures(results) -> Iterator[Picture]:
     _scatter(
       results,
       "FLOP an image",
-      lambda cell: sweeps.forward_flops(cell.model(), size(cell)),
+      lambda cell: models.forward_flops(cell.model(), size(cell)),
     ),
   )
 

@@ -29,6 +29,7 @@ import rich.table
 import benchmarks
 from convmixer_jax import cli
 from convmixer_jax import logger
+from convmixer_jax import models
 from convmixer_jax import UserError
 from experiments import sweeps
 
@@ -262,7 +263,7 @@ def _dry_run(runs):
   total = 0.0
   for run in runs:
     config, model = run.cell.resolve(run.seed), run.cell.model()
-    flops = sweeps.forward_flops(model, config.data.image_size)
+    flops = models.forward_flops(model, config.data.image_size)
     images = config.epochs * _TRAINING_IMAGES[config.data.name]
     hours = 3 * flops * images / speed / 3600
     total += hours * (run.status != "finished")
@@ -291,7 +292,7 @@ _TRAINING_IMAGES = {
 
 def _measured_speed(runs):
   """FLOP/s of a training step, three forward passes, of the smallest cell."""
-  cost = lambda cell: sweeps.forward_flops(
+  cost = lambda cell: models.forward_flops(
     cell.model(), cell.resolve(0).data.image_size
   )
   cell = min((run.cell for run in runs), key=cost)

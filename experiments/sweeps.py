@@ -228,16 +228,3 @@ def count_parameters(model: models.ConvMixer) -> int:
   """Trainable parameters, for RGB images."""
   leaves = jax.tree.leaves(models.variable_shapes(model)["params"])
   return sum(leaf.size for leaf in leaves)
-
-
-def forward_flops(model: models.ConvMixer, image_size: int) -> int:
-  """Floating-point operations of one image's forward pass.
-
-  A multiply-add is two. Convolutions and the head are counted; activations,
-  norms, residuals and biases, under 1 %, are not.
-  """
-  side = image_size // model.patch_size
-  stem = 3 * model.patch_size**2 * model.dim
-  block = model.kernel_size**2 * model.dim + model.dim**2
-  locations = side**2 * (stem + model.depth * block)
-  return 2 * (locations + model.dim * model.num_classes)

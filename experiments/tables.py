@@ -25,6 +25,7 @@ from absl import flags
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import logger
+from convmixer_jax import models
 from convmixer_jax import UserError
 from experiments import run as run_lib
 from experiments import sweeps
@@ -181,7 +182,7 @@ def row(result: Result) -> tuple[str, ...]:
   return (
     cell.name,
     f"{sweeps.count_parameters(model):,}",
-    f"{sweeps.forward_flops(model, size) / 1e9:.3g}",
+    f"{models.forward_flops(model, size) / 1e9:.3g}",
     f"{statistics.median(rates):.0f}" if rates else "",
     ours,
     paper,

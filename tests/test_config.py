@@ -2,6 +2,7 @@
 
 import ast
 from concurrent import futures
+import os
 import re
 import subprocess
 import sys
@@ -202,7 +203,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     ("examples.segmentation", "weights out steps"),
     ("experiments.run", "root only dry_run jobs"),
     ("experiments.tables", "root format"),
-    ("experiments.report", "root out"),
+    ("experiments.report", "root out figures"),
     (
       "experiments.pictures",
       "workdir out against blocks num_images batch_size data_dir",
@@ -223,16 +224,17 @@ def test_help_explains_every_flag(module, flags):
 
 # --- The import rule.
 
-LEAVES = ("models", "ops", "augment", "optim", "logger", "sharding", "interop")
+LEAVES = ("models", "ops", "augment", "optim", "logger", "sharding")
 MAY_IMPORT = {
   "configs": set(),
   "models": {"ops"},
+  "interop": {"models"},
   "step": {"augment", "optim"},
   "data": set(),
   "config": {"augment", "models", "optim"},
-  "cli": {"config"},
+  "cli": {"config", "ops"},
   "weights": {"checkpoint", "interop", "models"},
-  "checkpoint": {"step"},
+  "checkpoint": {"models", "step"},
   "evaluate": {"data", "sharding", "step"},
 }
 
@@ -294,3 +296,38 @@ def test_the_model_and_the_step_need_no_data_library():
     text=True,
   )
   assert out.stdout.strip() == "[]", out.stdout + out.stderr
+
+
+# --- The compilation cache.
+
+COMPILES = """
+import jax
+from convmixer_jax import cli
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+cli.keep_compiled()
+jax.jit(lambda x: 3 * x)(1.0)
+"""
+
+
+def compile_with(cache, **more):
+  """Compiles in a fresh process, for which every warning is an error."""
+  env = os.environ | {"XDG_CACHE_HOME": str(cache)}
+  del env["JAX_COMPILATION_CACHE_DIR"]
+  return subprocess.run(
+    [sys.executable, "-W", "error", "-c", COMPILES],
+    cwd=common.ROOT,
+    env=env | more,
+    check=True,
+  )
+
+
+def test_compiled_programs_are_kept_for_the_user(tmp_path):
+  compile_with(tmp_path)
+  (folder,) = (tmp_path / "convmixer_jax" / "xla").iterdir()
+  assert folder.name.endswith(f"-{len(os.sched_getaffinity(0))}")
+  assert list(folder.glob("jit__lambda-*-cache"))
+  compile_with(tmp_path, JAX_COMPILATION_CACHE_DIR=str(tmp_path / "own"))
+  assert list((tmp_path / "own").glob("jit__lambda-*-cache"))
+  # Where nothing can be written a run goes on without.
+  (tmp_path / "file").touch()
+  compile_with(tmp_path / "file")

@@ -144,20 +144,25 @@ def perturbed(model, size=8):
   return jax.tree.unflatten(tree, leaves)
 
 
-def stacked(variables, depth):
-  """The unrolled tree as `scan=True` names it."""
-
-  def stack(tree):
-    blocks = [tree[f"block_{i}"] for i in range(depth)]
-    rest = {k: v for k, v in tree.items() if not k.startswith("block_")}
-    return {**rest, "blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks)}
-
-  return {k: stack(v) for k, v in variables.items()}
+def test_a_scanned_model_starts_with_the_unrolled_ones_values():
+  model = common.tiny_model(depth=3)
+  init = lambda model: model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), 0)
+  scanned, plain = init(model.clone(scan=True)), init(model)
+  equal = lambda a, b: jax.tree.all(jax.tree.map(np.array_equal, a, b))
+  assert scanned["params"]["blocks"]["pointwise"]["kernel"].shape == (3, 8, 8)
+  assert equal(scanned, models.stack_blocks(plain))
+  assert equal(models.unstack_blocks(scanned), plain)
+  assert num_parameters(model.clone(scan=True)) == num_parameters(model)
 
 
 @pytest.mark.parametrize(
   ("scan", "remat"),
-  [(True, None), (False, "nothing_saveable"), (True, "dots_saveable")],
+  [
+    (True, None),
+    (False, "nothing_saveable"),
+    (True, "dots_saveable"),
+    (True, "dots_with_no_batch_dims_saveable"),
+  ],
 )
 def test_scan_and_remat_compute_the_same(scan, remat):
   plain = common.tiny_model(depth=2)
@@ -176,7 +181,7 @@ def test_scan_and_remat_compute_the_same(scan, remat):
 
     return jax.jit(jax.grad(loss, has_aux=True))
 
-  as_scan = (lambda v: stacked(v, 2)) if scan else (lambda v: v)
+  as_scan = models.stack_blocks if scan else (lambda v: v)
   expected = loss_fn(plain)(variables["params"], variables["batch_stats"])
   expected = as_scan(dict(zip(("params", "batch_stats"), expected)))
   inputs = as_scan(variables)
@@ -186,6 +191,27 @@ def test_scan_and_remat_compute_the_same(scan, remat):
   ours = loss_fn(model)(inputs["params"], inputs["batch_stats"])
   ours = dict(zip(("params", "batch_stats"), ours))
   assert common.tree_error(ours, expected) <= 5e-5
+
+
+def test_remat_saves_memory():
+  """Of eight blocks the gradient keeps their inputs, or their products too."""
+  images = jnp.zeros((4, 32, 32, 3))
+
+  def temporary(remat):
+    model = common.tiny_model(depth=8, scan=True, remat=remat)
+    variables = models.variable_shapes(model)
+    loss = lambda params: model.apply(
+      variables | {"params": params}, images, True, mutable=["batch_stats"]
+    )[0].sum()
+    variables = jax.tree.map(lambda x: jnp.zeros(x.shape), variables)
+    compiled = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
+    return compiled.memory_analysis().temp_size_in_bytes
+
+  everything, inputs, products = map(
+    temporary, (None, "nothing_saveable", "dots_saveable")
+  )
+  assert inputs < products < everything
+  assert inputs < everything / 3
 
 
 def test_init_is_pytorchs():

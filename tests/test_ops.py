@@ -596,15 +596,15 @@ def test_the_librarys_cache(monkeypatch, tmp_path):
 
 def test_where_the_library_is_cached(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  folder = native._cache()
+  folder = native.cache_folder()
   assert folder == tmp_path / "convmixer_jax"
   folder.chmod(0o777)  # Anyone may leave a library there.
-  assert native._cache() is None
+  assert native.cache_folder() is None
   folder.rmdir()
   folder.write_text("a file")
-  assert native._cache() is None
+  assert native.cache_folder() is None
   monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-  assert native._cache() is None
+  assert native.cache_folder() is None
 
 
 @needs_compiler

@@ -130,8 +130,8 @@ def test_trajectory_needs(change):
   assert error > 2e-4
 
 
-def one_update(**settings):
-  model = common.tiny_model()
+def one_update(scan=False, **settings):
+  model = common.tiny_model(scan=scan)
   params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[
     "params"
   ]
@@ -157,6 +157,21 @@ def test_freeze_keeps_what_it_names():
   assert abs(some) > abs(none)
   with pytest.raises(UserError, match="block_7"):
     one_update(freeze=("block_7",))
+
+
+def test_a_scanned_models_blocks_are_frozen_and_scaled_one_by_one():
+  settings = {
+    "freeze": ("stem", "block_0/depthwise", "block_1"),
+    "backbone_lr_scale": 0.25,
+  }
+  expected = models.stack_blocks(one_update(**settings))
+  ours = one_update(scan=True, **settings)
+  kernels = ours["blocks"]["depthwise"]["kernel"]
+  assert not kernels.any()
+  assert ours["blocks"]["pointwise"]["kernel"][0].all()
+  assert common.tree_error(ours, expected) < 1e-6
+  with pytest.raises(UserError, match=r"block_2: no parameter.*has block_0, b"):
+    one_update(scan=True, freeze=("block_2",))
 
 
 def test_backbone_lr_scale():

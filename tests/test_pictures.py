@@ -198,17 +198,6 @@ def test_spread():
   assert rms == pytest.approx([0, 2**0.5])
 
 
-def test_kernels_of_a_scanned_model():
-  unrolled = trained().variables["params"]
-  blocks = [unrolled["block_0"], unrolled["block_1"]]
-  scanned = {"blocks": jax.tree.map(lambda *x: np.stack(x), *blocks)}
-  for i in range(2):
-    kernels = pictures.depthwise_kernels(unrolled, i)
-    assert kernels.shape == (3, 3, 8)
-    again = pictures.depthwise_kernels(scanned, i)
-    assert np.array_equal(kernels, again)
-
-
 def test_filters_side_by_side():
   kernels = np.random.default_rng(0).normal(size=(8, 8, 3, 5))
   images = pictures.colors(kernels)

@@ -1,6 +1,7 @@
 import json
 import re
 import shutil
+import xml.etree.ElementTree
 
 import matplotlib
 import pytest
@@ -50,7 +51,7 @@ def page(root):
   out = root / "page.html"
   process = common.run_main(
     "patch_kernel", f"--root={root}", f"--out={out}",
-    module="experiments.report",
+    f"--figures={root}/figures", module="experiments.report",
   )  # fmt: skip
   printed, err = process.communicate(timeout=120)
   assert process.returncode == 0, err
@@ -70,6 +71,11 @@ def page(root):
     "p1_k9/seed0": no_record,
     "p2_k3/seed0": damaged,
   }
+  figures = [*(root / "figures").iterdir()]
+  assert {path.name for path in figures} >= {"heat_map.svg", "top1.svg"}
+  for path in figures:
+    assert xml.etree.ElementTree.parse(path).getroot().tag.endswith("svg")
+    assert "currentColor" not in path.read_text()
   return out
 
 
@@ -98,7 +104,8 @@ def test_the_page_shows_what_is_missing(root, page):
 def test_a_sweep_without_runs_has_a_page(tmp_path):
   sweep = sweeps.get("smoke")
   results, problems = tables.collect(sweep, tmp_path)
-  text = report.render("smoke", sweep, tmp_path, results, problems)
+  pictures = report.draw(results)
+  text = report.render("smoke", sweep, tmp_path, results, problems, pictures)
   assert "No run is finished." in text
   assert text.count("<figure>") == 1
   assert len(re.findall(r">missing</text>", text)) == 4

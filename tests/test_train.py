@@ -1,3 +1,4 @@
+import contextlib
 import json
 import os
 import random
@@ -5,6 +6,8 @@ import shutil
 import signal
 import socket
 import sys
+import time
+import types
 
 import jax
 import numpy as np
@@ -12,8 +15,12 @@ import pytest
 
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
+from convmixer_jax import models
+from convmixer_jax import sharding
+from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import UserError
+from convmixer_jax import weights
 from tests import common
 from tests import test_data
 
@@ -33,7 +40,7 @@ def same_state(a, b):
 
 def records(workdir):
   """metrics.jsonl without what depends on the clock."""
-  clock = ("time", "images_per_second")
+  clock = ("time", "images_per_second", "data_wait")
   return [
     {k: v for k, v in record.items() if k not in clock}
     for record in logger.read_metrics(workdir)
@@ -126,15 +133,114 @@ def test_five_steps_and_five_more_equal_ten(
   assert [s["status"] for s in starts] == ["interrupted", "finished"]
 
 
-def test_it_works_without_tensorflow(tmp_path, monkeypatch, capsys):
-  monkeypatch.setitem(sys.modules, "clu.metric_writers", None)
-  monkeypatch.delattr("clu.metric_writers", raising=False)
+def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys):
+  monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
   train_digits(tmp_path)
   out = capsys.readouterr().out
   assert "no TensorBoard events" in out
   assert "Total: 322 -- 1,288 bytes" in out  # clu's overview of the parameters.
   assert not list(tmp_path.glob("events.*"))
   assert records(tmp_path)
+
+
+def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
+  """Three seconds for a batch, one for its step, by a clock of our own."""
+  now = [0.0]
+  clock = types.SimpleNamespace(perf_counter=lambda: now[0], time=time.time)
+  monkeypatch.setattr(logger, "time", clock)
+
+  def batches():
+    for step in range(1, 9):
+      now[0] += 3
+      yield step
+
+  log = logger.Logger(
+    tmp_path, "{}", first_step=0, total_steps=8, batch_size=2, active=True
+  )
+  for step in log.timed(batches()):
+    now[0] += 1
+    if step == 1:
+      log.start_clock(step)
+    if step % 3 == 0:
+      now[0] += 10  # An evaluation counts neither here nor there.
+      log.start_clock(step)
+    if step in (2, 8):
+      log.train(step, [{"loss": 1.0}])
+  log.close("finished", 8)
+  for record in logger.read_metrics(tmp_path):
+    assert record["data_wait"] == 75
+    assert record["images_per_second"] == 0.5
+
+
+@pytest.mark.parametrize(
+  ("mistake", "error"),
+  [
+    (lambda x: None, None),
+    (lambda x: x + 1, "Disallowed host-to-device"),
+    (lambda x: float(x), "an array was read"),
+  ],
+)
+def test_the_loop_moves_only_what_it_means_to(
+  tmp_path, monkeypatch, mistake, error
+):
+  """No implicit transfer, and so no hidden wait, from the first batch on.
+
+  jax's guard sees what goes to a CPU device. What comes from it needs no
+  transfer there, so here nothing but jax.device_get may make an array a number.
+  """
+  until, device_get = train.stream.until, jax.device_get
+  x = jax.device_put(np.float32(1))
+  read, running, meant = type(x)._value, [], []
+  stack = contextlib.ExitStack()
+
+  def guarded(*args):
+    if not running:
+      stack.enter_context(jax.transfer_guard("disallow"))
+    running.append(True)
+    yield from until(*args)
+
+  def get(tree):
+    meant.append(True)
+    try:
+      return device_get(tree)
+    finally:
+      meant.pop()
+
+  def checked(self):
+    assert meant or not running, "an array was read"
+    return read.fget(self)
+
+  monkeypatch.setattr(train.stream, "until", guarded)
+  monkeypatch.setattr(jax, "device_get", get)
+  monkeypatch.setattr(type(x), "_value", property(checked))
+  preempted = lambda self, step: mistake(x) and False
+  monkeypatch.setattr(checkpoint.Checkpointer, "preempted", preempted)
+  if error:
+    stack.enter_context(pytest.raises(Exception, match=error))
+  with stack:
+    train_digits(tmp_path, eval_every=4, save_every=4)
+  assert running
+
+
+def test_seeds_share_a_compiled_program():
+  """So that all runs of a sweep's cell but the first start from the cache."""
+  model, mesh = common.tiny_model(), sharding.make_mesh(jax.devices()[:1])
+  tx = common.adamw(models.variable_shapes(model)["params"])
+  init = lambda: step_lib.init_state(jax.random.key(0), model, tx, 8)
+  batch = {
+    "image": jax.ShapeDtypeStruct((32, 8, 8, 3), np.uint8),
+    "label": jax.ShapeDtypeStruct((32,), np.int32),
+  }
+
+  def program(**overrides):
+    config = common.digits_config(**overrides)
+    step = train.jit_step(config, model, tx, mesh, crop=True)
+    (seed,) = step.args
+    assert seed == config.seed
+    return step.func.lower(seed, jax.eval_shape(init), batch).as_text()
+
+  assert program(seed=0) == program(seed=1)
+  assert program() != program(**{"augment.flip": True})
 
 
 def test_another_config_is_refused(unbroken):
@@ -299,6 +405,60 @@ def test_a_run_with_moving_averages_resumes_and_evaluates(tmp_path):
     **{"ema_decay": 0.5, "optim.learning_rate": 0.0},
   )
   assert same_state(tuned.params, loaded["params"])
+
+
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_checkpoint_fits_scanned_and_unrolled_models(tmp_path, scan):
+  """To the bit, the optimiser's state and the averages too."""
+
+  def fresh(scan, seed):
+    model = common.tiny_model(scan=scan, depth=3)
+    tx = common.adamw(models.variable_shapes(model)["params"])
+    init = lambda key: step_lib.init_state(key, model, tx, 8, ema=True)
+    state = init(jax.random.key(seed))
+    mu = lambda s: s._replace(mu=state.params) if hasattr(s, "mu") else s
+    opt_state = jax.tree.map(
+      mu, state.opt_state, is_leaf=lambda x: hasattr(x, "mu")
+    )
+    return state.replace(opt_state=opt_state)
+
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path)) as checkpointer:
+    checkpointer.save(1, fresh(scan, seed=1))
+  with contextlib.closing(checkpoint.Checkpointer(tmp_path)) as checkpointer:
+    for template in (fresh(scan, seed=2), fresh(not scan, seed=2)):
+      restored = checkpointer.restore(template)
+      expected = fresh("blocks" in template.params, seed=1)
+      assert same_state(restored, expected)
+      assert not same_state(restored, template)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", [True, False])
+def test_a_run_goes_on_with_scan_switched(tmp_path, scan):
+  """Within rounding: the same sums in another order."""
+  settings = {"model.depth": 2, "ema_decay": 0.8, "save_every": 5}
+  other = {"model.scan": scan, "model.remat": "nothing_saveable"}
+  plain = {"model.scan": not scan}
+  whole = train_digits(tmp_path, **settings, **plain)
+  shutil.rmtree(tmp_path / "checkpoints" / "10")
+  ours = train_digits(tmp_path, **settings, **other)
+  assert ("blocks" in ours.params) == scan
+  assert ("blocks" in whole.params) != scan
+  ours, whole = map(models.unstack_blocks, (ours, whole))
+  assert common.tree_error(ours, whole) <= 2e-5
+  # Scored, loaded and tuned from either way.
+  config = common.digits_config(**TEN_STEPS, **settings, **plain)
+  metrics = train.evaluate_checkpoint(config, tmp_path)
+  last = records(tmp_path)[-1]
+  assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-5)
+  model, variables, _ = weights.load_model(str(tmp_path))
+  assert not model.scan
+  assert same_state(variables["params"], ours.ema["params"])
+  still = {"init_from": str(tmp_path), "optim.learning_rate": 0.0}
+  tuned = train_digits(tmp_path / "tuned", **settings, **other, **still)
+  assert same_state(
+    models.unstack_blocks(tuned.params), jax.device_get(ours.ema["params"])
+  )
 
 
 # --- Real processes.

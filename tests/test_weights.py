@@ -358,6 +358,24 @@ def test_init_from_and_eval_of_a_file(run, tmp_path, capsys):
     train.evaluate_checkpoint(config, tmp_path / "none")
 
 
+def test_weights_of_a_file_in_a_scanned_model(tmp_path):
+  """And back; the messages name the file's own blocks."""
+  torch.save(TENSORS, tmp_path / "weights.pth")
+  path = str(tmp_path / "weights.pth")
+  plain, loaded, _ = weights.load_model(path)
+  scanned = plain.clone(scan=True)
+  variables = weights.fit(
+    weights.load(path), models.variable_shapes(scanned), path
+  )
+  images = common.nhwc(GOLDEN["input_nchw"])
+  logits = scanned.apply(variables, images, train=False)
+  common.assert_close(logits, GOLDEN["eval_logits"], 2e-5)
+  same(interop.to_torch(variables), interop.to_torch(loaded))
+  shapes = models.variable_shapes(scanned.clone(depth=plain.depth + 1))
+  with pytest.raises(UserError, match=rf"has no \w+/block_{plain.depth}/"):
+    weights.fit(weights.load(path), shapes, path)
+
+
 def predict(*args, stdin=None):
   process = common.run_main(
     *args, module="convmixer_jax.predict", stdin=-1 if stdin else None
@@ -505,6 +523,7 @@ def test_imagenets_names_are_built_in(tmp_path):
     {"pointwise_residual": True},
     {"depthwise_residual": False, "activation": "relu"},
     {"norm": "layer"},
+    {"scan": True},
   ],
 )
 def test_what_is_exported_is_the_model(options, tmp_path):
@@ -525,7 +544,8 @@ def test_what_is_exported_is_the_model(options, tmp_path):
   folded = int(not options.get("pointwise_residual"))
   if model.norm == "batch":  # Statistics are gone; one add for each norm.
     assert "rsqrt" not in text
-    paths = dict(export._norms(variables["params"], variables["batch_stats"]))
+    unrolled = models.unstack_blocks(variables)
+    paths = dict(export._norms(unrolled["params"], unrolled["batch_stats"]))
     assert len(paths) == norms
     assert text.count("stablehlo.constant dense<") >= 2 * (norms - folded)
   images = rng.integers(0, 256, (5, 8, 8, 3), np.uint8)

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 
 from convmixer_jax import UserError
 from convmixer_jax.models.convmixer import ConvMixer as ConvMixer
+from convmixer_jax.models.convmixer import stack_blocks as stack_blocks
+from convmixer_jax.models.convmixer import unstack_blocks as unstack_blocks
 
 
 def _convmixer(dim, depth, patch_size, kernel_size, **more):
@@ -71,3 +73,16 @@ def variable_shapes(model: ConvMixer) -> dict[str, Any]:
   images = jnp.zeros((1, model.patch_size, model.patch_size, 3))
   init = lambda: model.init(jax.random.key(0), images, train=False)
   return {"batch_stats": {}} | jax.eval_shape(init)
+
+
+def forward_flops(model: ConvMixer, image_size: int) -> int:
+  """Floating-point operations of one image's forward pass.
+
+  A multiply-add is two. Convolutions and the head are counted; activations,
+  norms, residuals and biases, under 1 %, are not.
+  """
+  side = image_size // model.patch_size
+  stem = 3 * model.patch_size**2 * model.dim
+  block = model.kernel_size**2 * model.dim + model.dim**2
+  locations = side**2 * (stem + model.depth * block)
+  return 2 * (locations + model.dim * model.num_classes)

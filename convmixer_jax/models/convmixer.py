@@ -17,11 +17,13 @@ order. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
 from collections.abc import Callable
 import functools
 import math
+import operator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from convmixer_jax import ops
 
@@ -157,7 +159,8 @@ class ConvMixer(nn.Module):
     pointwise_residual: one around the pointwise stage too (an ablation).
     bn_group_size: see `ops.BatchNorm`.
     scan: run the blocks under one `nn.scan`: compiles faster, and stacks the
-      blocks' variables along a leading axis, under `blocks`.
+      blocks' variables along a leading axis, under `blocks`; see
+      `stack_blocks`. They start with the same values.
     remat: None, or what a block keeps for its backward pass; a name from
       `jax.checkpoint_policies`.
     dtype: of the computation; parameters and logits are float32.
@@ -242,7 +245,21 @@ class ConvMixer(nn.Module):
       self.dtype,
       self.implementation,
     )
-    if self.scan:
+
+    def unrolled(self, x, depth):
+      for i in range(depth):
+        x = block(parent=self, name=f"block_{i}")(x, train)
+      return x
+
+    if self.scan and self.is_initializing():
+      x = nn.map_variables(
+        unrolled,
+        ("params", "batch_stats"),
+        trans_in_fn=unstack_blocks,
+        trans_out_fn=stack_blocks,
+        init=True,
+      )(self, x, self.depth)
+    elif self.scan:
 
       def body(block, x, i):
         y = block(x, train)
@@ -253,14 +270,52 @@ class ConvMixer(nn.Module):
       x, _ = nn.scan(
         body,
         variable_axes={"params": 0, "batch_stats": 0},
-        split_rngs={"params": True},
         length=self.depth,
       )(block(name="blocks"), x, jnp.arange(self.depth))
     else:
-      for i in range(self.depth if num_blocks is None else num_blocks):
-        x = block(name=f"block_{i}")(x, train)
+      x = unrolled(self, x, self.depth if num_blocks is None else num_blocks)
     if return_features:
       return x
 
     x = x.astype(jnp.float32).mean((1, 2))
     return nn.Dense(self.num_classes, name="head", **_init(self.dim))(x)
+
+
+def stack_blocks(tree: Any) -> Any:
+  """An unrolled model's block_0, block_1, ... to a scanned one's `blocks`.
+
+  Args:
+    tree: any pytree with variables in it: a model's, an optimiser's, a train
+      state's. What has no blocks stays as it is.
+  """
+  unrolled = lambda node: isinstance(node, dict) and "block_0" in node
+
+  def stack(node):
+    if not unrolled(node):
+      return node
+    rest = {k: v for k, v in node.items() if not k.startswith("block_")}
+    blocks = [node[f"block_{i}"] for i in range(len(node) - len(rest))]
+    return rest | {"blocks": jax.tree.map(_stack, *blocks)}
+
+  return jax.tree.map(stack, tree, is_leaf=unrolled)
+
+
+def _stack(*leaves):
+  """Leaves numpy's arrays on the host."""
+  return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
+
+
+def unstack_blocks(tree: Any) -> Any:
+  """The inverse of `stack_blocks`."""
+  scanned = lambda node: isinstance(node, dict) and "blocks" in node
+
+  def unstack(node):
+    if not scanned(node):
+      return node
+    node = dict(node)
+    blocks = node.pop("blocks")
+    for i in range(len(jax.tree.leaves(blocks)[0])):
+      node[f"block_{i}"] = jax.tree.map(operator.itemgetter(i), blocks)
+    return node
+
+  return jax.tree.map(unstack, tree, is_leaf=scanned)

@@ -213,15 +213,18 @@ def _library() -> ctypes.CDLL | None:
 
 def _load() -> ctypes.CDLL:
   # The cache may be full, or on a file system that runs nothing.
-  if (cache := _cache()) is not None:
+  if (cache := cache_folder()) is not None:
     with contextlib.suppress(OSError):
       return ctypes.CDLL(str(_cached(cache)))
   with tempfile.TemporaryDirectory(prefix="convmixer_jax_") as folder:
     return ctypes.CDLL(str(_build(folder)))
 
 
-def _cache() -> Path | None:
-  """The user's own folder, in which no one else can leave a library."""
+def cache_folder() -> Path | None:
+  """The user's own folder, in which no one else can leave a library.
+
+  None where there is none that can be written.
+  """
   cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   folder = Path(cache) / "convmixer_jax"
   if not folder.is_absolute():  # There is no home.
@@ -288,16 +291,17 @@ def _key() -> str:
     *_compiler(),
     compiler.stdout,
     platform.machine(),
-    _cpu_features(),
+    cpu(),
     version.__version__,
   ]
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
-def _cpu_features() -> str:
+def cpu() -> str:
+  """What the CPU is and can do."""
   try:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
   except OSError:
     return platform.processor()
-  return "".join(sorted({x for x in lines if x.lower().startswith(
-    ("model name", "flags", "features"))}))  # fmt: skip
+  kinds = ("model name", "flags", "features")
+  return "\n".join(sorted({x for x in lines if x.lower().startswith(kinds)}))

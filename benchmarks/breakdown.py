@@ -1,0 +1,211 @@
+"""Where the time of a model goes: each stage timed alone, times its number.
+
+  python -m benchmarks.breakdown --model convmixer_256_8 --patch_size 2 \\
+      --kernel_size 5 --image_size 32 --num_classes 10 --batch 64
+
+Prints a table for inference and one for a training step of the recipe of
+configs/cifar10.py, or configs/imagenet.py for images above 64 pixels. What the
+stages leave of the whole is `other`: the stem, the head, dispatch, and what
+caches hold from one stage to the next and not in these measurements.
+"""
+
+from collections.abc import Callable
+import functools
+import json
+from pathlib import Path
+import runpy
+from typing import Any
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import rich.console
+import rich.progress
+import rich.table
+
+import benchmarks
+from benchmarks import throughput
+from convmixer_jax import augment
+from convmixer_jax import cli
+from convmixer_jax import models
+from convmixer_jax import ops
+from convmixer_jax import UserError
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+
+_SMALL = 64  # Pixels: such images are kept in memory, and cropped in the step.
+
+_FLAGS = flags.FlagValues()
+_MODEL = benchmarks.define_model(_FLAGS)
+_REPEATS = flags.DEFINE_integer(
+  "repeats",
+  7,
+  "Timings of each stage: --repeats 7.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  "json",
+  False,
+  "Print a JSON object instead of tables: --json.",
+  flag_values=_FLAGS,
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  if len(argv) > 1:
+    raise UserError(f"{argv[1]}: not a flag; see --help")
+  model, batch, size = _MODEL()
+  stages = _stages(model, batch, size)
+  measure = lambda run: (
+    1e3 * np.median(benchmarks.seconds(run, repeats=_REPEATS.value, warmup=3))
+  )
+  record = {
+    "model": benchmarks.describe(model),
+    "batch": batch,
+    "image_size": size,
+    "milliseconds": {},
+  }
+  for mode in ("infer", "train"):
+    run, _, _ = throughput.make_work(mode, model, batch, size)
+    ms = {"whole": measure(run)}
+    for name, passes in rich.progress.track(
+      stages.items(), mode, console=rich.console.Console(stderr=True)
+    ):
+      ms[name] = model.depth * measure(passes[mode])
+    norm, act, residual = list(stages)[2:]
+    # These three were each measured with those before.
+    ms[residual] = (ms[residual] - ms[act]) if model.depthwise_residual else 0.0
+    ms[act] = 2 * (ms[act] - ms[norm])
+    ms[norm] = 2 * ms[norm]
+    if mode == "train":
+      ms["optimiser"] = measure(_optimizer(model))
+    ms["other"] = 2 * ms["whole"] - sum(ms.values())
+    if mode == "train":
+      config = _recipe(size)
+      ms["augmentation, not in the whole"] = measure(_augment(config, batch))
+      if size <= _SMALL:
+        ms["input, not in the whole"] = measure(_input(batch, size))
+    record["milliseconds"][mode] = {
+      name: benchmarks.digits(value) for name, value in ms.items()
+    }
+  if _JSON.value:
+    print(json.dumps(record | benchmarks.provenance(), indent=2))
+    return
+  for mode, ms in record["milliseconds"].items():
+    table = rich.table.Table("", "ms", "of the whole", title=mode)
+    for name, value in ms.items():
+      share = 100 * value / ms["whole"]
+      table.add_row(name, f"{value:.4g}", f"{share:.1f} %")
+    rich.console.Console().print(table)
+
+
+Runs = dict[str, Callable[[], Any]]
+
+
+def _stages(model: models.ConvMixer, batch: int, size: int) -> dict[str, Runs]:
+  """The stages of one block: a forward pass, and one with its gradients."""
+  rng = np.random.default_rng(0)
+  side, dim, k = size // model.patch_size, model.dim, model.kernel_size
+  array = lambda *shape: jnp.asarray(rng.normal(size=shape), model.dtype)
+  x, grad = array(batch, side, side, dim), array(batch, side, side, dim)
+  how = {"implementation": model.implementation}
+
+  def runs(infer, train, *args):
+    def both(grad, *args):
+      y, vjp = jax.vjp(train, *args)
+      return y, vjp(grad)
+
+    infer, both = jax.jit(infer), jax.jit(both)
+    return {"infer": lambda: infer(*args), "train": lambda: both(grad, *args)}
+
+  def norm(activation, *residual):
+    module = ops.BatchNorm(model.bn_group_size, activation, **how)
+    variables = module.init(jax.random.key(0), x, False)
+
+    def apply(train, x, bias, *residual):
+      return module.apply(
+        variables,
+        x,
+        train,
+        bias=bias,
+        residual=residual[0] if residual else None,
+        mutable=["batch_stats"],
+      )[0]
+
+    infer, train = (functools.partial(apply, train) for train in (False, True))
+    return runs(infer, train, x, jnp.zeros(dim), *residual)
+
+  conv = functools.partial(ops.depthwise_conv, **how)
+  dot = functools.partial(ops.pointwise_conv, **how)
+  act = model.activation
+  return {
+    "depthwise": runs(conv, conv, x, array(k, k, dim)),
+    "pointwise": runs(dot, dot, x, array(dim, dim)),
+    "bias, BatchNorm": norm("identity"),
+    act: norm(act),
+    "residual": norm(act, array(*x.shape)),
+  }
+
+
+def _optimizer(model):
+  variables = benchmarks.random_variables(model, np.random.default_rng(0))
+  params = jax.tree.map(jnp.asarray, variables["params"])
+  tx = throughput.make_optimizer(params)
+  state = tx.init(params)
+
+  @jax.jit
+  def update(grads, state, params):
+    updates, state = tx.update(grads, state, params)
+    return optax.apply_updates(params, updates), state
+
+  return lambda: update(params, state, params)
+
+
+def _recipe(size):
+  name = "cifar10" if size <= _SMALL else "imagenet"
+  root = Path(__file__).parents[1]
+  get_config = runpy.run_path(str(root / "configs" / f"{name}.py"))
+  config = get_config["get_config"]()
+  config.data.image_size = size
+  return config
+
+
+def _augment(config, batch):
+  size = config.data.image_size
+  rng = np.random.default_rng(0)
+  images = jnp.asarray(
+    rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
+  )
+  targets = jax.nn.one_hot(rng.integers(0, 10, batch), 10)
+  recipe = config.augment.to_dict() | {"mix_group_size": 0}
+  run = jax.jit(
+    augment.make_augment(
+      recipe, mean=config.data.mean, std=config.data.std, crop=size <= _SMALL
+    )
+  )
+  return lambda: run(jax.random.key(0), images, targets)
+
+
+def _input(batch, size):
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (50_000, size, size, 3), dtype=np.uint8)
+  labels = rng.integers(0, 10, len(images)).astype(np.int32)
+  source = sources.InMemory(images, labels, [str(i) for i in range(10)])
+  batches = stream.train_batches(
+    source,
+    seed=0,
+    batch_size=batch,
+    rows=np.arange(batch),
+    start=0,
+    stop=10**6,
+    image_size=size,
+  )
+  return lambda: jnp.asarray(next(batches)["image"])
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)

@@ -1,0 +1,96 @@
+"""What depth costs: compiling a train step unrolled, scanned, and with remat.
+
+  python -m benchmarks.compile --model convmixer_1536_20 --batch 4
+  python -m benchmarks.compile --model convmixer_768_32 --batch 8 --repeats 7
+
+The step is the whole one (forward, backward, clip, AdamW, BatchNorm's update)
+on images of 224 pixels, without augmentation. Prints one JSON object: for each
+way seconds to trace and to compile, seconds a step, medians of --repeats, and
+MiB: the state's, what a step needs beside it, and their sum.
+"""
+
+import json
+import time
+
+from absl import flags
+import jax
+import jax.numpy as jnp
+
+import benchmarks
+from benchmarks import throughput
+from convmixer_jax import cli
+from convmixer_jax import models
+from convmixer_jax import step as step_lib
+
+_FLAGS = flags.FlagValues()
+_MODEL = benchmarks.define_model(_FLAGS)
+_REPEATS = flags.DEFINE_integer(
+  "repeats",
+  3,
+  "Timings of each step: --repeats 3.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+WAYS = {
+  "unrolled": {},
+  "scanned": {"scan": True},
+  "scanned, remat": {"scan": True, "remat": "nothing_saveable"},
+}
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  del argv
+  jax.config.update("jax_enable_compilation_cache", False)
+  result = {}
+  for way, fields in WAYS.items():
+    model, batch, size = _MODEL(**fields)
+    result[way] = _measure(model, batch, size)
+  result |= {"model": benchmarks.describe(model), "batch": batch}
+  print(json.dumps(result | benchmarks.provenance(), indent=2))
+
+
+def _measure(model, batch, size):
+  shapes = models.variable_shapes(model)
+  tx = throughput.make_optimizer(shapes["params"])
+  as_floats = lambda key, images, targets: (images / 255.0, targets)
+  step = jax.jit(
+    step_lib.make_train_step(model, tx, as_floats, seed=0), donate_argnums=0
+  )
+  init = jax.jit(lambda key: step_lib.init_state(key, model, tx, size))
+  inputs = {
+    "image": jnp.zeros((batch, size, size, 3), jnp.uint8),
+    "label": jnp.arange(batch),
+  }
+  state = init(jax.random.key(0))
+  start = time.perf_counter()
+  lowered = step.lower(state, inputs)
+  traced = time.perf_counter()
+  compiled = lowered.compile()
+  ended = time.perf_counter()
+
+  def update():
+    nonlocal state
+    state, _ = compiled(state, inputs)
+    return state
+
+  times = benchmarks.seconds(update, repeats=_REPEATS.value)
+  memory = compiled.memory_analysis()
+  mebibytes = lambda size: round(size / 2**20)
+  return {
+    "trace_seconds": round(traced - start, 2),
+    "compile_seconds": round(ended - traced, 2),
+    "step_seconds": benchmarks.summary(times),
+    "state_mebibytes": mebibytes(memory.argument_size_in_bytes),
+    "temporary_mebibytes": mebibytes(memory.temp_size_in_bytes),
+    "peak_mebibytes": mebibytes(
+      memory.argument_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+    ),
+  }
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)

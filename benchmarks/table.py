@@ -1,0 +1,87 @@
+"""All of `benchmarks.throughput` that README's table shows, beside PyTorch.
+
+  python -m benchmarks.table --out benchmarks/results/throughput.json
+
+Takes a quarter of an hour on two CPU cores. Prints a row as it is measured, and
+writes all of them each time; rows that FILE has are not measured again.
+"""
+
+import json
+from pathlib import Path
+import subprocess
+import sys
+
+from absl import flags
+
+from convmixer_jax import cli
+from convmixer_jax import UserError
+
+_SMALL = ("--model convmixer_256_8 --patch_size 2 --kernel_size 5"
+          " --image_size 32 --num_classes 10 --batch 64")  # fmt: skip
+_LARGE = "--model convmixer_1536_20"
+_MIDDLE = "--model convmixer_768_32"
+ROWS = [
+  f"{_SMALL} --mode train",
+  f"{_SMALL} --mode infer",
+  f"{_MIDDLE} --batch 8 --mode infer",
+  f"{_LARGE} --batch 4 --mode infer",
+  f"{_LARGE} --batch 4 --mode train",
+  *[
+    f"{model} --mode {mode}"
+    for mode in ("depthwise", "depthwise_grad")
+    for model in (_SMALL, f"{_MIDDLE} --batch 16", f"{_LARGE} --batch 8")
+  ],
+  f"{_SMALL} --mode pointwise",
+  f"{_MIDDLE} --batch 8 --mode pointwise",
+  f"{_LARGE} --batch 4 --mode pointwise",
+]
+
+_FLAGS = flags.FlagValues()
+_OUT = flags.DEFINE_string(
+  "out",
+  None,
+  "The JSON file to write: --out throughput.json.",
+  flag_values=_FLAGS,
+)
+
+
+def main(argv: list[str]) -> None:
+  """Runs what the flags say; see --help."""
+  if len(argv) > 1:
+    raise UserError(f"{argv[1]}: not a flag; see --help")
+  out = Path(cli.given(_OUT))
+  records = json.loads(out.read_text()) if out.exists() else {}
+  print("| work | images/s | PyTorch, its faster way | ratio | spread |")
+  print("|---|---|---|---|---|", flush=True)
+  for row in ROWS:
+    if row not in records:
+      command = [sys.executable, "-m", "benchmarks.throughput", *row.split()]
+      done = subprocess.run(
+        [*command, "--against", "torch", "--json"],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+      )
+      if done.returncode:
+        raise UserError(f"{row}: failed; its messages are above")
+      records[row] = json.loads(done.stdout)
+      out.write_text(json.dumps(records, indent=2) + "\n")
+    print(_markdown(records[row]), flush=True)
+
+
+def _markdown(record):
+  ours, theirs = (
+    record["rows"][way]["images_per_second"]
+    for way in ("ours", record["faster_way"])
+  )
+  spread = record["ratio_of_each_repeat"]
+  return (
+    f"| {record['mode']}, {record['model']}, batch {record['batch']} |"
+    f" {ours:.4g} | {theirs:.4g}, {record['faster_way']} |"
+    f" {record['ratio']:.2f} |"
+    f" {spread['least']:.2f} to {spread['greatest']:.2f} |"
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)
