@@ -206,6 +206,15 @@ def test_a_sweep_skips_records_and_resumes(tmp_path, monkeypatch):
   assert "bad" in problems[0]
 
 
+def test_committed_results_are_whole():
+  results, problems = tables.collect(
+    sweeps.get("patch_kernel_small"),
+    common.ROOT / "experiments" / "results" / "patch_kernel_small",
+  )
+  assert problems == []
+  assert [len(result.scores) for result in results] == [2] * 9
+
+
 @pytest.mark.skipif(
   not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
   reason="needs two cores",
