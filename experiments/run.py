@@ -56,7 +56,8 @@ _DRY_RUN = flags.DEFINE_bool(
 _JOBS = flags.DEFINE_integer(
   "jobs",
   None,
-  "Runs at a time: --jobs 4. Default: one for each GPU, or one.",
+  "Runs at a time: --jobs 4. They share the GPUs, or on a CPU its cores, among"
+  " them. Default: one for each GPU, or one.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
@@ -181,7 +182,7 @@ def _run_all(runs, jobs, gpus):
             _ended(run, stopping, live)
           if slots[i] is None and waiting and not stopping:
             slots[i] = waiting.pop(0)
-            _start(slots[i], gpus[i % len(gpus)] if gpus else None)
+            _start(slots[i], i, jobs, gpus)
         live.update(_table(runs))
         time.sleep(0.5)
       except KeyboardInterrupt:
@@ -193,10 +194,14 @@ def _run_all(runs, jobs, gpus):
   return stopping
 
 
-def _start(run, gpu):
+def _start(run, slot, jobs, gpus):
   run.workdir.mkdir(parents=True, exist_ok=True)
   (run.workdir / "failed.txt").unlink(missing_ok=True)
-  env = os.environ | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
+  env = dict(os.environ)
+  if gpus:
+    env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
+    if jobs > len(gpus):  # Memory is taken as it is needed.
+      env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with (run.workdir / "log.txt").open("a") as log:
     run.process = subprocess.Popen(
       run.command(),
@@ -207,6 +212,10 @@ def _start(run, gpu):
       cwd=sweeps.ROOT,
       start_new_session=True,  # Ctrl-C comes by way of this process, once.
     )
+  if not gpus and hasattr(os, "sched_setaffinity"):
+    # Cores of its own: threads of two runs on one core wait for each other.
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(run.process.pid, cores[slot::jobs] or cores)
   run.status = "running"
 
 

@@ -1,7 +1,10 @@
 import csv
 import io
 import json
+import os
+import re
 import signal
+import sys
 import time
 
 import pytest
@@ -201,6 +204,24 @@ def test_a_sweep_skips_records_and_resumes(tmp_path, monkeypatch):
   assert tables.row(results[1])[4] == "missing"
   assert len(problems) == 1
   assert "bad" in problems[0]
+
+
+@pytest.mark.skipif(
+  not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2,
+  reason="needs two cores",
+)
+def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
+  code = "import os, time; time.sleep(1); print(os.sched_getaffinity(0))"
+  command = lambda self: [sys.executable, "-c", code]
+  monkeypatch.setattr(run_lib.Run, "command", command)
+  cells = sweeps.get("smoke").cells[:2]
+  runs = [run_lib.Run(cell, 0, tmp_path / cell.name) for cell in cells]
+  run_lib._run_all(runs, 2, [])
+  logs = [(run.workdir / "log.txt").read_text() for run in runs]
+  first, second = (set(re.findall(r"\d+", text)) for text in logs)
+  assert first
+  assert second
+  assert not first & second
 
 
 @pytest.mark.slow

@@ -229,7 +229,12 @@ class ConvMixer(nn.Module):
 
     block = Block
     if self.remat is not None:
-      policy = getattr(jax.checkpoint_policies, self.remat)
+      policies = jax.checkpoint_policies
+      policy = getattr(policies, self.remat)
+      if self.remat.startswith("dots"):  # They cannot look into our products.
+        policy = policies.save_from_both_policies(
+          policy, policies.save_only_these_names(ops.PRODUCT)
+        )
       block = nn.remat(
         Block, policy=policy, prevent_cse=not self.scan, static_argnums=(2,)
       )

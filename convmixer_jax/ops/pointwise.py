@@ -3,9 +3,13 @@
 import functools
 
 import jax
+import jax.ad_checkpoint
 import jax.numpy as jnp
 
 from convmixer_jax.ops import native
+
+# By which policies of jax.checkpoint know the result.
+PRODUCT = "pointwise"
 
 
 def pointwise_conv(
@@ -34,7 +38,8 @@ def pointwise_conv(
       "pointwise_conv takes x [B, H, W, C] and kernel [C, D] of one dtype, not"
       f" {x.dtype}{x.shape} and {kernel.dtype}{kernel.shape}"
     )
-  return _pointwise(implementation or "auto", x, kernel)
+  y = _pointwise(implementation or "auto", x, kernel)
+  return jax.ad_checkpoint.checkpoint_name(y, PRODUCT)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
