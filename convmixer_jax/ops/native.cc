@@ -636,16 +636,22 @@ template <class Act, class T>
 void moments(ffi::ThreadPool& pool, const Pixels& s, const T* x,
              const float* bias, float* means, float* squares) {
   for_blocks(pool, s, [&](int64_t image, int64_t row, int64_t c0, int64_t n) {
-    // Sums of differences from the first pixel: fewer digits cancel.
-    Vec origin[kBlock / kLanes], sum[kBlock / kLanes] = {},
+    // Sums of differences from the mean of a few pixels: fewer digits cancel.
+    Vec origin[kBlock / kLanes] = {}, sum[kBlock / kLanes] = {},
         square[kBlock / kLanes] = {};
-    for (int64_t i = 0; i < s.size; ++i) {
-      const T* p = x + image + i * s.channels + c0;
+    const auto activated = [&](int64_t pixel, int64_t c) {
+      const T* p = x + image + pixel * s.channels + c0 + c;
+      return Act::value(load(p, n - c) + load(bias + c0 + c, n - c));
+    };
+    const int64_t few = std::min<int64_t>(s.size, 8);
+    for (int64_t i = 0; i < few; ++i) {
       for (int64_t c = 0, v = 0; c < n; c += kLanes, ++v) {
-        const Vec a =
-            Act::value(load(p + c, n - c) + load(bias + c0 + c, n - c));
-        if (i == 0) origin[v] = a;
-        const Vec d = a - origin[v];
+        origin[v] += activated(i * s.size / few, c) / static_cast<float>(few);
+      }
+    }
+    for (int64_t i = 0; i < s.size; ++i) {
+      for (int64_t c = 0, v = 0; c < n; c += kLanes, ++v) {
+        const Vec d = activated(i, c) - origin[v];
         sum[v] += d;
         square[v] += d * d;
       }
