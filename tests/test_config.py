@@ -210,6 +210,11 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     ),
     ("benchmarks.augment", "config repeats step"),
     ("benchmarks.decode", "photos repeats json"),
+    (
+      "benchmarks.throughput",
+      "model patch_size kernel_size image_size num_classes batch dtype mode"
+      " implementation against repeats json profile",
+    ),
   ],
 )
 def test_help_explains_every_flag(module, flags):
