@@ -69,10 +69,8 @@ def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   module = sys.modules["__main__"]
   if {"--help", "-help", "-h"} & set(argv):
     print(module.__doc__)
-    own = flag_values.get_key_flags_for_module(module)
-    shared = [flag_values[name] for name in ("config", "weights", "model")
-              if name in flag_values]  # fmt: skip
-    for flag in dict.fromkeys([*shared, *own]):
+    for name in flag_values:
+      flag = flag_values[name]
       text = textwrap.fill(flag.help, 74)
       print(f"--{flag.name}\n{textwrap.indent(text, '    ')}")
     sys.exit(0)
