@@ -76,6 +76,29 @@ def define_model(
   return make
 
 
+def define_repeats(
+  flag_values: flags.FlagValues, default: int = 7
+) -> flags.FlagHolder:
+  """Defines --repeats."""
+  return flags.DEFINE_integer(
+    "repeats",
+    default,
+    f"Timings of each: --repeats {default}.",
+    lower_bound=1,
+    flag_values=flag_values,
+  )
+
+
+def define_json(flag_values: flags.FlagValues) -> flags.FlagHolder:
+  """Defines --json."""
+  return flags.DEFINE_bool(
+    "json",
+    False,
+    "Print a JSON object instead of a table: --json.",
+    flag_values=flag_values,
+  )
+
+
 def describe(model: models.ConvMixer) -> str:
   """A line: dim/depth, patch, kernel, type."""
   return (

@@ -23,13 +23,7 @@ from convmixer_jax import config as config_lib
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)
-_REPEATS = flags.DEFINE_integer(
-  "repeats",
-  7,
-  "Timings of each: --repeats 7.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_REPEATS = benchmarks.define_repeats(_FLAGS)
 _STEP = flags.DEFINE_bool(
   "step",
   True,
@@ -38,9 +32,8 @@ _STEP = flags.DEFINE_bool(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  del argv
   config = cli.given(_CONFIG)
   config_lib.check(config, num_devices=1)
   batch, size, classes = config.batch_size, config.data.image_size, 1000

@@ -31,7 +31,6 @@ from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import models
 from convmixer_jax import ops
-from convmixer_jax import UserError
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
@@ -39,25 +38,12 @@ _SMALL = 64  # Pixels: such images are kept in memory, and cropped in the step.
 
 _FLAGS = flags.FlagValues()
 _MODEL = benchmarks.define_model(_FLAGS)
-_REPEATS = flags.DEFINE_integer(
-  "repeats",
-  7,
-  "Timings of each stage: --repeats 7.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_JSON = flags.DEFINE_bool(
-  "json",
-  False,
-  "Print a JSON object instead of tables: --json.",
-  flag_values=_FLAGS,
-)
+_REPEATS = benchmarks.define_repeats(_FLAGS)
+_JSON = benchmarks.define_json(_FLAGS)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   model, batch, size = _MODEL()
   stages = _stages(model, batch, size)
   measure = lambda run: (

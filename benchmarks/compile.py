@@ -24,13 +24,7 @@ from convmixer_jax import step as step_lib
 
 _FLAGS = flags.FlagValues()
 _MODEL = benchmarks.define_model(_FLAGS)
-_REPEATS = flags.DEFINE_integer(
-  "repeats",
-  3,
-  "Timings of each step: --repeats 3.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_REPEATS = benchmarks.define_repeats(_FLAGS, 3)
 WAYS = {
   "unrolled": {},
   "scanned": {"scan": True},
@@ -38,9 +32,8 @@ WAYS = {
 }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  del argv
   jax.config.update("jax_enable_compilation_cache", False)
   result = {}
   for way, fields in WAYS.items():

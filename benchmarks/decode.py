@@ -36,26 +36,14 @@ _PHOTOS = flags.DEFINE_string(
   " photographs inside scikit-learn, 640 x 427.",
   flag_values=_FLAGS,
 )
-_REPEATS = flags.DEFINE_integer(
-  "repeats",
-  7,
-  "Timings of each: --repeats 7.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_JSON = flags.DEFINE_bool(
-  "json",
-  False,
-  "Print JSON instead of a table: --json.",
-  flag_values=_FLAGS,
-)
+_REPEATS = benchmarks.define_repeats(_FLAGS)
+_JSON = benchmarks.define_json(_FLAGS)
 SIZE = 224
 CROPS = 200  # In a timing.
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  del argv
   os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
   os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
   import tensorflow as tf

@@ -29,18 +29,11 @@ from convmixer_jax import train
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)
-_REPEATS = flags.DEFINE_integer(
-  "repeats",
-  7,
-  "Timings of each: --repeats 7.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_REPEATS = benchmarks.define_repeats(_FLAGS)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  del argv
   config = cli.given(_CONFIG)
   config.eval_every = config.save_every = 2**31
   rng = np.random.default_rng(0)

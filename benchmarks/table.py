@@ -45,10 +45,8 @@ _OUT = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   out = Path(cli.given(_OUT))
   records = json.loads(out.read_text()) if out.exists() else {}
   print("| work | images/s | PyTorch, its faster way | ratio | spread |")

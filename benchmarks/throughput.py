@@ -70,19 +70,8 @@ _AGAINST = flags.DEFINE_enum(
   "--against torch measures PyTorch in turn with ours.",
   flag_values=_FLAGS,
 )
-_REPEATS = flags.DEFINE_integer(
-  "repeats",
-  7,
-  "Timings of each: --repeats 7.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_JSON = flags.DEFINE_bool(
-  "json",
-  False,
-  "Print a JSON object instead of a table: --json.",
-  flag_values=_FLAGS,
-)
+_REPEATS = benchmarks.define_repeats(_FLAGS)
+_JSON = benchmarks.define_json(_FLAGS)
 _PROFILE = flags.DEFINE_string(
   "profile",
   None,
@@ -92,10 +81,8 @@ _PROFILE = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   model, batch, size = _MODEL(implementation=_IMPLEMENTATION.value)
   run, arrays, flops = make_work(_MODE.value, model, batch, size)
   result = np.asarray(jax.tree.leaves(jax.block_until_ready(run()))[0])
@@ -262,7 +249,8 @@ def _start_peer(folder, model, arrays):
   (folder / "work.json").write_text(json.dumps(work))
   np.savez(folder / "work.npz", **arrays)
   return subprocess.Popen(
-    [sys.executable, "-m", "benchmarks.torch_peer", str(folder)],
+    # By path: as a module it would import this package, and so jax.
+    [sys.executable, "-P", Path(__file__).with_name("torch_peer.py"), folder],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,

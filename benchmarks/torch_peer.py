@@ -15,9 +15,6 @@ import torch
 from torch import nn
 import torch._functorch.config
 
-WAYS = ("contiguous", "channels_last", "contiguous compiled",
-        "channels_last compiled")  # fmt: skip
-
 
 class Residual(nn.Module):
   """x + fn(x)."""
@@ -99,8 +96,7 @@ def _make_run(work, tensors, way, device):
   autocast = lambda: torch.autocast(
     device, torch.bfloat16, enabled=work["dtype"] == "bfloat16"
   )
-  x = tensors.pop("x") if len(work["ways"]) == 1 else tensors["x"]
-  x = x.permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
+  x = tensors["x"].permute(0, 3, 1, 2).contiguous(memory_format=memory_format)
   mode = work["mode"]
   if mode in ("depthwise", "depthwise_grad", "pointwise"):
     dim = x.shape[1]
@@ -125,7 +121,8 @@ def _make_run(work, tensors, way, device):
 
       return infer
     x.requires_grad_()
-    y = layer(x)
+    with autocast():
+      y = layer(x)
     grad = tensors["grad"].permute(0, 3, 1, 2)
     grad = grad.contiguous(memory_format=memory_format)
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import ctypes
 import difflib
 import hashlib
+import inspect
 import os
 import re
 import signal
@@ -105,10 +106,12 @@ def keep_pages() -> None:
 
   XLA allocates its buffers on a CPU anew at every call, and malloc would give
   those that are large back to the system, which then has to zero and map every
-  page again. Other systems are left as they are.
+  page again. Other systems are left as they are, and so is a malloc that the
+  environment tunes already, by MALLOC_... variables (see `man mallopt`).
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is not None:
+  tuned = any(name.startswith("MALLOC_") for name in os.environ)
+  if mallopt is not None and not tuned:
     m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
     mallopt(m_mmap_max, 0)  # All from one heap,
     mallopt(m_arena_max, 1)
@@ -137,19 +140,29 @@ def keep_compiled() -> None:
   jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
 
 
-def run(
-  main: Callable[[list[str]], None], flag_values: flags.FlagValues
-) -> None:
-  """Calls main(argv): one line and exit code 2 for a user's mistake.
+def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
+  """Calls `main`: one line and exit code 2 for a user's mistake.
 
   Every command line has flags of its own, so that several of them can be
   imported together.
+
+  Args:
+    main: takes what on the command line is no flag, as separate arguments; one
+      that takes none has it refused.
+    flag_values: its flags.
   """
   logging.set_verbosity(logging.WARNING)
   keep_pages()
   keep_compiled()
+  takes_words = bool(inspect.signature(main).parameters)
+
+  def call(argv):
+    if argv[1:] and not takes_words:
+      raise UserError(f"{argv[1]}: not a flag; see --help")
+    main(*argv[1:])
+
   try:
-    app.run(main, flags_parser=lambda argv: _parse_flags(argv, flag_values))
+    app.run(call, flags_parser=lambda argv: _parse_flags(argv, flag_values))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr)
     sys.exit(2)

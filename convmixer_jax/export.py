@@ -60,10 +60,8 @@ _FORMAT = flags.DEFINE_enum(
 TOLERANCE = 1e-4
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   where, out = cli.given(_WEIGHTS), Path(cli.given(_OUT)).expanduser()
   model, variables, data = weights.load_model(where, _MODEL.value)
   model = model.clone(dtype=jnp.float32)

@@ -73,10 +73,8 @@ _PROCESS_ID = flags.DEFINE_integer(
 )
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   config = cli.given(_CONFIG)
   workdir = os.path.expanduser(_WORKDIR.value or _default_workdir())
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)

@@ -54,10 +54,8 @@ CELL = 128  # Least side of an image on the sheet, in pixels.
 LINE = 12  # Height of a line of text.
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   config, out = cli.given(_CONFIG), cli.given(_OUT)
   images, targets, names = training_images(config, _STEP.value)
   sheet = contact_sheet(images[: _NUM.value], targets[: _NUM.value], names)

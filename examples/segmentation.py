@@ -25,7 +25,6 @@ import tqdm
 
 from convmixer_jax import augment
 from convmixer_jax import cli
-from convmixer_jax import UserError
 from convmixer_jax import weights
 
 _FLAGS = flags.FlagValues()
@@ -80,10 +79,8 @@ def canvases(rng: np.random.Generator, count: int, held_out: bool):
   return np.repeat(images[..., None], 3, axis=-1), join(masks).astype(np.int32)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   model, variables, data = weights.load_model(cli.given(_WEIGHTS))
   normalize = augment.make_normalize(data["mean"], data["std"])
   head = nn.Dense(BACKGROUND + 1)

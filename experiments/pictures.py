@@ -121,10 +121,8 @@ class Trained:
     return maps.astype(jnp.float32)
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) > 1:
-    raise UserError(f"{argv[1]}: not a flag; see --help")
   workdir = cli.given(_WORKDIR)
   config = _config(workdir)
   trained, names = _load(workdir)

@@ -109,13 +109,13 @@ class Picture:
   svg: markupsafe.Markup
 
 
-def main(argv: list[str]) -> None:
+def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   root, out = cli.given(_ROOT), cli.given(_OUT)
-  sweep, folder = tables.locate(argv, root)
+  sweep, folder = tables.locate(names, root)
   results, problems = tables.collect(sweep, folder)
   pictures = draw(results)
-  page = render(argv[1], sweep, folder, results, problems, pictures)
+  page = render(names[0], sweep, folder, results, problems, pictures)
   try:
     # A file's name may be no text.
     Path(out).expanduser().write_text(page, "utf-8", "backslashreplace")
@@ -130,7 +130,7 @@ def main(argv: list[str]) -> None:
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
   done = sum(len(result.runs) for result in results)
-  print(f"{out}: {done} of {len(sweep.runs())} runs of {argv[1]}")
+  print(f"{out}: {done} of {len(sweep.runs())} runs of {names[0]}")
 
 
 def render(

@@ -90,12 +90,10 @@ class Run:
     ]
 
 
-def main(argv: list[str]) -> None:
+def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
-  if len(argv) != 2:
-    raise UserError(f"SWEEP: give one of {', '.join(sweeps.SWEEPS)}")
-  sweep = sweeps.get(argv[1])
-  root = Path(cli.given(_ROOT)).expanduser() / argv[1]
+  sweep = sweeps.get(*names)
+  root = Path(cli.given(_ROOT)).expanduser() / names[0]
   runs = [
     Run(cell, seed, root / cell.name / f"seed{seed}")
     for cell, seed in _part(sweep.runs(), _ONLY.value)
@@ -103,7 +101,7 @@ def main(argv: list[str]) -> None:
   for run in runs:
     if finished(run.workdir):
       run.status = "finished"
-  print(f"{argv[1]}: {sweep.about} {len(runs)} runs")
+  print(f"{names[0]}: {sweep.about} {len(runs)} runs")
   if not runs:  # More parts than runs.
     return
   if _DRY_RUN.value:

@@ -208,12 +208,15 @@ SWEEPS: dict[str, Sweep] = {
 }
 
 
-def get(name: str) -> Sweep:
-  """A sweep by its name.
+def get(*names: str) -> Sweep:
+  """A sweep by its name, the only word of a command line.
 
   Raises:
     UserError: no such sweep, or one whose cells no longer fit their config.
   """
+  if len(names) != 1:
+    raise UserError(f"SWEEP: give one of {', '.join(SWEEPS)}")
+  (name,) = names
   if name not in SWEEPS:
     near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
     raise UserError(

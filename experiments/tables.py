@@ -11,6 +11,7 @@ named on the standard error.
 """
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import csv
 import dataclasses
 import io
@@ -74,25 +75,23 @@ class Result:
     return statistics.stdev(scores) if len(scores) > 1 else None
 
 
-def main(argv: list[str]) -> None:
+def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
-  results, problems = collect(*locate(argv, cli.given(_ROOT)))
+  results, problems = collect(*locate(names, cli.given(_ROOT)))
   print(render([row(r) for r in results], _FORMAT.value), end="")
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
 
 
-def locate(argv: list[str], root: str) -> tuple[sweeps.Sweep, Path]:
+def locate(names: Sequence[str], root: str) -> tuple[sweeps.Sweep, Path]:
   """The sweep that a command line names, and its folder.
 
   Raises:
     UserError: it names none, or `root` holds none such.
   """
-  if len(argv) != 2:
-    raise UserError(f"SWEEP: give one of {', '.join(sweeps.SWEEPS)}")
-  sweep, folder = sweeps.get(argv[1]), Path(root).expanduser() / argv[1]
+  sweep, folder = sweeps.get(*names), Path(root).expanduser() / names[0]
   if not folder.is_dir():
-    raise UserError(f"--root={root}: holds no {argv[1]}")
+    raise UserError(f"--root={root}: holds no {names[0]}")
   return sweep, folder
 
 

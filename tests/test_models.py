@@ -194,11 +194,11 @@ def test_scan_and_remat_compute_the_same(scan, remat):
 
 
 def test_remat_saves_memory():
-  """Of eight blocks the gradient keeps their inputs, or their products too."""
+  """Of 48 blocks the gradient keeps their inputs, or their products too."""
   images = jnp.zeros((4, 32, 32, 3))
 
   def temporary(remat):
-    model = common.tiny_model(depth=8, scan=True, remat=remat)
+    model = common.tiny_model(depth=48, scan=True, remat=remat)
     variables = models.variable_shapes(model)
     loss = lambda params: model.apply(
       variables | {"params": params}, images, True, mutable=["batch_stats"]
@@ -211,7 +211,7 @@ def test_remat_saves_memory():
     temporary, (None, "nothing_saveable", "dots_saveable")
   )
   assert inputs < products < everything
-  assert inputs < everything / 2
+  assert inputs < everything / 3
 
 
 def test_init_is_pytorchs():

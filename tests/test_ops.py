@@ -34,28 +34,29 @@ def float64(*arrays):
 
 def exact(x, kernel):
   """SAME depthwise convolution in float64, by its definition."""
-  x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
-  k = kernel.shape[0]
-  low, high = (k - 1) // 2, k // 2
-  padded = np.pad(x, ((0, 0), (low, high), (low, high), (0, 0)))
-  windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), (1, 2))
-  return np.einsum("bhwcij,ijc->bhwc", windows, kernel)
+  windows, _ = padded_windows(x, len(kernel))
+  return np.einsum("bhwcij,ijc->bhwc", windows, *float64(kernel))
 
 
 def exact_vjp(x, kernel, grad):
   """The op is bilinear: its gradients by the transposed definition."""
-  x, kernel, grad = (np.asarray(a, np.float64) for a in (x, kernel, grad))
-  k = kernel.shape[0]
-  low, high = (k - 1) // 2, k // 2
-  padded = np.pad(x, ((0, 0), (low, high), (low, high), (0, 0)))
-  windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), (1, 2))
+  kernel, grad = float64(kernel, grad)
+  windows, padded = padded_windows(x, k := len(kernel))
   grad_kernel = np.einsum("bhwcij,bhwc->ijc", windows, grad)
   grad_padded = np.zeros_like(padded)
-  height, width = x.shape[1:3]
+  (height, width), low = x.shape[1:3], (k - 1) // 2
   for i in range(k):
     for j in range(k):
       grad_padded[:, i : i + height, j : j + width] += grad * kernel[i, j]
   return grad_padded[:, low : low + height, low : low + width], grad_kernel
+
+
+def padded_windows(x, k):
+  """Each location's k x k window, and the padded images they are cut from."""
+  sides = ((k - 1) // 2, k // 2)
+  padded = np.pad(*float64(x), ((0, 0), sides, sides, (0, 0)))
+  windows = np.lib.stride_tricks.sliding_window_view(padded, (k, k), (1, 2))
+  return windows, padded
 
 
 SHAPES = [  # B, H, W, C, k

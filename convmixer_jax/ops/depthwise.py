@@ -4,7 +4,6 @@ Every implementation computes the same function (stride 1, SAME padding) and
 takes the same kernel layout, so the model never knows which one runs.
 """
 
-import functools
 import math
 
 import jax
@@ -52,36 +51,6 @@ def depthwise_conv(
   return _depthwise(implementation or "auto", x, kernel)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _depthwise(implementation, x, kernel):
-  return native.dispatch(
-    implementation,
-    x,
-    kernel,
-    native=lambda *args: native.call("depthwise", *args)[0],
-    shift=_shift,
-    xla=_xla,
-  )
-
-
-def _forward(implementation, x, kernel):
-  return _depthwise(implementation, x, kernel), (x, kernel)
-
-
-def _backward(implementation, residuals, grad):
-  return native.dispatch(
-    implementation,
-    *residuals,
-    grad,
-    native=lambda *args: tuple(native.call("depthwise_vjp", *args)),
-    shift=_shift_vjp,
-    xla=_xla_vjp,
-  )
-
-
-_depthwise.defvjp(_forward, _backward)
-
-
 def _same_padding(k: int) -> tuple[int, int]:
   return (k - 1) // 2, k // 2
 
@@ -95,10 +64,6 @@ def _xla(x, kernel):
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
     feature_group_count=x.shape[-1],
   )
-
-
-def _xla_vjp(x, kernel, grad):
-  return jax.vjp(_xla, x, kernel)[1](grad)
 
 
 def _windows(x, k, padding):
@@ -154,3 +119,6 @@ def _shift_vjp(x, kernel, grad):
   sums, _ = lax.scan(one_image_per_lane, zeros, by_lane)
   grad_kernel = jnp.stack([s.sum((0, 1, 2)) for s in sums])
   return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)
+
+
+_depthwise = native.bilinear("depthwise", _xla, _shift, _shift_vjp)

@@ -12,6 +12,7 @@
 #include <memory>
 #include <thread>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #if defined(__AVX__)
@@ -862,56 +863,33 @@ ffi::Error InputGrad(ffi::ThreadPool pool, In x, In bias, In scale, In slope,
   });
 }
 
+// The binding of a function of so many arrays, to so many. One is made of the
+// other in place, for it can be neither copied nor moved.
+template <int args, int results, class Binding>
+auto with_arrays(Binding&& binding) {
+  if constexpr (args > 0) {
+    return with_arrays<args - 1, results>(std::move(binding).template Arg<In>());
+  } else if constexpr (results > 1) {
+    return with_arrays<0, results - 1>(std::move(binding).template Ret<In>());
+  } else {
+    return std::move(binding).template Ret<In>();
+  }
+}
+
 }  // namespace
 
-#define CONVMIXER_BIND ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()
+#define CONVMIXER_OP(name, function, args, results, ...)            \
+  XLA_FFI_DEFINE_HANDLER_SYMBOL(                                    \
+      convmixer_##name, function,                                   \
+      (with_arrays<args, results>(                                  \
+          ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()) __VA_ARGS__))
 
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    convmixer_depthwise, Depthwise,
-    CONVMIXER_BIND.Arg<In>().Arg<In>().Ret<In>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    convmixer_depthwise_vjp, DepthwiseVjp,
-    CONVMIXER_BIND.Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    convmixer_pointwise, Pointwise,
-    CONVMIXER_BIND.Arg<In>().Arg<In>().Ret<In>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    convmixer_pointwise_vjp, PointwiseVjp,
-    CONVMIXER_BIND.Arg<In>().Arg<In>().Arg<In>().Ret<In>().Ret<In>());
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(
-    convmixer_moments, Moments,
-    CONVMIXER_BIND.Arg<In>().Arg<In>().Ret<In>().Ret<In>().Attr<int64_t>("activation"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convmixer_normalize, Normalize,
-                              CONVMIXER_BIND.Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Ret<In>()
-                                  .Attr<int64_t>("activation")
-                                  .Attr<bool>("has_residual"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convmixer_grad_sums, GradSums,
-                              CONVMIXER_BIND.Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Ret<In>()
-                                  .Ret<In>()
-                                  .Attr<int64_t>("activation"));
-
-XLA_FFI_DEFINE_HANDLER_SYMBOL(convmixer_input_grad, InputGrad,
-                              CONVMIXER_BIND.Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Arg<In>()
-                                  .Ret<In>()
-                                  .Ret<In>()
-                                  .Attr<int64_t>("activation"));
+CONVMIXER_OP(depthwise, Depthwise, 2, 1);
+CONVMIXER_OP(depthwise_vjp, DepthwiseVjp, 3, 2);
+CONVMIXER_OP(pointwise, Pointwise, 2, 1);
+CONVMIXER_OP(pointwise_vjp, PointwiseVjp, 3, 2);
+CONVMIXER_OP(moments, Moments, 2, 2, .Attr<int64_t>("activation"));
+CONVMIXER_OP(normalize, Normalize, 5, 1,
+             .Attr<int64_t>("activation").Attr<bool>("has_residual"));
+CONVMIXER_OP(grad_sums, GradSums, 4, 2, .Attr<int64_t>("activation"));
+CONVMIXER_OP(input_grad, InputGrad, 6, 2, .Attr<int64_t>("activation"));

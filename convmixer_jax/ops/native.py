@@ -116,6 +116,50 @@ def dispatch(
   return {"native": native, "shift": shift, "xla": xla}[implementation](*args)
 
 
+def bilinear(
+  name: str, xla: Op, shift: Op | None = None, shift_vjp: Op | None = None
+) -> Op:
+  """An op of two arrays that is linear in each, differentiable in both.
+
+  Args:
+    name: of `native.cc`'s op; NAME_vjp takes the gradient too, and gives both.
+    xla: the same in XLA, which jax differentiates.
+    shift: see `dispatch`; default: `xla`.
+    shift_vjp: x, kernel, gradient -> the gradients; default: jax's.
+
+  Returns:
+    (implementation, x, kernel) -> y; see `dispatch`.
+  """
+  shift = shift or xla
+
+  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+  def op(implementation, *args):
+    return dispatch(
+      implementation,
+      *args,
+      native=lambda *args: call(name, *args)[0],
+      shift=shift,
+      xla=xla,
+    )
+
+  def vjp(function):
+    return lambda x, kernel, grad: jax.vjp(function, x, kernel)[1](grad)
+
+  def backward(implementation, args, grad):
+    return dispatch(
+      implementation,
+      *args,
+      grad,
+      native=lambda *args: tuple(call(f"{name}_vjp", *args)),
+      shift=shift_vjp or vjp(shift),
+      xla=vjp(xla),
+    )
+
+  op.defvjp(lambda implementation, *args: (op(implementation, *args), args),
+            backward)  # fmt: skip
+  return op
+
+
 @functools.cache
 def _op(name, attributes):
   target = f"convmixer_{name}_{_key()}"

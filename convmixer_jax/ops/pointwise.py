@@ -1,7 +1,5 @@
 """Pointwise (1x1) convolution: a product of matrices."""
 
-import functools
-
 import jax
 import jax.ad_checkpoint
 import jax.numpy as jnp
@@ -42,32 +40,4 @@ def pointwise_conv(
   return jax.ad_checkpoint.checkpoint_name(y, PRODUCT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _pointwise(implementation, x, kernel):
-  return native.dispatch(
-    implementation,
-    x,
-    kernel,
-    native=lambda *args: native.call("pointwise", *args)[0],
-    shift=jnp.dot,
-    xla=jnp.dot,
-  )
-
-
-def _forward(implementation, x, kernel):
-  return _pointwise(implementation, x, kernel), (x, kernel)
-
-
-def _backward(implementation, residuals, grad):
-  plain = lambda x, kernel, grad: jax.vjp(jnp.dot, x, kernel)[1](grad)
-  return native.dispatch(
-    implementation,
-    *residuals,
-    grad,
-    native=lambda *args: tuple(native.call("pointwise_vjp", *args)),
-    shift=plain,
-    xla=plain,
-  )
-
-
-_pointwise.defvjp(_forward, _backward)
+_pointwise = native.bilinear("pointwise", jnp.dot)
