@@ -1,14 +1,25 @@
-"""Checkpoints of the train state; the only file that names orbax."""
+"""Checkpoints of the train state; the only file that names orbax.
 
+They hold arrays in orbax's format and JSON, nothing that is executed when it is
+read, and beside every array a checksum of its bytes.
+"""
+
+from collections.abc import Iterator
+import contextlib
 import os
+from pathlib import Path
+import sys
 from typing import Any
 from typing import cast
+import zlib
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
+from convmixer_jax import UserError
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # The newest ones.
@@ -24,35 +35,66 @@ class Checkpointer:
   """
 
   def __init__(self, workdir: str | os.PathLike):
-    self._manager = ocp.CheckpointManager(
-      _directory(workdir),
-      options=ocp.CheckpointManagerOptions(
-        max_to_keep=KEEP, cleanup_tmp_directories=True
-      ),
-    )
+    self._directory = Path(_directory(workdir))
+    with self._writing():
+      self._manager = ocp.CheckpointManager(
+        self._directory,
+        item_handlers=ocp.StandardCheckpointHandler(),
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=KEEP, cleanup_tmp_directories=True
+        ),
+      )
 
   def save(self, step: int, state: TrainState) -> None:
-    """Starts to write, unless `step` is saved already."""
-    if step != self._manager.latest_step():
-      state = jax.jit(models.unstack_blocks)(state)
-      self._manager.save(step, args=ocp.args.StandardSave(state))
+    """Starts to write, unless `step` is saved already.
+
+    Raises:
+      UserError: this checkpoint, or the one before, could not be written.
+    """
+    if step == self._manager.latest_step():
+      return
+    state = jax.jit(models.unstack_blocks)(state)
+    with self._writing():
+      self._manager.save(
+        step,
+        args=ocp.args.StandardSave(state),
+        custom_metadata={"crc32": _checksums(state)},
+      )
 
   def restore(self, template: TrainState) -> TrainState | None:
-    """The newest state, with `template`'s structure and sharding; or None."""
-    step = self._manager.latest_step()
-    if step is None:
-      return None
-    saved = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(
-        x.shape, x.dtype, sharding=template.step.sharding
-      ),
-      jax.eval_shape(models.unstack_blocks, template),
-    )
-    args = ocp.args.StandardRestore(saved)
-    state = cast(TrainState, self._manager.restore(step, args=args))
-    if "blocks" in template.params:
-      state = jax.jit(models.stack_blocks)(state)
+    """The newest state, with `template`'s structure and sharding; or None.
+
+    Damaged ones that are newer are said to be, and moved to `workdir`/damaged,
+    so that the run may save their steps again.
+
+    Raises:
+      UserError: none can be read, or the state is of another model.
+    """
+    state, damaged = _newest(self._manager, template, self._manager.all_steps())
+    for step, problem in damaged.items():
+      moved = self._set_aside(step)
+      if jax.process_index() == 0:
+        print(
+          f"warning: the checkpoint of step {step} is damaged ({problem}); it"
+          f" is now {moved}, and the one before is used",
+          file=sys.stderr,
+        )
     return state
+
+  def _set_aside(self, step):
+    folder = self._directory.with_name("damaged")
+    path = folder / str(step)
+    if jax.process_index() == 0:
+      with self._writing():
+        folder.mkdir(exist_ok=True)
+        number = 0
+        while path.exists():
+          number += 1
+          path = folder / f"{step}.{number}"
+        (self._directory / str(step)).rename(path)
+    multihost_utils.sync_global_devices("set aside")
+    self._manager.reload()
+    return path
 
   def preempted(self, step: int) -> bool:
     """Whether the cluster asks a run of several processes to stop.
@@ -63,8 +105,43 @@ class Checkpointer:
     return self._manager.reached_preemption(step)
 
   def close(self) -> None:
-    """Waits for what is being written."""
-    self._manager.close()
+    """Waits for what is being written.
+
+    Raises:
+      UserError: it could not be.
+    """
+    with self._writing():
+      self._manager.close()
+
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Says in one line what the system or tensorstore says in many."""
+    try:
+      yield
+    except (OSError, ValueError, RuntimeError) as e:
+      raise UserError(
+        f"{self._directory}: cannot be written: {_reason(e)}; what is saved"
+        " there is whole, and the same command goes on from it"
+      ) from e
+
+
+def restore(
+  workdir: str | os.PathLike, template: TrainState, before: int
+) -> TrainState | None:
+  """The newest state of fewer than `before` updates; or None. Writes nothing.
+
+  Raises:
+    UserError: see `Checkpointer.restore`.
+  """
+  if latest_step(workdir) is None:
+    return None
+  with ocp.CheckpointManager(
+    _directory(workdir),
+    item_handlers=ocp.StandardCheckpointHandler(),
+    options=ocp.CheckpointManagerOptions(create=False),
+  ) as manager:
+    steps = [step for step in manager.all_steps() if step < before]
+    return _newest(manager, template, steps)[0]
 
 
 def latest_step(workdir: str | os.PathLike) -> int | None:
@@ -78,17 +155,30 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
   """The newest checkpoint's params and batch_stats, as numpy.
 
   Their moving averages, if the run kept them.
+
+  Raises:
+    UserError: it is damaged.
   """
-  with ocp.CheckpointManager(
-    _directory(workdir), item_handlers=ocp.PyTreeCheckpointHandler()
-  ) as manager:
-    step = manager.latest_step()
-    saved = manager.item_metadata(step).tree
-    as_numpy = jax.tree.map(
-      lambda _: ocp.RestoreArgs(restore_type=np.ndarray), saved
-    )
-    state = manager.restore(
-      step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+  path = Path(_directory(workdir), str(latest_step(workdir)))
+  try:
+    with ocp.CheckpointManager(
+      path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
+    ) as manager:
+      step = int(path.name)
+      as_numpy = jax.tree.map(
+        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+        manager.item_metadata(step).tree,
+      )
+      state = manager.restore(
+        step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
+      )
+      problem = _difference(manager, step, state)
+  except Exception as e:  # Whatever orbax makes of a damaged file.
+    state, problem = {}, _reason(e)
+  if problem:
+    raise UserError(
+      f"{path}: is damaged ({problem}); the command that trains goes on from"
+      " the checkpoint before"
     )
   state = state.get("ema") or state
   return {name: state[name] for name in ("params", "batch_stats")}
@@ -96,3 +186,88 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
 
 def _directory(workdir):
   return os.path.join(os.path.abspath(workdir), "checkpoints")
+
+
+def _newest(manager, template, steps):
+  """The newest state that can be read, and what is wrong with later ones."""
+  damaged = {}
+  for step in sorted(steps, reverse=True):
+    state, problem = _read(manager, template, step)
+    if not problem:
+      if "blocks" in template.params:
+        state = jax.jit(models.stack_blocks)(state)
+      return state, damaged
+    damaged[step] = problem
+  if damaged:
+    step = max(damaged)
+    raise UserError(
+      f"{manager.directory}: no checkpoint can be read; of step {step},"
+      f" {damaged[step]}"
+    )
+  return None, damaged
+
+
+def _read(manager, template, step):
+  """The state of an unrolled model, and what is wrong with it, or ''."""
+  saved = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=template.step.sharding
+    ),
+    jax.eval_shape(models.unstack_blocks, template),
+  )
+  try:
+    there = _named(manager.item_metadata(step))
+  except Exception as e:  # Whatever orbax makes of a damaged file.
+    return None, _reason(e)
+  here = _named(saved)
+  for name in sorted(there.keys() | here.keys()):
+    shapes = [
+      tuple(tree[name].shape) if name in tree else "absent"
+      for tree in (there, here)
+    ]
+    if shapes[0] != shapes[1]:
+      raise UserError(
+        f"{manager.directory / str(step)}: {name} is {shapes[0]} there and"
+        f" {shapes[1]} in this config"
+      )
+  try:
+    args = ocp.args.StandardRestore(saved)
+    state = cast(TrainState, manager.restore(step, args=args))
+    return state, _difference(manager, step, state)
+  except Exception as e:
+    return None, _reason(e)
+
+
+def _named(tree):
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="/"): leaf
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _checksums(state):
+  """Every array's by its name; orbax itself would take a changed bit."""
+  return {
+    name: zlib.crc32(np.ascontiguousarray(array))
+    for name, array in _named(jax.device_get(state)).items()
+  }
+
+
+def _difference(manager, step, state):
+  """What of `state` is not as it was saved; '' if all is."""
+  metadata = manager.metadata(step)
+  if metadata.init_timestamp_nsecs is None:
+    return "its metadata are missing"
+  wanted = metadata.custom_metadata.get("crc32")
+  if wanted is None:  # Saved before there were checksums.
+    return ""
+  got = _checksums(state)
+  wrong = [k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k)]
+  return f"{min(wrong)} has other bytes than were saved" if wrong else ""
+
+
+def _reason(error):
+  """The line that tells most; tensorstore's are long."""
+  lines = str(error).splitlines() or [type(error).__name__]
+  system = [line for line in lines if "OS error" in line or "Errno" in line]
+  return (system or lines)[0].strip()[:200]

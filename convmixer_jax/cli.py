@@ -10,6 +10,7 @@ import re
 import signal
 import sys
 import textwrap
+import threading
 from typing import Any
 
 from absl import app
@@ -22,6 +23,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import UserError
 from convmixer_jax.ops import native
 
+_LINGER = 10.0  # Seconds that a process may take to end after an error.
 _CACHE_BYTES = 2**30  # What was used longest ago goes first.
 
 
@@ -164,7 +166,11 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   try:
     app.run(call, flags_parser=lambda argv: _parse_flags(argv, flag_values))
   except UserError as e:
-    print(f"error: {e}", file=sys.stderr)
+    print(f"error: {e}", file=sys.stderr, flush=True)
+    # Python waits for threads, of which one may be stuck in a dead file system.
+    timer = threading.Timer(_LINGER, os._exit, [2])
+    timer.daemon = True
+    timer.start()
     sys.exit(2)
   except KeyboardInterrupt:
     sys.exit(128 + signal.SIGINT)

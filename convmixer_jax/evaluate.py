@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterable
+import functools
 
 import jax
 from jax.sharding import Mesh
@@ -17,6 +18,7 @@ def make_evaluate(
   eval_step: Callable,
   source: sources.Source,
   mesh: Mesh,
+  state: TrainState,
   *,
   batch_size: int,
   image_size: int,
@@ -28,9 +30,10 @@ def make_evaluate(
   """Returns the function that scores a state on all of `source`.
 
   Args:
-    eval_step: from `make_eval_step`; jitted here.
+    eval_step: from `make_eval_step`; compiled here.
     source: the split.
     mesh: the devices.
+    state: one as those that will be scored.
     batch_size: rounded up to a multiple of the number of devices.
     image_size: side of the images in pixels.
     crop_pct: see `decode.eval_image`.
@@ -46,7 +49,16 @@ def make_evaluate(
   """
   batch_size = -(-batch_size // mesh.size) * mesh.size
   rows = sharding.local_rows(mesh, batch_size)
+  like = functools.partial(
+    jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
+  )
+  batch = {
+    "image": like((batch_size, image_size, image_size, 3), np.uint8),
+    "label": like((batch_size,), np.int32),
+    "mask": like((batch_size,), bool),
+  }
   jitted = jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
+  compiled = jitted.lower(state, batch).compile()
 
   def evaluate(state: TrainState, stopped: Callable = lambda: False):
     batches = stream.eval_batches(
@@ -57,11 +69,11 @@ def make_evaluate(
       crop_pct=crop_pct,
       num_workers=num_workers,
       max_unreadable=max_unreadable,
+      stopped=stopped,
     )
     sums = []
-    batches = stream.until(stopped, batches)
     for batch in progress(batches, -(-len(source) // batch_size)):
-      sums.append(jitted(state, sharding.to_global(mesh, batch, batch_size)))
+      sums.append(compiled(state, sharding.to_global(mesh, batch, batch_size)))
     if stopped():
       return None
     total = jax.tree.map(

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -18,6 +19,8 @@ from typing import Any
 import jax
 import numpy as np
 import tqdm
+
+from convmixer_jax import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
@@ -39,6 +42,7 @@ class Logger:
     total_steps: int,
     batch_size: int,
     active: bool,
+    changes: Sequence[str] = (),
   ):
     """Opens the files.
 
@@ -50,6 +54,7 @@ class Logger:
       total_steps: of the run.
       batch_size: images per step, for the rates.
       active: False writes and prints nothing.
+      changes: of the config since the last start; recorded in run.json.
     """
     self._active = active
     self._total = total_steps
@@ -60,28 +65,8 @@ class Logger:
     if not active:
       return
     self._workdir = Path(workdir)
-    self._workdir.mkdir(parents=True, exist_ok=True)
-    _write_whole(self._workdir / "config.json", config_json)
-    self._starts = _read_json(self._workdir / "run.json", {"starts": []})
-    self._starts["starts"].append(
-      _environment() | {"first_step": first_step, "status": "running"}
-    )
-    self._write_run()
-    records = self._workdir / "metrics.jsonl"
-    _write_whole(
-      records,
-      "".join(
-        json.dumps(record) + "\n"
-        for record in read_metrics(workdir)
-        if record["step"] <= first_step
-      ),
-    )
-    self._records = records.open("a", buffering=1)
-    try:
-      self._tensorboard = _TensorBoard(self._workdir)
-    except ImportError as e:
-      print(f"no TensorBoard events: {e}; everything else is written")
-      self._tensorboard = None
+    with self._writing():
+      self._open(config_json, changes)
     self._bar = tqdm.tqdm(
       total=total_steps * batch_size,
       initial=first_step * batch_size,
@@ -90,6 +75,32 @@ class Logger:
       dynamic_ncols=True,
       disable=not sys.stderr.isatty(),
     )
+
+  def _open(self, config_json, changes):
+    self._workdir.mkdir(parents=True, exist_ok=True)
+    _write_whole(self._workdir / "config.json", config_json)
+    self._starts = _read_json(self._workdir / "run.json", {"starts": []})
+    self._starts["starts"].append(
+      _environment()
+      | {"first_step": self._step, "status": "running"}
+      | ({"changes": [*changes]} if changes else {})
+    )
+    self._write_run()
+    records = self._workdir / "metrics.jsonl"
+    _write_whole(
+      records,
+      "".join(
+        json.dumps(record) + "\n"
+        for record in read_metrics(self._workdir)
+        if record["step"] <= self._step
+      ),
+    )
+    self._records = records.open("a", buffering=1)
+    try:
+      self._tensorboard = _TensorBoard(self._workdir)
+    except ImportError as e:
+      print(f"no TensorBoard events: {e}; everything else is written")
+      self._tensorboard = None
 
   def say(self, text: str) -> None:
     """Prints a line without tearing the bar."""
@@ -100,13 +111,17 @@ class Logger:
   def classes(self, names: Sequence[str]) -> None:
     """Writes the names of the classes, a line each."""
     if self._active:
-      path = self._workdir / "classes.txt"
-      path.write_text("".join(f"{name}\n" for name in names))
+      with self._writing():
+        text = "".join(f"{name}\n" for name in names)
+        _write_whole(self._workdir / "classes.txt", text)
 
   def overview(self, params: Any) -> None:
     """Prints the table of parameters."""
     if self._active:
-      from clu import parameter_overview  # Imports tensorflow if it is there.
+      # Imports tensorflow if it is there, whose chatter is about computing.
+      os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+      os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
+      from clu import parameter_overview
 
       table = parameter_overview.get_parameter_overview(
         params, include_stats=False
@@ -181,20 +196,37 @@ class Logger:
       "last_step": step,
       "ended": _now(),
     }
-    self._write_run()
-    self._records.close()
-    if self._tensorboard is not None:
-      self._tensorboard.close()
+    # What has failed may have been writing; it has been said by then.
+    quiet = [UserError] if status == "failed" else []
+    for write in (
+      self._write_run,
+      self._records.close,
+      *([self._tensorboard.close] if self._tensorboard else []),
+    ):
+      with contextlib.suppress(*quiet), self._writing():
+        write()
 
   def _record(self, step, kind, scalars):
     if not self._active:
       return
     record = {"step": step, "kind": kind, "time": _now(), **scalars}
-    self._records.write(json.dumps(record) + "\n")
-    if self._tensorboard is not None:
-      self._tensorboard.write(
-        step, {f"{kind}/{k}": v for k, v in scalars.items()}
-      )
+    with self._writing():
+      self._records.write(json.dumps(record) + "\n")
+      if self._tensorboard is not None:
+        self._tensorboard.write(
+          step, {f"{kind}/{k}": v for k, v in scalars.items()}
+        )
+
+  @contextlib.contextmanager
+  def _writing(self):
+    """Says in one line why something cannot be written."""
+    try:
+      yield
+    except OSError as e:
+      raise UserError(
+        f"{self._workdir}: cannot be written: {e.strerror or e}; what is saved"
+        " there is whole, and the same command goes on from it"
+      ) from e
 
   def _write_run(self):
     _write_whole(
@@ -202,12 +234,14 @@ class Logger:
     )
 
 
-def progress(batches: Iterable, total: int) -> Iterable:
-  """A bar over an evaluation's batches, where the terminal is ours."""
+def progress(
+  batches: Iterable, total: int, doing: str = "evaluating"
+) -> Iterable:
+  """A bar over batches, where the terminal is ours."""
   show = sys.stderr.isatty() and jax.process_index() == 0
   return tqdm.tqdm(
     batches,
-    desc="evaluating",
+    desc=doing,
     total=total,
     leave=False,
     delay=1,
@@ -265,34 +299,35 @@ def _environment() -> dict[str, Any]:
 
 
 class _TensorBoard:
-  """Writes scalars in a thread of its own, without tensorflow's eager mode.
+  """Writes scalars, as they come, in TensorBoard's format.
 
   Raises:
     ImportError: tensorboard is not installed.
   """
 
   def __init__(self, workdir):
-    # tensorflow only opens the file here; its chatter is about computing.
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
-    from tensorboard.compat.proto import event_pb2  # Takes seconds.
+    from tensorboard.compat.proto import event_pb2  # Without tensorflow.
     from tensorboard.compat.proto import summary_pb2
-    from tensorboard.summary.writer import event_file_writer
+    from tensorboard.summary.writer import record_writer
 
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    self._writer = event_file_writer.EventFileWriter(
-      str(workdir), flush_secs=10
-    )
+    now, host = int(time.time()), platform.node()
+    name = f"events.out.tfevents.{now:010}.{host}.{os.getpid()}"
+    self._file = (workdir / name).open("wb")
+    self._writer = record_writer.RecordWriter(self._file)
+    self._add(file_version="brain.Event:2")
 
   def write(self, step, scalars):
     values = [
       self._summary.Value(tag=tag, simple_value=value)
       for tag, value in scalars.items()
     ]
-    summary = self._summary(value=values)
-    self._writer.add_event(
-      self._event(step=step, wall_time=time.time(), summary=summary)
-    )
+    self._add(step=step, summary=self._summary(value=values))
+
+  def _add(self, **fields):
+    event = self._event(wall_time=time.time(), **fields)
+    self._writer.write(event.SerializeToString())
+    self._writer.flush()
 
   def close(self):
     self._writer.close()

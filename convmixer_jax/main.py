@@ -71,6 +71,13 @@ _PROCESS_ID = flags.DEFINE_integer(
   lower_bound=0,
   flag_values=_FLAGS,
 )
+_ACCEPT_CHANGES = flags.DEFINE_bool(
+  "accept_changes",
+  False,
+  "Go on in a workdir that holds a run of another config; what changed is"
+  " recorded in its run.json: --accept_changes.",
+  flag_values=_FLAGS,
+)
 
 
 def main() -> None:
@@ -88,7 +95,9 @@ def main() -> None:
     except (ValueError, RuntimeError) as e:
       raise UserError(f"--distributed: {str(e).splitlines()[0]}") from e
   if _MODE.value == "train":
-    train.train_and_evaluate(config, workdir)
+    train.train_and_evaluate(
+      config, workdir, accept_changes=_ACCEPT_CHANGES.value
+    )
     return
   metrics = train.evaluate_checkpoint(config, workdir)
   if jax.process_index() == 0:

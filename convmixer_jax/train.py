@@ -27,6 +27,7 @@ from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import UserError
 from convmixer_jax import weights
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
@@ -34,7 +35,10 @@ AHEAD = 2  # Steps that the host may enqueue before the device has done them.
 
 
 def train_and_evaluate(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike,
+  *,
+  accept_changes: bool = False,
 ) -> step_lib.TrainState:
   """Trains as `config` says; goes on where `workdir` has been left.
 
@@ -42,19 +46,25 @@ def train_and_evaluate(
     config: see `config.FIELDS`.
     workdir: see `logger.Logger`; a second call with the same config resumes, or
       says that the run is finished.
+    accept_changes: goes on though `workdir` holds another config.
 
   Returns:
     The last state.
 
   Raises:
-    UserError: something in `config` or `workdir` is not as it must be; nothing
-      has been written.
+    UserError: something in `config` or `workdir` is not as it must be; what is
+      there is left whole.
     SystemExit: SIGTERM or SIGINT came, and the state is saved.
   """
   # --- Data. All that can be wrong is found before anything is written.
   config_lib.check(config, jax.device_count())
-  _refuse_another_config(config, workdir, config_lib.FREE_FIELDS)
-  data, batch_size, seed = config.data, config.batch_size, config.seed
+  changes = workdir_lib.changes(config, workdir, config_lib.FREE_FIELDS)
+  if changes and not accept_changes:
+    raise UserError(
+      f"{workdir} holds a run of another config ({'; '.join(changes)}); give"
+      " another --workdir, or go on all the same with --accept_changes"
+    )
+  data, batch_size = config.data, config.batch_size
   train_source, eval_source = (
     sources.open_source(data.name, data.dir, split, data.image_size)
     for split in (data.train_split, data.eval_split)
@@ -68,13 +78,160 @@ def train_and_evaluate(
   total_steps = -(-config.epochs * len(train_source) // batch_size)
   due = lambda step, every: step % every == 0 or step == total_steps
 
-  # --- Model and optimiser.
-  model, shapes = _make_model(config, train_source.num_classes)
+  # --- Model, optimiser, and the step for all devices.
+  model, shapes = make_model(config, train_source.num_classes)
+  tx, schedule = make_optimizer(config, shapes, len(train_source))
+  mesh = sharding.make_mesh()
+  train_step = jit_step(config, model, tx, mesh, crop=crops(train_source))
+
+  # --- State: what was saved here > the weights of another run > scratch.
+  state = init_state(config, model, tx, mesh)
+  if config.init_from is not None and checkpoint.latest_step(workdir) is None:
+    fresh = {"params": state.params, "batch_stats": state.batch_stats}
+    loaded = _load_init_from(config, model, fresh, new_head=True)
+    loaded = jax.device_put(loaded, sharding.replicated(mesh))
+    # Copied: the step's donated buffers must not be one another.
+    averages = jax.tree.map(jnp.copy, loaded) if state.ema else {}
+    state = state.replace(ema=averages, **loaded)
+
+  with contextlib.ExitStack() as stack:
+    stack.enter_context(workdir_lib.locked(workdir))
+    checkpointer = checkpoint.Checkpointer(workdir)
+    stack.callback(checkpointer.close)
+    state = checkpointer.restore(state) or state
+    step = first_step = int(state.step)
+    if first_step > total_steps:
+      raise UserError(
+        f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
+      )
+    scored = [
+      record
+      for record in logger_lib.read_metrics(workdir)
+      if record["kind"] == "eval" and record["step"] == first_step
+    ]
+    if first_step == total_steps and scored:
+      if jax.process_index() == 0:
+        print(
+          f"{workdir}: finished at step {first_step}; nothing to do\n"
+          + logger_lib.eval_line(scored[-1])
+        )
+      return state
+
+    # --- The files, and the programs: the loop itself compiles nothing, so that
+    # no signal waits for the compiler.
+    logger = logger_lib.Logger(
+      workdir,
+      config.to_json(indent=2),
+      first_step=first_step,
+      total_steps=total_steps,
+      batch_size=batch_size,
+      active=jax.process_index() == 0,
+      changes=changes,
+    )
+    status = "failed"
+    stack.callback(lambda: logger.close(status, step))
+    if first_step == 0:
+      logger.classes(train_source.class_names)
+      logger.overview(shapes["params"])
+    else:
+      logger.say(f"going on in {workdir} from step {first_step}")
+    train_step = _compiled(train_step, state, mesh, config)
+    evaluate = _make_evaluate(config, model, eval_source, mesh, state)
+    learning_rate = jax.jit(lambda step: schedule(step - 1))
+
+    # --- The loop. Step n means n updates done. A log or a save waits for the
+    # device; other steps wait for the one AHEAD before, so that the device
+    # always has one to do.
+    pending, metrics = [], None
+
+    def finite():
+      """The metrics of the pending steps, if they are numbers."""
+      scalars = jax.device_get(pending)
+      for number, values in enumerate(scalars, step + 1 - len(pending)):
+        if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+          raise UserError(
+            _nonfinite(config, workdir, train_source, number, values)
+          )
+      return scalars
+
+    stopped = stack.enter_context(_stop_signals())
+    # A run that was stopped while it scored a step scores it now.
+    if first_step and due(first_step, config.eval_every) and not scored:
+      metrics = evaluate(state, stopped)
+      logger.evaluated(step, metrics)
+    batches = stack.enter_context(
+      contextlib.closing(
+        train_batches(
+          config, train_source, mesh, first_step, total_steps, stopped
+        )
+      )
+    )
+    logger.start_clock(step)
+    for batch in logger.timed(
+      sharding.to_global(mesh, batch, batch_size) for batch in batches
+    ):
+      state, scalars = train_step(state, batch)
+      step += 1
+      pending.append(scalars)
+      if len(pending) > AHEAD:
+        pending[-1 - AHEAD]["loss"].block_until_ready()
+      if due(step, config.log_every):
+        logger.train(
+          step,
+          finite(),
+          epoch=step / steps_per_epoch,
+          learning_rate=float(jax.device_get(learning_rate(state.step))),
+        )
+        pending = []
+      if due(step, config.eval_every):
+        metrics = evaluate(state, stopped)
+        logger.evaluated(step, metrics)
+      if due(step, config.save_every):
+        finite()
+        checkpointer.save(step, state)
+        logger.start_clock(step)
+      if checkpointer.preempted(step):
+        break
+    finished = step == total_steps and metrics is not None
+    if not finished:
+      finite()
+      checkpointer.save(step, state)
+    checkpointer.close()
+    status = "finished" if finished else "interrupted"
+  if not finished:
+    signum = stopped() or signal.SIGTERM
+    logger.say(
+      f"stopped by {signal.Signals(signum).name}: step {step} is saved in"
+      f" {workdir}; the same command goes on from there"
+    )
+    raise SystemExit(128 + signum)
+  logger.say(f"finished: {logger_lib.eval_line(metrics)}; workdir {workdir}")
+  return state
+
+
+def make_model(
+  config: ml_collections.ConfigDict, num_classes: int
+) -> tuple[Any, Any]:
+  """The model of a run, and the shapes of its variables."""
+  model = models.create_model(num_classes=num_classes, **config.model)
+  return model, models.variable_shapes(model)
+
+
+def make_optimizer(
+  config: ml_collections.ConfigDict, shapes: Any, num_images: int
+) -> tuple[Any, Callable]:
+  """The optimiser of a run, and its schedule: updates done -> learning rate.
+
+  Args:
+    config: of the run.
+    shapes: of the model's variables.
+    num_images: in an epoch.
+  """
   schedule = optim.make_schedule(
     config.optim.schedule,
     config.optim.learning_rate,
     config.epochs,
-    steps_per_epoch,
+    num_images / config.batch_size,
     config.optim.warmup_epochs,
   )
   tx = optim.make_optimizer(
@@ -84,129 +241,51 @@ def train_and_evaluate(
     freeze=config.freeze,
     backbone_lr_scale=config.backbone_lr_scale,
   )
+  return tx, schedule
 
-  # --- The step, compiled for all devices.
-  mesh = sharding.make_mesh()
-  replicated = sharding.replicated(mesh)
-  host_crops = isinstance(train_source, sources.Encoded)
-  train_step = jit_step(config, model, tx, mesh, crop=not host_crops)
 
-  # --- State: what was saved here > the weights of another run > scratch.
+def init_state(
+  config: ml_collections.ConfigDict, model: Any, tx: Any, mesh: Any
+) -> step_lib.TrainState:
+  """The state that a run begins with from scratch, on all devices."""
   ema = config.ema_decay > 0
-  init = lambda key: step_lib.init_state(key, model, tx, data.image_size, ema)
-  state = jax.jit(init, out_shardings=replicated)(jax.random.key(seed))
-  if config.init_from is not None and checkpoint.latest_step(workdir) is None:
-    fresh = {"params": state.params, "batch_stats": state.batch_stats}
-    loaded = _load_init_from(config, model, fresh, new_head=True)
-    loaded = jax.device_put(loaded, replicated)
-    # Copied: the step's donated buffers must not be one another.
-    averages = jax.tree.map(jnp.copy, loaded) if ema else {}
-    state = state.replace(ema=averages, **loaded)
-  checkpointer = checkpoint.Checkpointer(_make_workdir(workdir))
-  state = checkpointer.restore(state) or state
-  first_step = int(state.step)
-  if first_step > total_steps:
-    raise UserError(
-      f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
-    )
-  scored = [
-    record
-    for record in logger_lib.read_metrics(workdir)
-    if record["kind"] == "eval" and record["step"] == first_step
-  ]
-  if first_step == total_steps and scored:
-    checkpointer.close()
-    if jax.process_index() == 0:
-      print(
-        f"{workdir}: finished at step {first_step}; nothing to do\n"
-        + logger_lib.eval_line(scored[-1])
-      )
-    return state
+  init = lambda key: step_lib.init_state(
+    key, model, tx, config.data.image_size, ema
+  )
+  init = jax.jit(init, out_shardings=sharding.replicated(mesh))
+  return init(jax.random.key(config.seed))
 
-  # --- The loop. Step n means n updates done. A log waits for the device; other
-  # steps wait for the one AHEAD before, so the device always has one to do.
-  logger = logger_lib.Logger(
-    workdir,
-    config.to_json(indent=2),
-    first_step=first_step,
-    total_steps=total_steps,
-    batch_size=batch_size,
-    active=jax.process_index() == 0,
-  )
-  if first_step == 0:
-    logger.classes(train_source.class_names)
-    logger.overview(shapes["params"])
-  else:
-    logger.say(f"going on in {workdir} from step {first_step}")
-  evaluate = _make_evaluate(
-    config, model, eval_source, mesh, logger_lib.progress
-  )
-  batches = stream.train_batches(
-    train_source,
-    seed=seed,
-    batch_size=batch_size,
-    rows=sharding.local_rows(mesh, batch_size),
-    start=first_step,
-    stop=total_steps,
+
+def train_batches(
+  config: ml_collections.ConfigDict,
+  source: sources.Source,
+  mesh: Any,
+  start: int,
+  stop: int,
+  stopped: Callable[[], object] = lambda: False,
+) -> Iterator[stream.Batch]:
+  """This process's part of a run's batches; see `stream.train_batches`."""
+  data = config.data
+  return stream.train_batches(
+    source,
+    seed=config.seed,
+    batch_size=config.batch_size,
+    rows=sharding.local_rows(mesh, config.batch_size),
+    start=start,
+    stop=stop,
     image_size=data.image_size,
     num_workers=data.num_workers,
     max_unreadable=data.max_unreadable,
+    stopped=stopped,
     scale=config.augment.crop_scale,
     ratio=config.augment.crop_ratio,
     interpolation=config.augment.interpolation,
   )
-  learning_rate = jax.jit(lambda step: schedule(step - 1))
-  status, step, pending, metrics = "failed", first_step, [], None
-  try:
-    with _stop_signals() as stopped:
-      # A run that was stopped while it scored a step scores it now.
-      if first_step and due(first_step, config.eval_every) and not scored:
-        metrics = evaluate(state, stopped)
-        logger.evaluated(step, metrics)
-      batches = logger.timed(
-        sharding.to_global(mesh, batch, batch_size)
-        for batch in stream.until(stopped, batches)
-      )
-      for step, batch in enumerate(batches, start=first_step + 1):
-        state, scalars = train_step(state, batch)
-        pending.append(scalars)
-        if len(pending) > AHEAD:
-          pending[-1 - AHEAD]["loss"].block_until_ready()
-        if step == first_step + 1:
-          logger.start_clock(step)  # Compilation does not count in the rates.
-        if due(step, config.log_every):
-          logger.train(
-            step,
-            jax.device_get(pending),
-            epoch=step / steps_per_epoch,
-            learning_rate=float(jax.device_get(learning_rate(state.step))),
-          )
-          pending = []
-        if due(step, config.eval_every):
-          metrics = evaluate(state, stopped)
-          logger.evaluated(step, metrics)
-        if due(step, config.save_every):
-          checkpointer.save(step, state)
-          logger.start_clock(step)
-        if checkpointer.preempted(step):
-          break
-      if step == total_steps and metrics is not None:
-        status = "finished"
-      else:
-        checkpointer.save(step, state)
-        status = "interrupted"
-  finally:
-    checkpointer.close()
-    logger.close(status, step)
-  if status == "interrupted":
-    signum = stopped() or signal.SIGTERM
-    logger.say(
-      f"stopped by {signal.Signals(signum).name}: step {step} is saved in"
-      f" {workdir}; the same command goes on from there"
-    )
-    raise SystemExit(128 + signum)
-  logger.say(f"finished: {logger_lib.eval_line(metrics)}; workdir {workdir}")
-  return state
+
+
+def crops(source: sources.Source) -> bool:
+  """Whether the step crops the images, for the host does not."""
+  return not isinstance(source, sources.Encoded)
 
 
 def jit_step(
@@ -278,7 +357,10 @@ def evaluate_checkpoint(
   fixed = ("model.", "data.image_size", "data.mean", "data.std")
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
   free += config_lib.FREE_FIELDS
-  _refuse_another_config(config, workdir, free)
+  if changes := workdir_lib.changes(config, workdir, free):
+    raise UserError(
+      f"{workdir} holds a run of another config: {'; '.join(changes)}"
+    )
   step = checkpoint.latest_step(workdir)
   if step is None and config.init_from is None:
     raise UserError(
@@ -289,7 +371,7 @@ def evaluate_checkpoint(
   source = sources.open_source(
     data.name, data.dir, data.eval_split, data.image_size
   )
-  model, shapes = _make_model(config, source.num_classes)
+  model, shapes = make_model(config, source.num_classes)
   if step is None:
     variables = _load_init_from(config, model, shapes)
   else:
@@ -297,29 +379,56 @@ def evaluate_checkpoint(
   mesh = sharding.make_mesh()
   variables = jax.device_put(variables, sharding.replicated(mesh))
   state = step_lib.TrainState(step=step, opt_state=(), **variables)
-  evaluate = _make_evaluate(config, model, source, mesh, logger_lib.progress)
+  evaluate = _make_evaluate(config, model, source, mesh, state)
   metrics = evaluate(state)
   return metrics | {"step": step}
 
 
-def _make_model(config, num_classes):
-  """The model, and the shapes of its variables."""
-  model = models.create_model(num_classes=num_classes, **config.model)
-  return model, models.variable_shapes(model)
+def _compiled(train_step, state, mesh, config):
+  size = config.data.image_size
+  like = functools.partial(
+    jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
+  )
+  batch = {
+    "image": like((config.batch_size, size, size, 3), np.uint8),
+    "label": like((config.batch_size,), np.int32),
+  }
+  lowered = train_step.func.lower(*train_step.args, state, batch)
+  return functools.partial(lowered.compile(), *train_step.args)
 
 
-def _make_evaluate(config, model, source, mesh, progress):
+def _make_evaluate(config, model, source, mesh, state):
   data = config.data
   return evaluate_lib.make_evaluate(
     step_lib.make_eval_step(model, augment.make_normalize(data.mean, data.std)),
     source,
     mesh,
+    state,
     batch_size=config.batch_size,
     image_size=data.image_size,
     crop_pct=data.crop_pct,
     num_workers=data.num_workers,
     max_unreadable=data.max_unreadable,
-    progress=progress,
+    progress=logger_lib.progress,
+  )
+
+
+def _nonfinite(config, workdir, source, step, values):
+  """Writes down what step was the first without numbers; says it in a line."""
+  loss, norm = (str(values[name]) for name in ("loss", "grad_norm"))
+  record = {"step": step, "loss": loss, "grad_norm": norm}
+  record["images"] = stream.image_ids(
+    source, config.seed, step - 1, config.batch_size
+  )
+  path = Path(workdir) / "nonfinite.json"
+  if jax.process_index() == 0:
+    path.write_text(json.dumps(record) + "\n")
+  saved = checkpoint.latest_step(workdir)
+  return (
+    f"step {step}: loss {loss}, gradient norm {norm}; "
+    + ("nothing is saved" if saved is None else f"step {saved} is saved")
+    + f", {path} names the images of this one, and python -m"
+    f" convmixer_jax.replay --workdir {workdir} --step {step} does it again"
   )
 
 
@@ -333,39 +442,6 @@ def _load_init_from(config, model, wanted, new_head=False):
   if not os.path.isdir(name):
     weights.warn_of_activation(loaded, model, name)
   return fitted
-
-
-def _make_workdir(workdir):
-  try:
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f"--workdir={workdir}: {e.strerror}: {e.filename}") from e
-  return workdir
-
-
-def _refuse_another_config(config, workdir, may_differ):
-  """Two configs in one workdir would make neither reproducible."""
-  if "://" in str(workdir):
-    raise UserError(
-      f"--workdir={workdir}: must be on a file system; mount the bucket"
-    )
-  path = Path(workdir) / "config.json"
-  if not path.exists():
-    return
-  old, new = (
-    config_lib.flatten(json.loads(text))
-    for text in (path.read_text(), config.to_json())
-  )
-  changed = [
-    f"{name} is {old.get(name)} there and {new.get(name)} here"
-    for name in sorted(old.keys() | new.keys())
-    if old.get(name) != new.get(name) and name not in may_differ
-  ]
-  if changed:
-    raise UserError(
-      f"{workdir} holds a run of another config ({'; '.join(changed)}); give"
-      " another --workdir"
-    )
 
 
 @contextlib.contextmanager

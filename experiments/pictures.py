@@ -18,8 +18,8 @@ from collections.abc import Iterable
 from collections.abc import Iterator
 from collections.abc import Mapping
 from collections.abc import Sequence
+import contextlib
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -30,16 +30,15 @@ import jax
 import jax.numpy as jnp
 import matplotlib
 from matplotlib import figure
-import ml_collections
 import numpy as np
 import tqdm
 
 from convmixer_jax import augment
 from convmixer_jax import cli
-from convmixer_jax import config as config_lib
 from convmixer_jax import logger
 from convmixer_jax import UserError
 from convmixer_jax import weights
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
@@ -124,7 +123,7 @@ class Trained:
 def main() -> None:
   """Runs what the flags say; see --help."""
   workdir = cli.given(_WORKDIR)
-  config = _config(workdir)
+  config = workdir_lib.load_config(workdir)
   trained, names = _load(workdir)
   blocks = _blocks(trained.model.depth, _BLOCKS.value)
   data = config.data
@@ -154,20 +153,9 @@ def main() -> None:
     print(f"{out / name}: {about}", flush=True)
 
 
-def _config(workdir):
-  """Of a run; refused where it was edited into something that cannot be."""
-  try:
-    text = (Path(workdir).expanduser() / "config.json").read_text()
-    config = ml_collections.ConfigDict(json.loads(text))
-  except (OSError, ValueError, AttributeError) as e:
-    raise UserError(f"{workdir}: its config.json: {e}") from e
-  config_lib.check(config, num_devices=None)
-  return config
-
-
 def _load(where):
   if Path(where).expanduser().is_dir():
-    _config(where)
+    workdir_lib.load_config(where)
   model, variables, data = weights.load_model(where)
   variables = jax.device_put(variables)
   trained = Trained(model, variables, data["mean"], data["std"])
@@ -245,11 +233,11 @@ def _held_out(data, source):
 def _first_images(data, source):
   """uint8 [N / B, B, S, S, 3]: as many whole batches as there are."""
   images = []
-  held_out = _held_out(data, source)
-  for batch in stream.until(
-    lambda: sum(map(len, images)) >= _NUM_IMAGES.value, held_out
-  ):
-    images.append(batch["image"][batch["mask"]])
+  with contextlib.closing(_held_out(data, source)) as held_out:
+    for batch in held_out:
+      images.append(batch["image"][batch["mask"]])
+      if sum(map(len, images)) >= _NUM_IMAGES.value:
+        break
   images = np.concatenate(images)[: _NUM_IMAGES.value]
   size = min(len(images), _BATCH_SIZE.value)
   if size < 4:

@@ -145,6 +145,7 @@ def test_every_image_counts_once(batch_size, devices):
     step_lib.make_eval_step(Scores(), lambda images: images),
     source,
     sharding.make_mesh(jax.devices()[:devices]),
+    state,
     batch_size=batch_size,
     image_size=2,
     crop_pct=1.0,
@@ -170,17 +171,19 @@ def test_a_lost_image_is_an_error(monkeypatch):
     "eval_batches",
     lambda *a, **k: (b for b in list(batches(*a, **k))[:-1]),
   )
+  state = step_lib.TrainState(jnp.zeros(()), {}, {}, ())
   score = evaluate.make_evaluate(
     step_lib.make_eval_step(Scores(), lambda images: images),
     source,
     sharding.make_mesh(jax.devices()[:1]),
+    state,
     batch_size=4,
     image_size=2,
     crop_pct=1.0,
     num_workers=0,
   )
   with pytest.raises(RuntimeError, match="8 of 9"):
-    score(step_lib.TrainState(jnp.zeros(()), {}, {}, ()))
+    score(state)
 
 
 def test_ema_follows_and_is_what_counts():

@@ -188,16 +188,15 @@ def test_the_loop_moves_only_what_it_means_to(
   jax's guard sees what goes to a CPU device. What comes from it needs no
   transfer there, so here nothing but jax.device_get may make an array a number.
   """
-  until, device_get = train.stream.until, jax.device_get
+  batches, device_get = train.train_batches, jax.device_get
   x = jax.device_put(np.float32(1))
   read, running, meant = type(x)._value, [], []
   stack = contextlib.ExitStack()
 
   def guarded(*args):
-    if not running:
-      stack.enter_context(jax.transfer_guard("disallow"))
+    stack.enter_context(jax.transfer_guard("disallow"))
     running.append(True)
-    yield from until(*args)
+    yield from batches(*args)
 
   def get(tree):
     meant.append(True)
@@ -210,7 +209,7 @@ def test_the_loop_moves_only_what_it_means_to(
     assert meant or not running, "an array was read"
     return read.fget(self)
 
-  monkeypatch.setattr(train.stream, "until", guarded)
+  monkeypatch.setattr(train, "train_batches", guarded)
   monkeypatch.setattr(jax, "device_get", get)
   monkeypatch.setattr(type(x), "_value", property(checked))
   preempted = lambda self, step: mistake(x) and False

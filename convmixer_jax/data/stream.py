@@ -12,8 +12,14 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import multiprocessing
+from pathlib import Path
+import queue
+import re
 import signal
 import sys
+import threading
+import time
 
 from absl import flags
 import grain
@@ -24,6 +30,9 @@ from convmixer_jax.data import decode
 from convmixer_jax.data import sources
 
 Batch = dict[str, np.ndarray]
+
+PATIENCE = 300.0  # Seconds that a batch of encoded images may take.
+_POLL = 0.2  # Seconds after which a signal is seen while one is waited for.
 
 
 @functools.lru_cache(maxsize=2)  # The two epochs that a batch can touch.
@@ -50,6 +59,27 @@ def sample_indices(seed: int, samples: np.ndarray, size: int) -> np.ndarray:
   return indices
 
 
+def image_ids(
+  source: sources.Source, seed: int, step: int, batch_size: int
+) -> list[int | str]:
+  """Which images the global batch of a step is of, row by row.
+
+  Args:
+    source: of the run.
+    seed: of the order.
+    step: updates done before.
+    batch_size: of the global batch.
+
+  Returns:
+    Their indices in memory, or the names of their files or records.
+  """
+  samples = step * batch_size + np.arange(batch_size)
+  indices = sample_indices(seed, samples, len(source)).tolist()
+  if isinstance(source, sources.InMemory):
+    return indices
+  return [source.read.name(index) for index in indices]
+
+
 def train_batches(
   source: sources.Source,
   *,
@@ -61,6 +91,7 @@ def train_batches(
   image_size: int,
   num_workers: int = 0,
   max_unreadable: int = 0,
+  stopped: Callable[[], object] = lambda: False,
   **crop,
 ) -> Generator[Batch]:
   """This process's part of the batches of steps start, ..., stop - 1.
@@ -77,16 +108,19 @@ def train_batches(
     num_workers: processes that decode; 0 decodes in threads of this one.
     max_unreadable: how many files may be broken. The next in the source takes
       the place of each, and a warning names it.
+    stopped: ends the batches, also while one is waited for.
     **crop: scale, ratio and interpolation; see `decode.train_image`.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R].
 
   Raises:
-    UserError: naming a broken file.
+    UserError: naming a broken file, or processes that decode no more.
   """
   if isinstance(source, sources.InMemory):
     for step in range(start, stop):
+      if stopped():
+        return
       indices = sample_indices(seed, step * batch_size + rows, len(source))
       yield {"image": source.images[indices], "label": source.labels[indices]}
     return
@@ -100,7 +134,7 @@ def train_batches(
     tuple(crop.items()),
     max_unreadable,
   )
-  yield from _decoded(load, stop - start, len(rows), num_workers)
+  yield from _decoded(load, stop - start, len(rows), num_workers, stopped)
 
 
 def eval_batches(
@@ -112,6 +146,7 @@ def eval_batches(
   crop_pct: float,
   num_workers: int = 0,
   max_unreadable: int = 0,
+  stopped: Callable[[], object] = lambda: False,
 ) -> Generator[Batch]:
   """This process's part of every image once, in order; padded at the end.
 
@@ -123,17 +158,20 @@ def eval_batches(
     crop_pct: see `decode.eval_image`.
     num_workers: processes that decode; 0 decodes in threads of this one.
     max_unreadable: how many files may be broken; a warning names each.
+    stopped: ends the batches, also while one is waited for.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R]; mask, bool [R], False for
     padding and broken files.
 
   Raises:
-    UserError: naming a broken file.
+    UserError: naming a broken file, or processes that decode no more.
   """
   steps = -(-len(source) // batch_size)
   if isinstance(source, sources.InMemory):
     for step in range(steps):
+      if stopped():
+        return
       samples = step * batch_size + rows
       mask = samples < len(source)
       indices = np.where(mask, samples, 0)
@@ -146,7 +184,7 @@ def eval_batches(
   load = _LoadEval(
     source, batch_size, rows, image_size, crop_pct, max_unreadable
   )
-  yield from _decoded(load, steps, len(rows), num_workers)
+  yield from _decoded(load, steps, len(rows), num_workers, stopped)
 
 
 def _load(source, index, decode_image):
@@ -239,7 +277,11 @@ class _LoadEval:
 
 
 def _decoded(
-  load: _LoadTrain | _LoadEval, steps: int, rows: int, num_workers: int
+  load: _LoadTrain | _LoadEval,
+  steps: int,
+  rows: int,
+  num_workers: int,
+  stopped: Callable[[], object],
 ) -> Generator[Batch]:
   """Runs `load` over all positions with grain, ahead of the consumer."""
   samples = grain.MapDataset.range(steps * rows).map(load)
@@ -257,44 +299,78 @@ def _decoded(
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(num_workers), _ignore_interrupt
     )
-  iterator = iter(batches)
   unreadable = set()
+  for batch in _waited_for(iter(batches), stopped):
+    for index in set(batch.pop("unreadable").tolist()) - unreadable - {-1}:
+      unreadable.add(index)
+      text = f"{load.source.read.name(index)}: cannot be decoded"
+      count = f"{len(unreadable)} of {load.max_unreadable} allowed"
+      if len(unreadable) > load.max_unreadable:
+        raise UserError(f"{text}; {count} by data.max_unreadable")
+      print(f"warning: {text}; {count}", file=sys.stderr)
+    yield batch
+
+
+def _waited_for(
+  iterator: Iterator[Batch], stopped: Callable[[], object]
+) -> Generator[Batch]:
+  """Yields from grain's iterator, which could wait forever.
+
+  A thread waits for each batch, so that this one sees `stopped`, and the time.
+  """
+  before = set(multiprocessing.active_children())
+  workers = lambda: set(multiprocessing.active_children()) - before
+  coming = queue.SimpleQueue()
+
+  def fetch():
+    try:
+      coming.put((next(iterator, None), None))
+    except Exception as e:
+      coming.put((None, e))
+
   try:
-    for batch in iterator:
-      for index in set(batch.pop("unreadable").tolist()) - unreadable - {-1}:
-        unreadable.add(index)
-        text = f"{load.source.read.name(index)}: cannot be decoded"
-        count = f"{len(unreadable)} of {load.max_unreadable} allowed"
-        if len(unreadable) > load.max_unreadable:
-          raise UserError(f"{text}; {count} by data.max_unreadable")
-        print(f"warning: {text}; {count}", file=sys.stderr)
+    while True:
+      threading.Thread(target=fetch, daemon=True).start()
+      deadline = time.monotonic() + PATIENCE
+      batch = error = None
+      while not stopped():
+        with contextlib.suppress(queue.Empty):
+          batch, error = coming.get(timeout=_POLL)
+          break
+        if time.monotonic() > deadline:
+          states = ", ".join(map(_state, workers())) or "its threads"
+          raise UserError(
+            f"data: no batch came in {PATIENCE:.0f} s from what decodes:"
+            f" {states}"
+          )
+      if error and not stopped():  # Which may have killed the workers too.
+        if "terminated unexpectedly" in str(error):
+          text = str(error).partition(". Search")[0]
+          raise UserError(f"data: {text}; was memory short?") from error
+        raise error
+      if batch is None:
+        return
       yield batch
   finally:
-    iterator.close()
+    # One that is stuck would be waited for.
+    for worker in workers():
+      worker.kill()
+    with contextlib.suppress(Exception):
+      iterator.close()
+
+
+def _state(process: multiprocessing.process.BaseProcess) -> str:
+  """Its number, and what the system says that it does, where it says so."""
+  try:
+    state = re.search(
+      r"^State:\s*(.*)", Path(f"/proc/{process.pid}/status").read_text(), re.M
+    )
+  except OSError:
+    state = None
+  return f"process {process.pid}" + (f", {state[1]}" if state else "")
 
 
 def _ignore_interrupt(worker: int, num_workers: int) -> None:
   """Ctrl-C reaches every process of a terminal; the trainer decides."""
   del worker, num_workers
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-def until(
-  stopped: Callable[[], object], batches: Generator[Batch]
-) -> Iterator[Batch]:
-  """Yields batches until `stopped` says so, and closes them.
-
-  The signal that stops a run may have killed the processes that decode, so what
-  they raise then is no error.
-  """
-  with contextlib.closing(batches):
-    while not stopped():
-      try:
-        batch = next(batches)
-      except StopIteration:
-        return
-      except Exception:
-        if stopped():
-          return
-        raise
-      yield batch
