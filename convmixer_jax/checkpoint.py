@@ -13,6 +13,7 @@ from typing import Any
 from typing import cast
 import zlib
 
+from absl import logging
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -161,9 +162,12 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
   """
   path = Path(_directory(workdir), str(latest_step(workdir)))
   try:
-    with ocp.CheckpointManager(
-      path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
-    ) as manager:
+    with (
+      _without_logs(),
+      ocp.CheckpointManager(
+        path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
+      ) as manager,
+    ):
       step = int(path.name)
       as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
@@ -192,7 +196,8 @@ def _newest(manager, template, steps):
   """The newest state that can be read, and what is wrong with later ones."""
   damaged = {}
   for step in sorted(steps, reverse=True):
-    state, problem = _read(manager, template, step)
+    with _without_logs():
+      state, problem = _read(manager, template, step)
     if not problem:
       if "blocks" in template.params:
         state = jax.jit(models.stack_blocks)(state)
@@ -205,6 +210,17 @@ def _newest(manager, template, steps):
       f" {damaged[step]}"
     )
   return None, damaged
+
+
+@contextlib.contextmanager
+def _without_logs():
+  """orbax logs what it raises, whole files among it."""
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.FATAL)
+  try:
+    yield
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def _read(manager, template, step):

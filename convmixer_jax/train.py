@@ -149,6 +149,7 @@ def train_and_evaluate(
       scalars = jax.device_get(pending)
       for number, values in enumerate(scalars, step + 1 - len(pending)):
         if not np.isfinite([values["loss"], values["grad_norm"]]).all():
+          checkpointer.close()  # What is being written is good.
           raise UserError(
             _nonfinite(config, workdir, train_source, number, values)
           )
