@@ -160,6 +160,17 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: it is damaged.
   """
+  state = _load(workdir)
+  state = state.get("ema") or state
+  return {name: state[name] for name in ("params", "batch_stats")}
+
+
+def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
+  """All arrays of the newest checkpoint, by name; errors as before."""
+  return _named(_load(workdir))
+
+
+def _load(workdir):
   path = Path(_directory(workdir), str(latest_step(workdir)))
   try:
     with (
@@ -184,8 +195,7 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
       f"{path}: is damaged ({problem}); the command that trains goes on from"
       " the checkpoint before"
     )
-  state = state.get("ema") or state
-  return {name: state[name] for name in ("params", "batch_stats")}
+  return state
 
 
 def _directory(workdir):

@@ -1,0 +1,157 @@
+"""Trains while a supervisor kills the run at random; nothing may be lost.
+
+  python -m benchmarks.soak --root runs/soak --minutes 20 --kill_every 60 \\
+      --config configs/digits.py --config.epochs=600
+
+Two runs of the config, side by side, on a core each: one unbroken, and one that
+gets SIGKILL at random moments for --minutes, --kill_every seconds apart in the
+mean, and is started again each time. Prints one JSON object: how often it was
+killed and started; for each start the most memory and open files of its
+process, and the files of its workdir at the end; both runs' last evaluation;
+and whether their last states are equal to the bit.
+"""
+
+import json
+import os
+from pathlib import Path
+import random
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import flags
+import numpy as np
+import psutil
+import rich.console
+import rich.progress
+
+import benchmarks
+from convmixer_jax import checkpoint
+from convmixer_jax import cli
+from convmixer_jax import logger
+from convmixer_jax import UserError
+
+_FLAGS = flags.FlagValues()
+_CONFIG = cli.define_config(_FLAGS)
+_ROOT = flags.DEFINE_string(
+  "root",
+  None,
+  "Where the two workdirs are made: --root runs/soak.",
+  flag_values=_FLAGS,
+)
+_MINUTES = flags.DEFINE_float(
+  "minutes",
+  20.0,
+  "For how long the one run is killed: --minutes 20.",
+  lower_bound=0,
+  flag_values=_FLAGS,
+)
+_KILL_EVERY = flags.DEFINE_float(
+  "kill_every",
+  60.0,
+  "Seconds between kills, in the mean: --kill_every 60.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+
+
+def main() -> None:
+  """Runs what the flags say; see --help."""
+  cli.given(_CONFIG)
+  root = Path(cli.given(_ROOT)).expanduser()
+  if root.exists():
+    raise UserError(f"--root={root}: exists; remove it, or give another")
+  flags_of_config = [
+    a for a in sys.argv[1:] if a.lstrip("-").startswith("config")
+  ]
+  cores = sorted(os.sched_getaffinity(0))
+  unbroken = _start(root / "unbroken", flags_of_config, cores[0])
+  starts = []
+  try:
+    starts = _killed_again_and_again(
+      lambda: _start(root / "killed", flags_of_config, cores[-1])
+    )
+    if unbroken.wait():
+      raise UserError(f"{root / 'unbroken.log'}: says why the run failed")
+  finally:
+    unbroken.kill()
+  last = {
+    name: logger.read_metrics(root / name)[-1]
+    for name in ("unbroken", "killed")
+  }
+  result = {
+    "kills": sum(start["killed"] for start in starts),
+    "starts": starts,
+    "files_of_unbroken": _num_files(root / "unbroken"),
+    "last": last,
+    "states_are_equal": _equal(root / "unbroken", root / "killed"),
+  }
+  print(json.dumps(result | benchmarks.provenance(), indent=2))
+
+
+def _start(workdir, config, core):
+  workdir.parent.mkdir(parents=True, exist_ok=True)
+  with open(f"{workdir}.log", "a") as log:
+    process = psutil.Popen(
+      [sys.executable, "-m", "convmixer_jax.main", *config,
+       f"--workdir={workdir}"],
+      stdout=log,
+      stderr=subprocess.STDOUT,
+    )  # fmt: skip
+  process.cpu_affinity([core])
+  return process
+
+
+def _killed_again_and_again(start) -> list[dict[str, Any]]:
+  """Until it ends by itself; what each start has used."""
+  starts, rng, workdir = [], random.Random(0), None
+  begun = time.monotonic()
+  with rich.progress.Progress(
+    *rich.progress.Progress.get_default_columns(),
+    console=rich.console.Console(stderr=True),
+  ) as bar:
+    task = bar.add_task("killing", total=60 * _MINUTES.value)
+    while True:
+      process = start()
+      workdir = Path(process.cmdline()[-1].partition("=")[2])
+      fate = time.monotonic() + rng.expovariate(1 / _KILL_EVERY.value)
+      used = {"mebibytes": 0, "open_files": 0, "killed": False}
+      while process.poll() is None:
+        elapsed = time.monotonic() - begun
+        bar.update(task, completed=elapsed)
+        if time.monotonic() > fate and elapsed < 60 * _MINUTES.value:
+          process.kill()
+          used["killed"] = True
+          break
+        try:
+          memory = process.memory_info().rss >> 20
+          used["mebibytes"] = max(used["mebibytes"], memory)
+          used["open_files"] = max(used["open_files"], process.num_fds())
+        except psutil.NoSuchProcess:
+          break
+        time.sleep(0.2)
+      code = process.wait()
+      records = logger.read_metrics(workdir)
+      used["step"] = records[-1]["step"] if records else 0
+      used["files_of_workdir"] = _num_files(workdir)
+      starts.append(used)
+      if not used["killed"]:
+        if code:
+          raise UserError(f"{workdir}.log: says why the run failed")
+        return starts
+
+
+def _num_files(folder):
+  return sum(path.is_file() for path in folder.rglob("*"))
+
+
+def _equal(*workdirs):
+  ours, theirs = map(checkpoint.load_state, workdirs)
+  return ours.keys() == theirs.keys() and all(
+    np.array_equal(ours[name], theirs[name]) for name in ours
+  )
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)
