@@ -75,7 +75,8 @@ def main() -> None:
     if unbroken.wait():
       raise UserError(f"{root / 'unbroken.log'}: says why the run failed")
   finally:
-    unbroken.kill()
+    if unbroken.poll() is None:
+      unbroken.kill()
   last = {
     name: logger.read_metrics(root / name)[-1]
     for name in ("unbroken", "killed")

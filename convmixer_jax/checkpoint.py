@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import contextlib
 import os
 from pathlib import Path
+import re
 import sys
 from typing import Any
 from typing import cast
@@ -24,6 +25,11 @@ from convmixer_jax import UserError
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # The newest ones.
+
+# orbax logs what it raises too, with tracebacks and whole files.
+logging.get_absl_logger().addFilter(
+  lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
+)
 
 
 class Checkpointer:
@@ -173,12 +179,9 @@ def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 def _load(workdir):
   path = Path(_directory(workdir), str(latest_step(workdir)))
   try:
-    with (
-      _without_logs(),
-      ocp.CheckpointManager(
-        path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
-      ) as manager,
-    ):
+    with ocp.CheckpointManager(
+      path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
+    ) as manager:
       step = int(path.name)
       as_numpy = jax.tree.map(
         lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
@@ -206,8 +209,7 @@ def _newest(manager, template, steps):
   """The newest state that can be read, and what is wrong with later ones."""
   damaged = {}
   for step in sorted(steps, reverse=True):
-    with _without_logs():
-      state, problem = _read(manager, template, step)
+    state, problem = _read(manager, template, step)
     if not problem:
       if "blocks" in template.params:
         state = jax.jit(models.stack_blocks)(state)
@@ -220,17 +222,6 @@ def _newest(manager, template, steps):
       f" {damaged[step]}"
     )
   return None, damaged
-
-
-@contextlib.contextmanager
-def _without_logs():
-  """orbax logs what it raises, whole files among it."""
-  verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.FATAL)
-  try:
-    yield
-  finally:
-    logging.set_verbosity(verbosity)
 
 
 def _read(manager, template, step):
@@ -293,7 +284,7 @@ def _difference(manager, step, state):
 
 
 def _reason(error):
-  """The line that tells most; tensorstore's are long."""
-  lines = str(error).splitlines() or [type(error).__name__]
-  system = [line for line in lines if "OS error" in line or "Errno" in line]
-  return (system or lines)[0].strip()[:200]
+  """What the system said, where it said something; tensorstore adds much."""
+  text = str(error) or type(error).__name__
+  system = re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", text)
+  return system[1] if system else text.splitlines()[0].strip()[:200]

@@ -160,9 +160,12 @@ def finished_run(folder, cell, seed, top1, evals=3):
   return workdir
 
 
-def run_main(*args, devices=1, module="convmixer_jax.main", **popen):
+def run_main(
+  *args, devices=1, module="convmixer_jax.main", environment=None, **popen
+):
   """Starts `python -m convmixer_jax.main` as a user would."""
-  env = os.environ | {
+  env = os.environ | (environment or {})
+  env |= {
     "PYTHONPATH": str(ROOT),
     "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
   }

@@ -4,8 +4,12 @@ import contextlib
 import json
 import multiprocessing
 import os
+from pathlib import Path
+import random
+import re
 import shutil
 import signal
+import subprocess
 import time
 
 import jax
@@ -13,6 +17,7 @@ import numpy as np
 import pytest
 
 from convmixer_jax import checkpoint
+from convmixer_jax import logger
 from convmixer_jax import replay
 from convmixer_jax import train
 from convmixer_jax import UserError
@@ -21,6 +26,8 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from tests import common
 from tests import test_data
+from tests.test_train import finish
+from tests.test_train import FLAGS
 from tests.test_train import records
 from tests.test_train import same_state
 
@@ -33,7 +40,7 @@ def train_digits(workdir, **overrides):
   return train.train_and_evaluate(config, workdir)
 
 
-# orbax leaves the other reads running when one has failed.
+# orbax leaves other reads or writes running when one has failed.
 other_reads = pytest.mark.filterwarnings(
   "ignore::pytest.PytestUnraisableExceptionWarning"
 )
@@ -285,3 +292,227 @@ def test_a_signal_is_seen_while_a_worker_is_stuck(photos):
     pass
   worker.join(10)
   assert not worker.is_alive()
+
+
+# --- Disks.
+
+
+@pytest.fixture
+def mounted(tmp_path):
+  """Mounts a file system of so many bytes; returns its folder."""
+  folder = tmp_path / "mounted"
+  folder.mkdir()
+
+  def mount(size):
+    done = subprocess.run(
+      ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder],
+      capture_output=True,
+      text=True,
+    )
+    if done.returncode:
+      pytest.skip(f"NO RIGHT TO MOUNT: {done.stderr.strip()}")
+    return folder
+
+  yield mount
+  subprocess.run(["umount", "-l", folder], capture_output=True)
+
+
+def fill(path):
+  """Writes to it until the disk is full."""
+  with open(path, "wb", buffering=0) as file:
+    for size in (1 << 16, 1 << 9, 1):
+      with contextlib.suppress(OSError):
+        while True:
+          file.write(bytes(size))
+    with pytest.raises(OSError, match="No space left on device"):
+      file.write(b"0")
+
+
+def before_step(monkeypatch, step, act):
+  """Calls `act` while the batch of that update is being made."""
+  batches = train.train_batches
+
+  def acting(config, source, mesh, start, *args):
+    for done, batch in enumerate(
+      batches(config, source, mesh, start, *args), start
+    ):
+      if done + 1 == step:
+        act()
+      yield batch
+
+  monkeypatch.setattr(train, "train_batches", acting)
+
+
+@pytest.mark.slow
+@other_reads
+@pytest.mark.parametrize(
+  ("full_at", "log_every"),
+  [
+    (6, 1),  # The log and TensorBoard's events cannot be written any more,
+    (7, 100),  # or else the checkpoint of step 10,
+    (5, 100),  # or that of step 5, the first.
+  ],
+)
+def test_a_full_disk_loses_nothing(
+  whole, mounted, monkeypatch, capfd, full_at, log_every
+):
+  folder = mounted("2m")
+  workdir, filler = folder / "run", folder / "filler"
+  with monkeypatch.context() as context:
+    before_step(context, full_at, lambda: fill(filler))
+    with pytest.raises(UserError, match="No space left on device"):
+      train_digits(workdir, log_every=log_every)
+  saved = [5] if full_at > 5 else []
+  with contextlib.closing(checkpoint.Checkpointer(workdir)) as checkpointer:
+    state = checkpointer.restore(tenth_like(whole[1]))
+    assert ([int(state.step)] if state else []) == saved
+  assert "Traceback" not in capfd.readouterr().err
+  filler.unlink()
+  assert same_state(train_digits(workdir, log_every=log_every), whole[1])
+  if log_every == 1:
+    assert records(workdir) == records(whole[0])
+
+
+@pytest.mark.slow
+def test_a_disk_that_cannot_be_written(whole, mounted):
+  folder = mounted("2m")
+  shutil.copytree(whole[0], folder / "run")
+  shutil.rmtree(folder / "run" / "checkpoints" / "10")
+  remount = ["mount", "-o", "remount,ro", folder]
+  subprocess.run(remount, check=True)
+  for workdir in (folder / "run", folder / "new"):
+    with pytest.raises(UserError, match=f"{workdir}: Read-only file system"):
+      train_digits(workdir)
+  subprocess.run([*remount[:2], "remount,rw", folder], check=True)
+  assert same_state(train_digits(folder / "run"), whole[1])
+
+
+@pytest.mark.slow
+@other_reads
+def test_a_disk_that_goes_away(mounted, monkeypatch, tmp_path):
+  folder = mounted("2m")
+  away = lambda: subprocess.run(["umount", "-l", folder], check=True)
+  before_step(monkeypatch, 7, away)
+  with pytest.raises(UserError, match=r"cannot be written: .*No such file"):
+    train_digits(folder / "run")
+  assert not [*folder.iterdir()]
+
+
+# --- Signals to real processes.
+
+
+def save_files(workdir):
+  """Those of checkpoints that are being written."""
+  return [*Path(workdir).glob("checkpoints/*.orbax-checkpoint-tmp*")]
+
+
+@pytest.mark.slow
+def test_sigkill_at_thirty_moments(tmp_path):
+  """Uniform between the first checkpoint and the last step, in one run.
+
+  Some come while a checkpoint is being written. At the end the whole state, and
+  the log, are those of a run that nothing happened to.
+  """
+  flags = (*FLAGS, "--config.epochs=40", "--config.save_every=10")
+  whole = common.run_main(*flags, f"--workdir={tmp_path / 'whole'}")
+  killed = tmp_path / "killed"
+  rng = random.Random()
+  moments = sorted(rng.uniform(11, 1797) for _ in range(30))
+  print(f"moments: {[round(m) for m in moments]}")
+  inside = 0
+  for number, moment in enumerate(moments):
+    process = common.run_main(*flags, f"--workdir={killed}")
+    for line in process.stdout:
+      step = re.match(r"step (\d+)/", line)
+      if step and int(step[1]) >= moment:
+        break
+    # Every third waits for the next checkpoint to be begun.
+    deadline = time.monotonic() + 10
+    while number % 3 == 0 and time.monotonic() < deadline:
+      if save_files(killed):
+        break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    inside += bool(save_files(killed))
+  print(f"inside a write: {inside}")
+  assert inside >= 5
+  out, err = finish(common.run_main(*flags, f"--workdir={killed}"))
+  assert "warning" not in err
+  assert "step 1798/1798" in out
+  finish(whole)
+  expected, ours = map(checkpoint.load_state, (tmp_path / "whole", killed))
+  assert expected.keys() == ours.keys()
+  for name, array in expected.items():
+    assert np.array_equal(ours[name], array), name
+  assert records(killed) == records(tmp_path / "whole")
+  assert not save_files(killed)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_ends_within_ten_seconds(tmp_path):
+  flags = (*FLAGS, "--config.epochs=100000", f"--workdir={tmp_path}")
+  process = common.run_main(*flags)
+  for line in process.stdout:
+    if line.startswith("step 100/"):
+      break
+  # While it runs, another is refused, and does it no harm.
+  _, err = finish(common.run_main(*flags), 2)
+  assert err.startswith(f"error: --workdir={tmp_path}: in use by process ")
+  assert len(err.splitlines()) == 1
+  process.terminate()
+  start = time.monotonic()
+  out, err = finish(process, 128 + signal.SIGTERM)
+  assert time.monotonic() - start < 10
+  assert not err
+  step = checkpoint.latest_step(tmp_path)
+  assert f"stopped by SIGTERM: step {step} is saved" in out
+  assert step > 100
+  # Before the first step there is nothing to save, and it ends at once.
+  process = common.run_main(*flags, "--config.log_every=1000000")
+  for line in process.stdout:
+    if line.startswith("going on in"):
+      break
+  process.terminate()
+  process.communicate(timeout=10)
+  assert process.returncode in (-signal.SIGTERM, 128 + signal.SIGTERM)
+  assert checkpoint.latest_step(tmp_path) >= step
+
+
+@pytest.mark.slow
+def test_a_clock_that_jumps_changes_nothing(whole, tmp_path):
+  """Years ahead, and back again, at every step or so."""
+  library = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+  if library is None:
+    pytest.skip("NO LIBFAKETIME: apt-get install faketime")
+  now = tmp_path / "now"
+  now.write_text("+0d")
+  process = common.run_main(
+    *FLAGS,
+    "--config.epochs=40",
+    f"--workdir={tmp_path / 'jumping'}",
+    environment={
+      "LD_PRELOAD": str(library),
+      "FAKETIME_TIMESTAMP_FILE": str(now),
+      "FAKETIME_NO_CACHE": "1",
+      "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    },
+  )
+  steps = 0
+  for line in process.stdout:
+    steps += line.startswith("step ")
+    now.write_text(("+3650d", "-400d")[steps % 2])
+  finish(process)
+  finish(
+    common.run_main(
+      *FLAGS, "--config.epochs=40", f"--workdir={tmp_path / 'steady'}"
+    )
+  )
+  ours, expected = records(tmp_path / "jumping"), records(tmp_path / "steady")
+  assert ours == expected
+  times = {r["time"][:4] for r in logger.read_metrics(tmp_path / "jumping")}
+  assert len(times) > 1
+  jumping, steady = map(
+    checkpoint.load_state, (tmp_path / "jumping", tmp_path / "steady")
+  )
+  assert all(np.array_equal(jumping[name], steady[name]) for name in steady)
