@@ -6,6 +6,7 @@ read, and beside every array a checksum of its bytes.
 
 from collections.abc import Iterator
 import contextlib
+import logging as std_logging
 import os
 from pathlib import Path
 import re
@@ -26,10 +27,12 @@ from convmixer_jax.step import TrainState
 
 KEEP = 3  # The newest ones.
 
-# orbax logs what it raises too, with tracebacks and whole files.
+# orbax logs what it raises too, with tracebacks and whole files, and asyncio
+# what of that it has not raised.
 logging.get_absl_logger().addFilter(
   lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
 )
+std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
 
 
 class Checkpointer:
@@ -286,5 +289,5 @@ def _difference(manager, step, state):
 def _reason(error):
   """What the system said, where it said something; tensorstore adds much."""
   text = str(error) or type(error).__name__
-  system = re.search(r"\[OS error \d+: \w+ ([^\]]+)\]", text)
-  return system[1] if system else text.splitlines()[0].strip()[:200]
+  code = re.search(r"os_error_code='(\d+)'", text)
+  return os.strerror(int(code[1])) if code else text.splitlines()[0][:200]
