@@ -37,6 +37,9 @@ bench: .venv/dev
 
 .venv/dev: requirements-dev.txt .venv/ready
 	$(RUN) pip install --disable-pip-version-check -r requirements-dev.txt
+# The compiler for TPUs, of jax 0.10.2, for the tests of plan. Apart, since every
+# process that finds it loads it; not made for all systems.
+	-$(RUN) pip install --disable-pip-version-check --no-deps --upgrade --target .venv/libtpu libtpu==0.0.42.1
 	@touch $@
 
 clean:

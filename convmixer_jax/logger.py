@@ -270,7 +270,8 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   return records
 
 
-def _environment() -> dict[str, Any]:
+def provenance() -> dict[str, Any]:
+  """What made a result: commit, Python, versions of `PACKAGES`."""
   git = lambda *args: subprocess.run(
     ["git", *args],
     cwd=Path(__file__).parent,
@@ -284,13 +285,19 @@ def _environment() -> dict[str, Any]:
       commit += "+changes"
   except (OSError, subprocess.CalledProcessError):
     commit = None
+  return {
+    "commit": commit,
+    "python": platform.python_version(),
+    "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+  }
+
+
+def _environment():
   devices = jax.devices()
   return {
     "started": _now(),
-    "commit": commit,
     "arguments": sys.argv[1:],
-    "python": platform.python_version(),
-    "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+    **provenance(),
     "device": devices[0].device_kind,
     "num_devices": len(devices),
     "num_processes": jax.process_count(),

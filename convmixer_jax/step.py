@@ -108,11 +108,13 @@ def make_train_step(
     logits, updated = model.apply(
       variables, images, train=True, mutable=["batch_stats"]
     )
-    loss = cross_entropy(logits, targets).mean()
-    hits = logits.argmax(-1) == targets.argmax(-1)
-    metrics = {"loss": loss, "top1": 100 * hits.mean(dtype=jnp.float32)}
+    with jax.named_scope("metrics"):
+      loss = cross_entropy(logits, targets).mean()
+      hits = logits.argmax(-1) == targets.argmax(-1)
+      metrics = {"loss": loss, "top1": 100 * hits.mean(dtype=jnp.float32)}
     return loss, (updated.get("batch_stats", {}), metrics)
 
+  @jax.named_scope("microbatches")
   def split(x):  # [B, ...] -> [accum_steps, B / accum_steps, ...]
     x = x.reshape(accum_steps, -1, *x.shape[1:])
     if batch_sharding is None:
@@ -125,7 +127,8 @@ def make_train_step(
     if targets.ndim == 1:
       targets = soft_targets(targets, model.num_classes, label_smoothing)
     key = jax.random.fold_in(jax.random.key(seed), state.step)
-    images, targets = augment(key, batch["image"], targets)
+    with jax.named_scope("augment"):
+      images, targets = augment(key, batch["image"], targets)
 
     def gradients(images, targets):
       grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(

@@ -284,6 +284,20 @@ def train_batches(
   )
 
 
+def batch_shapes(
+  config: ml_collections.ConfigDict, mesh: Any
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """What a batch of a run looks like on all devices."""
+  size = config.data.image_size
+  like = functools.partial(
+    jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
+  )
+  return {
+    "image": like((config.batch_size, size, size, 3), np.uint8),
+    "label": like((config.batch_size,), np.int32),
+  }
+
+
 def crops(source: sources.Source) -> bool:
   """Whether the step crops the images, for the host does not."""
   return not isinstance(source, sources.Encoded)
@@ -306,6 +320,21 @@ def jit_step(
     mesh: the devices, among which batches are cut.
     crop: whether the step crops, not the host.
   """
+  # An argument, so that runs with other seeds find the program compiled.
+  seed = jax.device_put(np.uint32(config.seed), sharding.replicated(mesh))
+  update = jit_update(config, model, tx, mesh, crop=crop)
+  return functools.partial(update, seed)
+
+
+def jit_update(
+  config: ml_collections.ConfigDict,
+  model: Any,
+  tx: Any,
+  mesh: jax.sharding.Mesh,
+  *,
+  crop: bool,
+) -> Any:
+  """`jit_step` of any seed, a uint32, which comes before the state."""
   replicated = sharding.replicated(mesh)
   batch_sharding = sharding.batch_sharding(mesh)
   augment_fn = augment.make_augment(
@@ -325,7 +354,7 @@ def jit_step(
     )
     return train_step(state, batch)
 
-  update = jax.jit(
+  return jax.jit(
     update,
     in_shardings=(replicated, replicated, batch_sharding),
     out_shardings=replicated,
@@ -334,9 +363,6 @@ def jit_step(
       {"xla_gpu_deterministic_ops": True} if config.deterministic else None
     ),
   )
-  # An argument, so that runs with other seeds find the program compiled.
-  seed = jax.device_put(np.uint32(config.seed), replicated)
-  return functools.partial(update, seed)
 
 
 def evaluate_checkpoint(
@@ -386,14 +412,7 @@ def evaluate_checkpoint(
 
 
 def _compiled(train_step, state, mesh, config):
-  size = config.data.image_size
-  like = functools.partial(
-    jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
-  )
-  batch = {
-    "image": like((config.batch_size, size, size, 3), np.uint8),
-    "label": like((config.batch_size,), np.int32),
-  }
+  batch = batch_shapes(config, mesh)
   lowered = train_step.func.lower(*train_step.args, state, batch)
   return functools.partial(lowered.compile(), *train_step.args)
 

@@ -197,6 +197,10 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
       "convmixer_jax.main",
       "config workdir mode distributed coordinator num_processes process_id",
     ),
+    (
+      "convmixer_jax.plan",
+      "config topology find_batch num_images num_classes json",
+    ),
     ("convmixer_jax.preview", "config out step num"),
     ("convmixer_jax.predict", "weights model top batch_size json"),
     ("convmixer_jax.export", "weights model out format"),
@@ -229,7 +233,7 @@ def test_help_explains_every_flag(module, flags):
 
 # --- The import rule.
 
-LEAVES = ("models", "ops", "augment", "optim", "logger", "sharding")
+LEAVES = ("models", "ops", "augment", "optim", "logger", "sharding", "hlo")
 MAY_IMPORT = {
   "configs": set(),
   "models": {"ops"},
@@ -266,7 +270,7 @@ def test_imports_go_one_way():
   for path, part in package_files():
     if part not in rules:
       top = ("train", "main", "predict", "export", "preview", "replay",
-             "__init__")  # fmt: skip
+             "plan", "__init__")  # fmt: skip
       assert part in top, f"{path}: has no rule"
       continue
     for module in imported_modules(path):

@@ -21,6 +21,13 @@ import tqdm
 from convmixer_jax import UserError
 from convmixer_jax.data import decode
 
+# Images in the splits of sets that TFDS counts only once they are prepared.
+SIZES = {
+  "cifar10": {"train": 50_000, "test": 10_000},
+  "cifar100": {"train": 50_000, "test": 10_000},
+  "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+}
+
 # Larger sets of small images (ImageNet at 64 pixels) are decoded on the way.
 IN_MEMORY_BYTES = 2 * 2**30
 
@@ -91,6 +98,59 @@ def open_source(
   if name == "folder":
     return _folder(directory, split)
   return _tfds(name, directory, split, image_size)
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+  """What is known of a split without its images.
+
+  Attributes:
+    size: number of images; None if unknown, as is
+    num_classes: number of classes.
+    shape: of all images, or with None where they differ.
+  """
+
+  size: int | None
+  num_classes: int | None
+  shape: tuple[int | None, ...]
+
+  def in_memory(self, image_size: int) -> bool:
+    """Whether `open_source` would hold it in memory, for such images."""
+    size = self.size or 0
+    small = size * image_size**2 * 3 <= IN_MEMORY_BYTES
+    return None not in self.shape and small
+
+
+def describe(
+  name: str, directory: str | None, split: str, image_size: int
+) -> Description:
+  """What `open_source` would open; works where the data are not.
+
+  Args:
+    name: see `open_source`, as for the rest.
+    directory: may be missing.
+    split: as there.
+    image_size: as there.
+
+  Raises:
+    UserError: naming the field of `config.data` and what is wrong with it.
+  """
+  here = directory is not None and os.path.isdir(os.path.expanduser(directory))
+  if name == "folder" and not here:
+    return Description(None, None, (None, None, 3))
+  if name in ("digits", "folder"):
+    source = open_source(name, directory, split, image_size)
+    shape = (None, None, 3) if name == "folder" else (8, 8, 3)
+    return Description(len(source), source.num_classes, shape)
+  builder, image, label = _builder(name, directory if here else None)
+  lengths = {k: v.num_examples for k, v in builder.info.splits.items()}
+  lengths = lengths or SIZES.get(builder.name, {})
+  features = builder.info.features
+  return Description(
+    sum(len(rows) for _, rows in _slice(split, lengths)) if lengths else None,
+    features[label].num_classes,
+    features[image].shape,
+  )
 
 
 def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
@@ -230,7 +290,7 @@ def _tfds(name, directory, split, image_size):
   size = len(source)
   classes = builder.info.features[label].names
   shape = builder.info.features[image].shape
-  if None in shape or size * image_size**2 * 3 > IN_MEMORY_BYTES:
+  if not Description(size, len(classes), shape).in_memory(image_size):
     return Encoded(read, size, classes)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)
@@ -246,12 +306,8 @@ def _tfds(name, directory, split, image_size):
   return InMemory(images, labels, classes)
 
 
-def _prepared_builder(name, directory):
-  """A TFDS builder whose data are on disk, prepared if need be, as ArrayRecord.
-
-  Returns:
-    The builder, and the names of its image and its label feature.
-  """
+def _builder(name, directory):
+  """A TFDS builder, and the names of its image and its label feature."""
   try:
     builder = tfds.builder(name, data_dir=directory)
   except tfds.core.DatasetNotFoundError as e:
@@ -262,7 +318,12 @@ def _prepared_builder(name, directory):
     ) from e
   except Exception as e:
     raise UserError(f"data.name={name}: {_reason(e)}") from e
-  image, label = _image_and_label(builder.info)
+  return builder, *_image_and_label(builder.info)
+
+
+def _prepared_builder(name, directory):
+  """Likewise; its data are on disk, prepared if need be, as ArrayRecord."""
+  builder, image, label = _builder(name, directory)
   array_record = tfds.core.FileFormat.ARRAY_RECORD
   if not builder.is_prepared():
     try:

@@ -21,6 +21,11 @@ def _gelu(x):
   return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
+# Names, in a compiled program, of what may need communication: sums over groups
+# of images, in the forward and in the backward pass, and means over the groups.
+STATISTICS = "statistics"
+AVERAGES = "running_averages"
+
 # In the order that native.cc knows.
 ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
 
@@ -96,11 +101,12 @@ class BatchNorm(nn.Module):
     )
     if not self.is_initializing():
       n = group * x.shape[1] * x.shape[2]
-      for running, new in (
-        (running_mean, mean),
-        (running_var, var * (n / max(n - 1, 1))),
-      ):
-        running.value += (1 - self.momentum) * (new.mean(0) - running.value)
+      with jax.named_scope(AVERAGES):
+        for running, new in (
+          (running_mean, mean),
+          (running_var, var * (n / max(n - 1, 1))),
+        ):
+          running.value += (1 - self.momentum) * (new.mean(0) - running.value)
     return y
 
 
@@ -148,10 +154,11 @@ def _groups_forward(static, group, epsilon, x, bias, scale, offset, residual):
   means, squares = (
     _by_group(v, group) for v in _moments(static, x, bias)
   )  # Of each image.
-  mean = means.mean(1)
   pixels = x.shape[1] * x.shape[2]
-  between = jnp.square(means - mean[:, None]).mean(1)
-  var = squares.mean(1) / pixels + between
+  with jax.named_scope(STATISTICS):
+    mean = means.mean(1)
+    between = jnp.square(means - mean[:, None]).mean(1)
+    var = squares.mean(1) / pixels + between
   inverse = jax.lax.rsqrt(var + epsilon)
   by_image = lambda v: jnp.repeat(v, group, axis=0)
   y = _normalize(
@@ -171,10 +178,9 @@ def _groups_backward(static, group, epsilon, kept, grads):
   x, bias, scale, mean, inverse, has_residual = kept
   grad = grads[0]
   by_image = lambda v: jnp.repeat(v, group, axis=0)
-  sums, products = (
-    _by_group(v, group).sum(1)
-    for v in _grad_sums(static, x, bias, by_image(mean), grad)
-  )
+  grad_sums = _grad_sums(static, x, bias, by_image(mean), grad)
+  with jax.named_scope(STATISTICS):
+    sums, products = (_by_group(v, group).sum(1) for v in grad_sums)
   # With a = act(x + bias) and â = (a - mean) * inverse, the gradient of a is
   # inverse * scale * (grad - mean of grad - â * mean of grad * â).
   n = group * x.shape[1] * x.shape[2]

@@ -1,0 +1,420 @@
+import importlib.util
+import json
+import os
+from pathlib import Path
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from convmixer_jax import hlo
+from convmixer_jax import models
+from convmixer_jax import plan
+from convmixer_jax import UserError
+from convmixer_jax.data import sources
+from tests import common
+
+DIGITS = sources.describe("digits", None, "train", 8)
+
+
+def plan_digits(**overrides):
+  """Of a step of eight images on each of the eight devices."""
+  config = common.digits_config(batch_size=64, **overrides)
+  return plan.plan(config, jax.devices(), DIGITS)
+
+
+def bytes_by_cause(result):
+  total = {}
+  for row in result["collectives"]:
+    total[row["cause"]] = total.get(row["cause"], 0) + row["bytes"]
+  return total
+
+
+@pytest.fixture(scope="module")
+def grouped():
+  fields = {"bn_group_size": 8, "depth": 2, "scan": True}
+  return plan_digits(**{f"model.{name}": v for name, v in fields.items()})
+
+
+@pytest.fixture(scope="module")
+def synchronised():
+  return plan_digits(**{"augment.mixup_alpha": 0.2})
+
+
+def test_memory(synchronised):
+  split = synchronised["memory_split_bytes"]
+  # 322 parameters, three pairs of averages of 8 channels; AdamW's two moments,
+  # and two counters; on each device 8 images of 8 x 8 and their labels.
+  assert split["parameters"] == 322 * 4 == 1288
+  assert split["batch_stats"] == 3 * 2 * 8 * 4
+  assert split["optimizer"] == 2 * 1288 + 2 * 4
+  assert split["batch"] == 8 * (8 * 8 * 3 + 4)
+  assert split["ema"] == 0
+  assert split["activations"] > 0
+  assert sum(split.values()) == synchronised["memory_bytes"]
+  assert synchronised["fits"]
+  assert synchronised["steps"] == 23  # ceil(1437 / 64)
+
+
+def test_groups_that_fit_exchange_gradients_and_averages_alone(grouped):
+  """Exactly; the blocks are a loop, and counted as often as it runs."""
+  split = grouped["memory_split_bytes"]
+  assert bytes_by_cause(grouped) == {
+    "gradients": split["parameters"],
+    "BatchNorm running averages": split["batch_stats"],
+    "metrics": 8,
+  }
+  assert {row["kind"] for row in grouped["collectives"]} == {"all-reduce"}
+
+
+def test_what_spans_devices_is_exchanged(synchronised):
+  causes = bytes_by_cause(synchronised)
+  norms = 3 * 8 * 4
+  # Mean, mean square and spread forward, two sums backward, which are the
+  # gradients of scale and offset too.
+  assert causes.pop("BatchNorm statistics") == 5 * norms
+  parameters = synchronised["memory_split_bytes"]["parameters"]
+  assert causes.pop("gradients") == parameters - 2 * norms
+  # Images and labels of the whole batch, in reverse order.
+  assert causes.pop("augmentation") > 0
+  assert causes == {"metrics": 8}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("overrides", "cause"),
+  [
+    ({"model.bn_group_size": 16}, "BatchNorm statistics"),
+    ({"accum_steps": 2}, "microbatches"),
+  ],
+)
+def test_more_that_spans_devices(overrides, cause):
+  assert bytes_by_cause(plan_digits(**overrides))[cause] > 0
+
+
+def test_flops():
+  config = common.digits_config(**{"model.dim": 64, "model.depth": 6})
+
+  def flops(**fields):
+    config.model.update(fields)
+    *_, traced = plan.trace_step(config, jax.devices(), DIGITS)
+    return plan._flops(traced.jaxpr.jaxpr)
+
+  once = flops()
+  model = models.create_model(num_classes=10, **config.model)
+  forward = config.batch_size * models.forward_flops(model, 8)
+  assert once == pytest.approx(3 * forward, rel=0.01)
+  assert flops(scan=True) == once
+  assert flops(remat="nothing_saveable") == pytest.approx(4 * forward, rel=0.02)
+
+
+def test_a_slice_counts_for_what_is_cut_out():
+  rows = jax.ShapeDtypeStruct((1000, 4096), jnp.float32)
+  total = lambda x: jax.lax.scan(lambda sum, row: (sum + row, row * 2), x[0], x)
+  program = hlo.Program(jax.jit(total).lower(rows).compile().as_text())
+  # Each row is read once or twice and written once, beside the sum.
+  size = 1000 * 4096 * 4
+  assert 3 * size <= program.bytes() <= 8 * size
+
+
+def test_arrays_exchanged_by_loops_and_in_pairs():
+  mesh = plan.sharding.make_mesh()
+
+  def body(x, _):
+    total = jax.lax.psum((x, x[:2]), "data")
+    return x + total[0] + jax.lax.ppermute(x, "data", [(0, 1), (1, 0)]), None
+
+  step = jax.shard_map(
+    lambda x: jax.lax.scan(body, x, length=5)[0],
+    mesh=mesh,
+    in_specs=jax.P("data"),
+    out_specs=jax.P("data"),
+    check_vma=False,
+  )
+  x = jax.ShapeDtypeStruct((8 * 100,), jnp.float32)
+  program = hlo.Program(jax.jit(step).lower(x).compile().as_text())
+  found = [
+    (c.kind, c.bytes, c.runs, c.group_size) for c in program.collectives()
+  ]
+  assert ("all-reduce", 400, 5, 8) in found
+  assert ("collective-permute", 400, 5, 0) in found
+  (reduced,) = (
+    c for c in program.collectives() if c.bytes == 400 and "reduce" in c.kind
+  )
+  assert reduced.sent_bytes == 400 * 2 * 7 / 8
+
+
+@pytest.mark.parametrize(
+  ("name", "error"),
+  [
+    ("v9:2x2", "must be cpu:8, or one of v4, v5e, v5p, v6e"),
+    ("v5e", "number of chips along each axis, as in v5e:4x4"),
+    ("v5e:", "must be"),
+    ("v5e:0x4", "must be"),
+    ("v5e:4x4x", "must be"),
+    ("cpu:2x2", "must be"),
+    ("cpu:0", "must be"),
+    ("cpu:99999", "at most 10,000"),
+    ("v5e:999x999", "at most 10,000"),
+  ],
+)
+def test_mistakes_in_the_topology(name, error):
+  with pytest.raises(UserError, match=error) as e:
+    plan.open_topology(name)
+  assert str(e.value).startswith(f"--topology={name}: ")
+  assert "\n" not in str(e.value)
+
+
+def test_without_libtpu(monkeypatch):
+  monkeypatch.setitem(sys.modules, "libtpu", None)
+  monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  with pytest.raises(UserError, match=r'pip install "jax\[tpu\]==') as e:
+    plan.open_topology("v5e:2x4")
+  assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 7, 100, 1437 // 64])
+@pytest.mark.parametrize("begin", [1, 4, 20])
+def test_find_batch(monkeypatch, limit, begin):
+  """Batches fit up to `limit` units of 64, by memory that is not linear."""
+  compiled = []
+
+  def fake(config, devices, data):
+    units = config.batch_size // 64
+    compiled.append(units)
+    activations = units**2 + 10
+    return {
+      "batch_size": config.batch_size,
+      "fits": units <= limit,
+      "compile_seconds": 0.0,
+      "memory_bytes": activations + 5,
+      "memory_available_bytes": limit**2 + 15,
+      "memory_split_bytes": {"batch": 0, "activations": activations},
+    }
+
+  monkeypatch.setattr(plan, "plan", fake)
+  config = common.digits_config(
+    batch_size=64 * begin, **{"model.bn_group_size": 8}
+  )
+  lines = []
+  found = plan.find_batch(config, jax.devices(), DIGITS, lines.append)
+  assert found["batch_size"] == 64 * min(limit, 1437 // 64)
+  assert [row["batch_size"] for row in found["tried"]] == [
+    64 * units for units in compiled
+  ]
+  assert len(compiled) == len(set(compiled)) <= 10
+  assert len(lines) == 1 + len(compiled)
+  assert config.batch_size == 64 * begin
+
+
+def test_find_batch_ends_within_two_percent(monkeypatch):
+  plans = []
+
+  def fake(config, devices, data):
+    plans.append(config.batch_size)
+    needed = 10 + 3 * config.batch_size
+    return {
+      "batch_size": config.batch_size,
+      "fits": config.batch_size <= 700,
+      "compile_seconds": 0.0,
+      "memory_bytes": None if config.batch_size > 700 else needed,
+      "memory_available_bytes": 10 + 3 * 703,
+      "memory_split_bytes": {"batch": 0, "activations": needed - 10},
+    }
+
+  monkeypatch.setattr(plan, "plan", fake)
+  config = common.digits_config()
+  found = plan.find_batch(config, jax.devices()[:1], DIGITS, lambda line: None)
+  assert 686 <= found["batch_size"] <= 700
+  assert len(plans) <= 6
+
+
+@pytest.mark.slow
+def test_find_batch_where_none_fits(monkeypatch):
+  monkeypatch.setattr(plan, "_available", lambda *args: 1000)
+  config = common.digits_config(batch_size=64)
+  with pytest.raises(UserError, match="not even batch_size=8: does not fit"):
+    plan.find_batch(config, jax.devices(), DIGITS, print)
+
+
+@pytest.mark.parametrize(
+  ("name", "split", "size", "classes", "in_memory"),
+  [
+    ("digits", "train[:50%]", 718, 10, True),
+    ("cifar10", "train[:45000]", 45_000, 10, True),
+    ("imagenet2012", "train", 1_281_167, 1000, False),
+    ("imagenet2012", "train[:98%]", 1_255_544, 1000, False),
+    ("folder", "train", None, None, False),
+  ],
+)
+def test_what_is_known_without_the_data(
+  tmp_path, name, split, size, classes, in_memory
+):
+  missing = str(tmp_path / "missing")
+  known = sources.describe(name, missing, split, 32)
+  assert (known.size, known.num_classes) == (size, classes)
+  assert known.in_memory(32) == in_memory
+
+
+def run_plan(*args):
+  process = common.run_main(
+    "--config=configs/digits.py",
+    "--config.model.dim=8",
+    "--config.model.depth=1",
+    *args,
+    module="convmixer_jax.plan",
+  )
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+@pytest.mark.slow
+def test_the_command():
+  code, out, err = run_plan("--topology=cpu:4", "--json")
+  assert (code, err) == (0, "")
+  result = json.loads(out)
+  assert result["num_devices"] == 4
+  assert result["fits"]
+  assert result["versions"]["jax"] == jax.__version__
+
+
+@pytest.mark.slow
+def test_the_command_finds_a_batch():
+  code, out, err = run_plan("--topology=cpu:4", "--find_batch", "--json")
+  assert code == 0, err
+  result = json.loads(out)
+  # All but one image, which would not leave four equal parts.
+  assert result["batch_size"] == 1436
+  assert "batch_size=1,436: fits" in err
+  assert "Traceback" not in err
+
+
+def test_the_report(grouped, synchronised):
+  text = plan.report(grouped)
+  assert "memory a device: fits, 0.00 of" in text
+  assert "  gradients                   2.024 kB, 22 arrays in " in text
+  assert "BatchNorm statistics" in plan.report(synchronised)
+
+
+RESULTS = sorted((common.ROOT / "benchmarks/results").glob("plan_*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
+def test_published_models(path):
+  """What benchmarks/results says of v5e, from the compiled programs."""
+  result = json.loads(path.read_text())
+  assert result["fits"]
+  assert result["batch_size"] == 64 * result["num_devices"]
+  passes = 4 if result["remat"] else 3
+  forward = result["model_flops"] / 3
+  assert result["flops"] == pytest.approx(passes * forward, rel=0.02)
+  causes = {"gradients", "metrics"}
+  causes |= (
+    {"BatchNorm running averages"}
+    if result["bn_group_size"]
+    else {"BatchNorm statistics"}
+  )
+  assert bytes_by_cause(result).keys() == causes
+  assert {row["kind"] for row in result["collectives"]} == {"all-reduce"}
+
+
+def libtpu():
+  """Where libtpu is; make keeps it apart, as jax would load it everywhere."""
+  apart = Path(sys.prefix) / "libtpu/libtpu/libtpu.so"
+  if path := os.environ.get("TPU_LIBRARY_PATH"):
+    return path
+  return str(apart) if apart.exists() else None
+
+
+tpu = pytest.mark.skipif(
+  libtpu() is None and importlib.util.find_spec("libtpu") is None,
+  reason="NO LIBTPU: programs for TPUs are not checked",
+)
+
+
+@pytest.fixture
+def with_libtpu(monkeypatch):
+  if libtpu():
+    monkeypatch.setenv("TPU_LIBRARY_PATH", libtpu())
+
+
+@tpu
+@pytest.mark.slow
+def test_a_tpu_program(with_libtpu):
+  """Groups that fit, on eight v5e, and what the chip's table adds."""
+  code, out, err = run_plan(
+    "--topology=v5e:2x4",
+    "--config.batch_size=64",
+    "--config.model.bn_group_size=8",
+    "--json",
+  )
+  assert code == 0, err
+  assert not err
+  result = json.loads(out)
+  split = result["memory_split_bytes"]
+  assert result["device"] == "TPU v5 lite"
+  assert result["num_devices"] == 8
+  assert bytes_by_cause(result) == {
+    "gradients": split["parameters"],
+    "BatchNorm running averages": split["batch_stats"],
+    "metrics": 8,
+  }
+  seconds = result["seconds"]
+  bounds = [seconds[k] for k in ("arithmetic", "memory", "interconnect")]
+  assert 0 < max(bounds) == seconds["at_best"] < seconds["compiler_estimate"]
+  assert result["hours"]["at_best"] * 3600 == pytest.approx(
+    result["steps"] * seconds["at_best"]
+  )
+
+
+@tpu
+@pytest.mark.slow
+def test_a_tpu_program_that_does_not_fit(with_libtpu):
+  code, out, err = run_plan(
+    "--topology=v5e:1x1",
+    "--config.data.image_size=512",
+    "--config.model.dim=512",
+    "--config.model.scan=true",
+  )
+  assert code == 1, err
+  assert "memory a device: does not fit, " in out
+  assert " of 15.75 GiB" in out
+  assert "an unknown number" not in out
+
+
+@tpu
+@pytest.mark.slow
+def test_topologies_that_libtpu_refuses(with_libtpu):
+  code, _, err = run_plan("--topology=v5e:3x5")
+  assert code == 2
+  assert err.startswith("error: --topology=v5e:3x5: ")
+  assert err.count("\n") == 1
+
+
+@tpu
+@pytest.mark.slow
+def test_tpus_get_no_code_for_cpus(with_libtpu):
+  script = """
+import re
+from convmixer_jax import plan
+from convmixer_jax.data import sources
+from tests import common
+devices = plan.open_topology("v4:2x2x1")
+assert [d.device_kind for d in devices] == ["TPU v4"] * 4
+config = common.digits_config(batch_size=32)
+data = sources.describe("digits", None, "train", 8)
+*_, traced = plan.trace_step(config, devices, data)
+lowered = traced.lower()
+text = lowered.as_text()
+assert "feature_group_count = 8" in text  # XLA's own depthwise convolution.
+assert "optimization_barrier" not in text  # As the sum of shifted products has.
+text += lowered.compile().as_text()
+assert not re.search("convmixer_(?!jax)", text)  # native.cc's functions.
+"""
+  command = [sys.executable, "-c", script]
+  result = subprocess.run(
+    command, cwd=common.ROOT, capture_output=True, text=True, check=False
+  )
+  assert result.returncode == 0, result.stderr
