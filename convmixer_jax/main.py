@@ -11,8 +11,13 @@
 
 Any field of a config is a flag: --config.epochs=9 --config.model.depth=4.
 Running the same command again goes on where the workdir was left.
+
+Exit codes: 0 finished; 1 failed, with a traceback; 2 a mistake in what was
+given; 75 (--distributed) another process is gone or never came; 128 + the
+signal's number (143 for SIGTERM) stopped, and the state is saved.
 """
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -21,6 +26,8 @@ from absl import flags
 import jax
 
 from convmixer_jax import cli
+from convmixer_jax import config as config_lib
+from convmixer_jax import distributed
 from convmixer_jax import logger
 from convmixer_jax import train
 from convmixer_jax import UserError
@@ -78,6 +85,14 @@ _ACCEPT_CHANGES = flags.DEFINE_bool(
   " recorded in its run.json: --accept_changes.",
   flag_values=_FLAGS,
 )
+_TIMEOUT = flags.DEFINE_integer(
+  "timeout",
+  60,
+  "With --distributed: seconds after which processes that have not come, or"
+  " are silent, are given up, and all end: --timeout 300. Default: 60.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
 
 
 def main() -> None:
@@ -89,11 +104,24 @@ def main() -> None:
     raise UserError(
       "--coordinator, --num_processes, --process_id: need --distributed"
     )
-  if _DISTRIBUTED.value:
-    try:
-      jax.distributed.initialize(*where)
-    except (ValueError, RuntimeError) as e:
-      raise UserError(f"--distributed: {str(e).splitlines()[0]}") from e
+  with contextlib.ExitStack() as stack:
+    if _DISTRIBUTED.value:
+      settings = {
+        "--workdir": os.path.abspath(workdir),
+        "--mode": _MODE.value,
+        "--accept_changes": _ACCEPT_CHANGES.value,
+      }
+      settings |= {
+        f"config.{name}": value
+        for name, value in config_lib.flatten(config).items()
+      }
+      stack.enter_context(
+        distributed.session(*where, timeout=_TIMEOUT.value, settings=settings)
+      )
+    _run(config, workdir)
+
+
+def _run(config, workdir):
   if _MODE.value == "train":
     train.train_and_evaluate(
       config, workdir, accept_changes=_ACCEPT_CHANGES.value

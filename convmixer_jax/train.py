@@ -466,11 +466,12 @@ def _load_init_from(config, model, wanted, new_head=False):
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[Callable[[], int]]:
-  """Turns SIGINT and SIGTERM into a question: which has come, or 0.
+  """Turns signals to stop into a question: which has come, or 0.
 
-  A second Ctrl-C stops at once. With several processes SIGTERM is left to jax,
-  which makes all of them stop at the same step (`Checkpointer.preempted`), and
-  SIGINT becomes SIGTERM.
+  They are SIGINT, SIGTERM, and those that Slurm sends where it is told to,
+  SIGUSR1 and SIGUSR2. A second Ctrl-C stops at once. With several processes
+  SIGTERM is left to jax, which makes all of them stop at the same step
+  (`Checkpointer.preempted`), and the others become SIGTERM.
   """
   received = []
 
@@ -482,7 +483,9 @@ def _stop_signals() -> Iterator[Callable[[], int]]:
       received.append(signum)
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-  signals = [signal.SIGINT, signal.SIGTERM][: 1 + (jax.process_count() == 1)]
+  signals = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+  if jax.process_count() == 1:
+    signals.append(signal.SIGTERM)
   if threading.current_thread() is not threading.main_thread():
     signals = []  # Python allows no other thread to handle them.
   previous = {signum: signal.signal(signum, note) for signum in signals}

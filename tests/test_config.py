@@ -233,7 +233,10 @@ def test_help_explains_every_flag(module, flags):
 
 # --- The import rule.
 
-LEAVES = ("models", "ops", "augment", "optim", "logger", "sharding", "hlo")
+LEAVES = (
+  "models", "ops", "augment", "optim", "logger", "sharding", "hlo",
+  "distributed",
+)  # fmt: skip
 MAY_IMPORT = {
   "configs": set(),
   "models": {"ops"},
