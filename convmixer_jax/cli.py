@@ -67,7 +67,7 @@ def given(flag: flags.FlagHolder) -> Any:
   return flag.value
 
 
-def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
+def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   """absl's parsing, with one line for each mistake instead of a traceback."""
   module = sys.modules["__main__"]
   if {"--help", "-help", "-h"} & set(argv):
@@ -164,7 +164,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
     main(*argv[1:])
 
   try:
-    app.run(call, flags_parser=lambda argv: _parse_flags(argv, flag_values))
+    app.run(call, flags_parser=lambda argv: parse_flags(argv, flag_values))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr, flush=True)
     # Python waits for threads, of which one may be stuck in a dead file system.

@@ -17,6 +17,7 @@ import time
 import traceback
 from typing import Any
 
+from absl import logging
 import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
@@ -52,17 +53,21 @@ def session(
   Raises:
     UserError: they cannot meet as they were told to.
   """
-  if coordinator is not None and not re.fullmatch(r".+:\d+", coordinator):
-    raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
+  port = 0
+  if coordinator is not None:
+    match = re.fullmatch(r".+:(\d{1,5})", coordinator)
+    port = int(match[1]) if match else 2**16
+    if port >= 2**16:
+      raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
   if None not in (num_processes, process_id) and process_id >= num_processes:
     raise UserError(
       f"--process_id={process_id}: must be below"
       f" --num_processes={num_processes}"
     )
-  if coordinator is not None and process_id == 0:
+  if port and process_id == 0:
     try:  # jax would crash.
-      socket.create_server(("", int(coordinator.rpartition(":")[2]))).close()
-    except (OSError, OverflowError) as e:
+      socket.create_server(("", port)).close()
+    except OSError as e:
       raise UserError(f"--coordinator={coordinator}: {e}") from e
   os.environ.setdefault("grpc_proxy", "")  # Proxies are for the world outside,
   jax.config.update("jax_check_proxy_envs", False)  # so need no warning.
@@ -126,6 +131,8 @@ class _Watch:
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    # What raises in a thread of orbax's is raised again where it is waited for.
+    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     self._thread = threading.Thread(
       target=self._listen, args=(read,), daemon=True
     )

@@ -179,6 +179,16 @@ def run_main(
   )
 
 
+def cifar10_absent():
+  """Says why, or nothing where TFDS has it as ArrayRecord."""
+  import tensorflow_datasets as tfds
+
+  builder = tfds.builder("cifar10")
+  if not builder.is_prepared():
+    return f"NO CIFAR-10 in {builder.data_path}"
+  return ""
+
+
 def tiny_model(**overrides):
   fields = {"dim": 8, "depth": 2, "patch_size": 2, "kernel_size": 3}
   return models.ConvMixer(**{**fields, "num_classes": 10, **overrides})

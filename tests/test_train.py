@@ -4,7 +4,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import sys
 import time
 import types
@@ -544,61 +543,6 @@ def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
   assert f"step {step} is saved" in out
 
 
-def distributed_pair(*flags):
-  with socket.socket() as s:
-    s.bind(("localhost", 0))
-    port = s.getsockname()[1]
-  return [
-    common.run_main(
-      *flags,
-      "--distributed",
-      f"--coordinator=localhost:{port}",
-      "--num_processes=2",
-      f"--process_id={i}",
-    )
-    for i in range(2)
-  ]
-
-
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-  """Gloo between two processes of one device; one process of two devices."""
-  # 360 images in batches of 14: the last one is ragged.
-  flags = (
-    *FLAGS,
-    "--config.batch_size=14",
-    "--config.data.train_split=train[:140]",
-  )
-  pair = distributed_pair(*flags, f"--workdir={tmp_path / 'two'}")
-  (out, _), (silent, _) = (finish(process) for process in pair)
-  assert "on 360 images" in out
-  assert "step" not in silent
-  finish(common.run_main(*flags, f"--workdir={tmp_path / 'one'}", devices=2))
-  both = records(tmp_path / "two"), records(tmp_path / "one")
-  assert len(both[0]) == len(both[1]) == 11
-  for a, b in zip(*both):
-    assert a.keys() == b.keys()
-    assert a.pop("kind") == b.pop("kind")
-    assert a == pytest.approx(b, rel=1e-4)
-  two = checkpoint.load_variables(tmp_path / "two")
-  one = checkpoint.load_variables(tmp_path / "one")
-  assert common.tree_error(two, one) <= 2e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, signum):
-  pair = distributed_pair(
-    *FLAGS, "--config.epochs=100000", f"--workdir={tmp_path}"
-  )
-  for line in pair[0].stdout:
-    if line.startswith("step 3/"):
-      break
-  pair[1].send_signal(signum)
-  (out, _), _ = (finish(process, 128 + signal.SIGTERM) for process in pair)
-  assert f"step {checkpoint.latest_step(tmp_path)} is saved" in out
-
-
 @pytest.mark.slow
 def test_digits_reach_their_accuracy(tmp_path):
   """README's figure: the mean of three seeds is at least 98.0 %."""
@@ -617,20 +561,10 @@ def test_digits_reach_their_accuracy(tmp_path):
   assert np.mean(top1) >= 98.0
 
 
-def cifar10_absent():
-  """Says why, or nothing where TFDS has it as ArrayRecord."""
-  import tensorflow_datasets as tfds
-
-  builder = tfds.builder("cifar10")
-  if not builder.is_prepared():
-    return f"NO CIFAR-10 in {builder.data_path}"
-  return ""
-
-
 @pytest.mark.slow
 def test_cifar10_learns(tmp_path):
   """A hundred steps on the real images end well above chance."""
-  if why := cifar10_absent():
+  if why := common.cifar10_absent():
     pytest.skip(why)
   finish(
     common.run_main(

@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# Runs one command on all workers of a TPU VM, or pod, through gcloud.
+#
+#   scripts/tpu_pod.sh NAME setup       copies this checkout, sets up its .venv
+#   scripts/tpu_pod.sh NAME run CMD...  runs CMD in the checkout, on all workers
+#   scripts/tpu_pod.sh NAME log         what worker 0 has printed, as it comes
+#   scripts/tpu_pod.sh NAME stop        SIGTERM: a run saves its state and ends
+#
+# For example, with zone and project as gcloud config has them, or in ZONE and
+# PROJECT:
+#
+#   scripts/tpu_pod.sh pod setup
+#   scripts/tpu_pod.sh pod run python -m convmixer_jax.main \
+#       --config configs/imagenet.py --workdir /mnt/bucket/run --distributed
+#
+# A run goes on when this terminal is gone. What is committed is copied, no more.
+set -euo pipefail
+
+usage() {
+  sed -n '2,/^set /s/^# \{0,1\}//p' "$0"
+}
+
+main() {
+  if [[ ${1:-} == --help || ${1:-} == -h ]]; then
+    usage
+    exit 0
+  fi
+  if (($# < 2)); then
+    fail "give NAME and one of setup, run, log, stop; see --help"
+  fi
+  command -v gcloud >/dev/null || fail "gcloud: not found; see https://cloud.google.com/sdk"
+  local tpu=$1 action=$2
+  shift 2
+  local where=()
+  [[ -z ${ZONE:-} ]] || where+=("--zone=$ZONE")
+  [[ -z ${PROJECT:-} ]] || where+=("--project=$PROJECT")
+  # shellcheck disable=SC2016  # What is in single quotes is expanded there.
+  case $action in
+  setup) setup ;;
+  run)
+    (($#)) || fail "run: give a command"
+    run "$@"
+    ;;
+  log) on_workers 0 "tail -n +1 -F convmixer_jax/pod.log" ;;
+  # The command leads a group of its own, and all of it is told.
+  stop) on_workers all 'kill -TERM -- "-$(cat convmixer_jax/pod.pid)"' ;;
+  *) fail "$action: must be setup, run, log or stop" ;;
+  esac
+}
+
+fail() {
+  echo "error: $1" >&2
+  exit 2
+}
+
+on_workers() {
+  gcloud compute tpus tpu-vm ssh "$tpu" "${where[@]}" "--worker=$1" --command="$2"
+}
+
+setup() {
+  local root archive jax
+  root=$(cd "$(dirname "$0")/.." && pwd)
+  archive=$(mktemp -d)
+  # shellcheck disable=SC2064  # The folder of now.
+  trap "rm -rf '$archive'" EXIT
+  git -C "$root" archive --prefix=convmixer_jax/ -o "$archive/code.tar.gz" HEAD
+  jax=$(sed -n 's/^jax==//p' "$root/requirements.txt")
+  gcloud compute tpus tpu-vm scp "$archive/code.tar.gz" "$tpu:convmixer_jax.tar.gz" \
+    "${where[@]}" --worker=all
+  # Ubuntu 22.04 has Python 3.11 beside its own; later ones have a later one.
+  on_workers all "set -e
+    sudo apt-get update -q
+    sudo apt-get install -yq make python3.11-venv || sudo apt-get install -yq make python3-venv
+    tar xzf convmixer_jax.tar.gz
+    cd convmixer_jax
+    make .venv
+    .venv/bin/pip install --quiet 'jax[tpu]==$jax'"
+}
+
+run() {
+  local command
+  command=$(printf '%q ' "$@")
+  # setsid makes a group of its own, for stop; nohup lets it outlive the ssh.
+  on_workers all "cd convmixer_jax && PATH=\$PWD/.venv/bin:\$PATH && {
+    nohup setsid bash -c 'echo \$\$ >pod.pid; exec \"\$@\"' - $command >pod.log 2>&1 </dev/null &
+  }"
+}
+
+main "$@"

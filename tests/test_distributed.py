@@ -1,0 +1,294 @@
+"""Real processes that train together, over Gloo, and end together."""
+
+import contextlib
+import json
+import re
+import signal
+import socket
+import time
+
+import pytest
+
+from convmixer_jax import checkpoint
+from convmixer_jax import distributed
+from convmixer_jax import UserError
+from tests import common
+from tests import test_data
+from tests.test_train import finish
+from tests.test_train import FLAGS
+from tests.test_train import records
+
+# After tens of steps, float32: processes add up in another order.
+TOLERANCE = 1e-4
+# 360 images are scored in batches of 28, the last one ragged.
+DIGITS = (*FLAGS, "--config.batch_size=28",
+          "--config.data.train_split=train[:140]")  # fmt: skip
+CIFAR10 = (
+    "--config=configs/cifar10.py", "--config.model.name=convmixer_128_4",
+    "--config.model.dim=16", "--config.model.depth=1",
+    "--config.model.patch_size=4",
+    "--config.batch_size=64", "--config.data.train_split=train[:512]",
+    "--config.data.eval_split=test[:100]", "--config.epochs=1",
+    "--config.log_every=1", "--config.eval_every=1000",
+    "--config.save_every=1000",
+)  # fmt: skip
+
+
+def free_port():
+  with socket.socket() as s:
+    s.bind(("localhost", 0))
+    return s.getsockname()[1]
+
+
+def start(count, *flags, ids=None, port=None, timeout=10):
+  port = port or free_port()
+  return [
+    common.run_main(
+      "--distributed",
+      f"--coordinator=localhost:{port}",
+      f"--num_processes={count}",
+      f"--process_id={i}",
+      f"--timeout={timeout}",
+      *flags,
+    )
+    for i in ids or range(count)
+  ]
+
+
+@contextlib.contextmanager
+def ended(processes):
+  """None of them outlives its test."""
+  try:
+    yield processes
+  finally:
+    for process in processes:
+      process.kill()
+      process.communicate()
+
+
+def assert_one_line(process, code, says):
+  """How a process ends that another has let down; returns the seconds it took.
+
+  Nothing else on stderr: no traceback, no stack of C++.
+  """
+  started = time.time()
+  _, err = process.communicate(timeout=180)
+  assert process.returncode == code, err
+  assert re.fullmatch(f"error: {says}\n", err), err
+  return time.time() - started
+
+
+def assert_same_run(workdir, one, tolerance=TOLERANCE):
+  """The same parameters, and the same images at every step."""
+  ours, theirs = (
+    {(r["step"], r["kind"]): r for r in records(folder)}
+    for folder in (workdir, one)
+  )
+  assert ours.keys() == theirs.keys()
+  for key, record in ours.items():
+    expected = theirs[key]
+    assert record.keys() == expected.keys()
+    assert record.pop("kind") == expected.pop("kind")
+    assert record == pytest.approx(expected, rel=10 * tolerance)
+  error = common.tree_error(
+    checkpoint.load_variables(workdir), checkpoint.load_variables(one)
+  )
+  print(f"parameters differ by {error:.1e}")
+  assert error <= tolerance
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("data", ["digits", "cifar10"])
+def test_processes_equal_one(tmp_path, data):
+  if data == "cifar10" and (why := common.cifar10_absent()):
+    pytest.skip(why)
+  flags = {"digits": DIGITS, "cifar10": CIFAR10}[data]
+  scored = {"digits": 360, "cifar10": 100}[data]
+  one = tmp_path / "one"
+  finish(common.run_main(*flags, f"--workdir={one}"))
+  for count in (2, 4):
+    workdir = tmp_path / str(count)
+    with ended(start(count, *flags, f"--workdir={workdir}")) as processes:
+      outs = [finish(process)[0] for process in processes]
+    assert f"on {scored} images" in outs[0]
+    assert not any("step" in out for out in outs[1:])
+    assert records(workdir)[-1]["count"] == scored
+    (begun,) = json.loads((workdir / "run.json").read_text())["starts"]
+    assert begun["num_processes"] == begun["num_devices"] == count
+    assert_same_run(workdir, one)
+  if data == "cifar10":
+    return
+  # And what four have written, two evaluate.
+  flags = (*flags, f"--workdir={workdir}", "--mode=eval")
+  with ended(start(2, *flags)) as processes:
+    (out, _), (silent, _) = map(finish, processes)
+  metrics = json.loads(out.strip().splitlines()[-1])
+  last = records(workdir)[-1]
+  assert metrics["count"] == scored
+  assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-5)
+  assert "top1" not in silent
+
+
+def until_step(process, step):
+  """Returns what it has printed."""
+  lines = []
+  for line in process.stdout:
+    lines.append(line)
+    if line.startswith(f"step {step}/"):
+      return "".join(lines)
+  raise AssertionError(process.communicate()[1])
+
+
+@pytest.mark.slow
+def test_a_kill_takes_all_down_and_fewer_go_on(tmp_path):
+  """4 processes, one killed; 2, one pre-empted; 1 to the end: the same run."""
+  flags = (*DIGITS, "--config.epochs=12")  # 60 steps, saved every 4.
+  whole, broken = tmp_path / "whole", tmp_path / "broken"
+  finish(common.run_main(*flags, f"--workdir={whole}"))
+  flags = (*flags, f"--workdir={broken}")
+
+  with ended(start(4, *flags, timeout=60)) as processes:  # The default.
+    until_step(processes[0], 10)
+    processes[2].kill()
+    for i in (0, 1, 3):
+      seconds = assert_one_line(
+        processes[i],
+        distributed.LOST,
+        "process 2 of 4 is gone, silent for 60 s; start all processes again:"
+        " they go on from the last checkpoint",
+      )
+      assert seconds < 120  # The promise, in README.
+  saved = checkpoint.latest_step(broken)
+  assert saved in range(4, 60, 4)
+
+  with ended(start(2, *flags)) as processes:
+    out = until_step(processes[0], saved + 5)
+    assert f"going on in {broken} from step {saved}" in out
+    processes[1].send_signal(signal.SIGTERM)
+    (out, _), _ = (finish(process, 143) for process in processes)
+  saved = checkpoint.latest_step(broken)
+  assert f"step {saved} is saved" in out
+  assert saved < 60
+
+  out, _ = finish(common.run_main(*flags))
+  assert f"going on in {broken} from step {saved}" in out
+  begun = json.loads((broken / "run.json").read_text())["starts"]
+  assert [b["num_processes"] for b in begun] == [4, 2, 1]
+  assert_same_run(broken, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_coordinator_that_goes_takes_all_down(tmp_path, signum):
+  flags = (*FLAGS, "--config.epochs=100000", f"--workdir={tmp_path}")
+  with ended(start(2, *flags)) as processes:
+    until_step(processes[0], 6)
+    processes[0].send_signal(signum)
+    assert_one_line(
+      processes[1],
+      distributed.LOST,
+      r"process 0 of 2, the coordinator at localhost:\d+, is gone; start all"
+      " processes again: they go on from the last checkpoint",
+    )
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_ends_all(tmp_path):
+  """An image that only process 1 reads is broken: it says so and leaves."""
+  for split, count in (("train", 16), ("val", 2)):
+    for i in range(count):
+      path = tmp_path / "photos" / split / f"class_{i % 2}" / f"{i:02}.jpeg"
+      path.parent.mkdir(parents=True, exist_ok=True)
+      path.write_bytes(test_data.encoded(test_data.photo(i, 40, 30)))
+  broken = tmp_path / "photos" / "val" / "class_1" / "01.jpeg"
+  broken.write_bytes(broken.read_bytes()[:300])
+  flags = (
+    *FLAGS, "--config.data.name=folder", "--config.batch_size=2",
+    f"--config.data.dir={tmp_path / 'photos'}", "--config.data.eval_split=val",
+    f"--workdir={tmp_path / 'run'}",
+  )  # fmt: skip
+  with ended(start(2, *flags)) as processes:
+    assert_one_line(processes[1], 2, f"{broken}: cannot be decoded.*")
+    assert_one_line(
+      processes[0], distributed.LOST, "process 1 of 2 is gone, .*"
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, signum):
+  flags = (*FLAGS, "--config.epochs=100000", f"--workdir={tmp_path}")
+  with ended(start(2, *flags)) as processes:
+    until_step(processes[0], 3)
+    processes[1].send_signal(signum)
+    (out, _), _ = (finish(process, 143) for process in processes)
+  assert f"step {checkpoint.latest_step(tmp_path)} is saved" in out
+
+
+@pytest.mark.slow
+def test_those_who_never_meet_say_so(tmp_path):
+  """No coordinator; a coordinator, and one process of three missing."""
+  flags = (*FLAGS, f"--workdir={tmp_path / 'run'}")
+  lone = start(2, *flags, ids=[1], timeout=5)
+  two = start(3, *flags, ids=[0, 1], timeout=5)
+  address = r"localhost:\d+ after 5 s"
+  with ended(lone + two):
+    assert_one_line(
+      lone[0],
+      distributed.LOST,
+      "--distributed: process 1 of 2: no coordinator, which is process 0, at"
+      f" {address}: Connection refused",
+    )
+    for i, process in enumerate(two):
+      assert_one_line(
+        process,
+        distributed.LOST,
+        f"--distributed: process {i} of 3: not all 3 have come to {address}; is"
+        " each started, with a --process_id of its own.",
+      )
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("flag", "says"),
+  [
+    ("--config.seed=4", "config.seed is . in process . and . in process ."),
+    ("--num_processes=3", "--num_processes is . in process . and . in .*"),
+  ],
+)
+def test_processes_that_differ_are_refused(tmp_path, flag, says):
+  flags = (*FLAGS, f"--workdir={tmp_path / 'run'}")
+  port = free_port()
+  processes = start(2, *flags, ids=[0], port=port)
+  processes += start(2, *flags, flag, ids=[1], port=port)
+  with ended(processes):
+    for process in processes:
+      assert_one_line(process, 2, f"--distributed: {says}")
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+  ("where", "says"),
+  [
+    (("host", 2, 0), "--coordinator=host: must be HOST:PORT"),
+    (("host:1", 2, 2), "--process_id=2: must be below --num_processes=2"),
+    (("host:99999", 2, 0), "--coordinator=host:99999: must be HOST:PORT"),
+  ],
+)
+def test_what_cannot_be_is_refused_at_once(where, says):
+  with (
+    pytest.raises(UserError, match=says),
+    distributed.session(*where, timeout=1, settings={}),
+  ):
+    pass
+
+
+def test_a_port_in_use_is_refused():
+  with socket.create_server(("", 0)) as server:
+    where = (f"localhost:{server.getsockname()[1]}", 2, 0)
+    with (
+      pytest.raises(UserError, match="in use"),
+      distributed.session(*where, timeout=1, settings={}),
+    ):
+      pass
