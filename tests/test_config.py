@@ -162,7 +162,7 @@ MISTAKES = [
     ([DIGITS, "extra"], "extra: not a flag"),
     (["--config.seed=1", DIGITS], "config.seed"),
   ([DIGITS, "--process_id=1"], "need --distributed"),
-  ([DIGITS, "--distributed"], "--distributed: coordinator_address"),
+  ([DIGITS, "--distributed"], "--distributed: no cluster"),
   ([DIGITS, "--workdir=README.md/x"], "--workdir=README.md/x: Not a directory"),
   ([DIGITS, "--workdir=gs://b/r"], "mount the bucket"),
 ]  # fmt: skip
@@ -195,7 +195,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   [
     (
       "convmixer_jax.main",
-      "config workdir mode distributed coordinator num_processes process_id",
+      "config workdir mode distributed coordinator num_processes process_id timeout",
     ),
     (
       "convmixer_jax.plan",

@@ -27,7 +27,7 @@ def test_commands_parse(module, command, monkeypatch):
   path = (common.ROOT / module.replace(".", "/")).with_suffix(".py")
   flag_values = runpy.run_path(str(path))["_FLAGS"]
   rest = flag_values(argv)[1:]
-  takes_names = (".predict", ".run", ".tables", ".report")
+  takes_names = (".predict", ".run", ".slurm", ".tables", ".report")
   assert bool(rest) == module.endswith(takes_names)
   if "config" in flag_values:
     config_lib.check(flag_values.config, num_devices=8)
