@@ -17,7 +17,6 @@ import time
 import traceback
 from typing import Any
 
-from absl import logging
 import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
@@ -131,8 +130,6 @@ class _Watch:
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
-    # What raises in a thread of orbax's is raised again where it is waited for.
-    logging.get_absl_handler().addFilter(lambda record: not record.exc_info)
     self._thread = threading.Thread(
       target=self._listen, args=(read,), daemon=True
     )
@@ -206,16 +203,22 @@ class _Watch:
 
   def leave(self, e: BaseException):
     """Exits at once, with what a process alone would have said."""
+    chain, cause = [], e
+    while cause is not None and cause not in chain:
+      chain.append(cause)
+      cause = cause.__cause__ or cause.__context__
+    lost = re.compile(r"gloo|nccl|coordination|barrier|heartbeat", re.I)
+    for cause in reversed(chain):
+      if not isinstance(cause, UserError) and lost.search(str(cause)):
+        # The connection to another process is gone. The service knows whose,
+        # as soon as it has been silent for long enough.
+        time.sleep(self._timeout + 10)
+        text = str(cause).splitlines()[0]
+        self._say(f"lost another process: {text}; {_AGAIN}", LOST)
     if isinstance(e, UserError):
       self._say(str(e), 2)
     if isinstance(e, KeyboardInterrupt):
       self._say("interrupted", 128 + signal.SIGINT)
-    if re.search(r"gloo|nccl|coordination|barrier|heartbeat", str(e), re.I):
-      # The connection to another process is gone. The service knows whose, as
-      # soon as it has been silent for long enough.
-      time.sleep(self._timeout + 10)
-      text = str(e).splitlines()[0]
-      self._say(f"lost another process: {text}; {_AGAIN}", LOST)
     traceback.print_exception(e)
     self._say(f"process {jax.process_index()} failed", 1)
 

@@ -121,13 +121,13 @@ class Task:
     os.kill(self.pid, signal.SIGTERM)
 
 
-def main(argv: list[str]) -> None:
+def main(*words: str) -> None:
   """Submits what the flags say; see --help."""
   root = Path(_ROOT.value).expanduser().absolute()
-  if argv[1:] and argv[1].startswith("-"):
-    name, tasks = "convmixer", [_single(argv[1:])]
-  elif len(argv) == 2:
-    name, tasks = argv[1], _sweep(argv[1], root)
+  if words and words[0].startswith("-"):
+    name, tasks = "convmixer", [_single(words)]
+  elif len(words) == 1:
+    name, tasks = words[0], _sweep(words[0], root)
   else:
     raise UserError(
       "give a sweep, or -- and what convmixer_jax.main is to get; the sweeps"

@@ -195,7 +195,8 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   [
     (
       "convmixer_jax.main",
-      "config workdir mode distributed coordinator num_processes process_id timeout",
+      "config workdir mode distributed coordinator num_processes process_id"
+      " timeout accept_changes",
     ),
     (
       "convmixer_jax.plan",
@@ -206,6 +207,10 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     ("convmixer_jax.export", "weights model out format"),
     ("examples.segmentation", "weights out steps"),
     ("experiments.run", "root only dry_run jobs"),
+    (
+      "experiments.slurm",
+      "root partition nodes gpus cpus hours parallel sbatch",
+    ),
     ("experiments.tables", "root format"),
     ("experiments.report", "root out figures"),
     (

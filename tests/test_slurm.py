@@ -137,7 +137,7 @@ def slurm_says(conf, *command):
 def submit(conf, *args):
   """Submits as a user would; returns the job's number."""
   process = common.run_main(
-    *args, module="experiments.slurm", env=job_environment(conf)
+    *args, module="experiments.slurm", environment=job_environment(conf)
   )
   out, err = process.communicate(timeout=60)
   assert process.returncode == 0, out + err
@@ -173,7 +173,7 @@ def logged(workdir, step):
 def submitted(argv):
   """In this process; returns what it prints."""
   with contextlib.redirect_stdout(io.StringIO()) as out:
-    slurm_lib.main(slurm_lib._FLAGS(argv))
+    slurm_lib.main(*slurm_lib._FLAGS(argv)[1:])
   return out.getvalue()
 
 
@@ -254,7 +254,7 @@ def test_two_tasks_equal_one_process(slurm, tmp_path):
 def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
   process = common.run_main(
     "smoke", f"--root={tmp_path}", "--partition=nope",
-    module="experiments.slurm", env=job_environment(slurm),
+    module="experiments.slurm", environment=job_environment(slurm),
   )  # fmt: skip
   _, err = process.communicate(timeout=60)
   assert process.returncode == 2
@@ -280,4 +280,4 @@ def test_mistakes_are_found_before_they_queue(args, says, monkeypatch):
   slurm_lib._FLAGS.unparse_flags()
   slurm_lib.main_lib._FLAGS.unparse_flags()
   with pytest.raises(UserError, match=says):
-    slurm_lib.main(slurm_lib._FLAGS(argv))
+    slurm_lib.main(*slurm_lib._FLAGS(argv)[1:])
