@@ -113,12 +113,14 @@ class Task:
     import submitit
 
     self._stop()
-    os.waitpid(self.pid, 0)
+    with contextlib.suppress(ChildProcessError):  # It was waited for already.
+      os.waitpid(self.pid, 0)
     again = Task(self.command, self.folder)
     return submitit.helpers.DelayedSubmission(again)
 
   def _stop(self, *signal_and_frame):
-    os.kill(self.pid, signal.SIGTERM)
+    with contextlib.suppress(ProcessLookupError):
+      os.kill(self.pid, signal.SIGTERM)
 
 
 def main(*words: str) -> None:
