@@ -635,6 +635,7 @@ def test_each_switch_acts(base, changes):
     assert not np.array_equal(run({**base, name: value}), run(base)), name
 
 
+@pytest.mark.slow
 def test_devices_augment_their_own_images():
   """As one device would, bit for bit, and with nothing to tell each other."""
   augment_fn = augment.make_augment(

@@ -168,6 +168,7 @@ MISTAKES = [
 ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   workdir = tmp_path / "workdir"
   with futures.ThreadPoolExecutor(2) as pool:

@@ -79,7 +79,14 @@ def run(
 
 # Groups of 0 (all 32 images) and 8 span devices that hold 4 images each; groups
 # of 4 do not. Float32 sums in another order: 2e-5 after ten steps.
-@pytest.mark.parametrize("bn_group_size", [0, 4, 8])
+@pytest.mark.parametrize(
+  "bn_group_size",
+  [
+    pytest.param(0, marks=pytest.mark.slow),
+    4,
+    pytest.param(8, marks=pytest.mark.slow),
+  ],
+)
 def test_one_device_equals_eight(bn_group_size):
   settings = {"bn_group_size": bn_group_size, "augmented": True}
   (one, metrics_one), (eight, metrics_eight) = (
@@ -89,7 +96,10 @@ def test_one_device_equals_eight(bn_group_size):
   assert common.tree_error(metrics_eight, metrics_one) <= 2e-5
 
 
-@pytest.mark.parametrize(("devices", "accum_steps"), [(1, 4), (8, 2)])
+@pytest.mark.parametrize(
+  ("devices", "accum_steps"),
+  [pytest.param(1, 4, marks=pytest.mark.slow), (8, 2)],
+)
 def test_accumulation_equals_one_large_batch(devices, accum_steps):
   group = 32 // accum_steps
   whole, metrics = run(bn_group_size=group, augmented=True)
