@@ -175,7 +175,15 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
       that takes none has it refused.
     flag_values: its flags.
   """
-  logging.set_verbosity(logging.WARNING)
+  logging.set_verbosity(logging.ERROR)
+  # Reading a damaged checkpoint ends at the first array that is damaged. The
+  # reads of the others then find the event loop of orbax closed.
+  report = sys.unraisablehook
+  sys.unraisablehook = lambda unraisable: (
+    None
+    if "Event loop is closed" in str(unraisable.exc_value)
+    else report(unraisable)
+  )
   # Names of files and classes need not be text of the terminal's.
   sys.stdout.reconfigure(errors="backslashreplace")
   keep_pages()

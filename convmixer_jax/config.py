@@ -2,9 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import json
-import os
-from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -153,22 +150,6 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     else:
       flat[name] = value
   return flat
-
-
-def read(workdir: str | os.PathLike) -> dict[str, Any]:
-  """The fields of a run's config.json, as `flatten` gives them.
-
-  Raises:
-    UserError: it is missing or damaged.
-  """
-  path = Path(workdir) / "config.json"
-  try:
-    config = json.loads(path.read_text())
-    if not isinstance(config, dict):
-      raise ValueError("not a JSON object")
-    return flatten(config)
-  except (OSError, ValueError, RecursionError) as e:
-    raise UserError(f"{path}: {e}") from e
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:

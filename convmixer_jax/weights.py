@@ -15,6 +15,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import UserError
+from convmixer_jax import workdir as workdir_lib
 
 
 def load(where: str | os.PathLike) -> dict[str, Any]:
@@ -118,7 +119,9 @@ def architecture(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     "patch_size": patch,
     "kernel_size": kernel,
   }
-  config_lib.check_values({f"model.{k}": v for k, v in found.items()}, f"{name}: ")
+  config_lib.check_values(
+    {f"model.{k}": v for k, v in found.items()}, f"{name}: "
+  )
   return found | {"num_classes": classes}
 
 
@@ -178,7 +181,7 @@ def load_model(
   if folder.is_dir():
     if model_name is not None:
       raise UserError(f"--model={model_name}: {where} says what its model is")
-    config = config_lib.read(folder)
+    config = config_lib.flatten(workdir_lib.read_config(folder))
     wanted = [f"data.{name}" for name in data] + ["model.name"]
     wanted += [name for name in config if name.startswith("model.")]
     config = {name: config.get(name) for name in wanted}
