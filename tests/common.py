@@ -105,19 +105,6 @@ def adamw(
   )
 
 
-def damaged(whole: bytes, trials: int, places: int, within: int | None = None):
-  """Yields copies of a file, by turns with bytes changed and cut short."""
-  rng = np.random.default_rng(0)
-  for trial in range(trials):
-    data = bytearray(whole)
-    if trial % 2:
-      yield bytes(data[: rng.integers(len(data))])
-    else:
-      for place in rng.integers(within or len(data), size=places):
-        data[place] = rng.integers(256)
-      yield bytes(data)
-
-
 def load_config(path) -> ml_collections.ConfigDict:
   path, *variant = str(path).split(":")
   return runpy.run_path(str(ROOT / path))["get_config"](*variant).lock()
