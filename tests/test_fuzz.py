@@ -155,7 +155,7 @@ def guarded(folder):
     signal.signal(signal.SIGALRM, previous)
     sys.dont_write_bytecode = bytecode
     seen, watch().seen, watch().roots = watch().seen, [], None
-  assert not seen
+    assert not seen  # Here, for `function` may have raised too.
 
 
 def abuse(function, *args, folder, names=()):
