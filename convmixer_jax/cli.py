@@ -111,16 +111,20 @@ def _parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   except KeyboardInterrupt:
     raise
   except BaseException as e:  # A config file is a program: it may even exit.
+    try:
+      message = str(e).strip()
+    except Exception:
+      message = ""
     for field, value in overrides.items():
-      if f"--config.{field}={value}:" in str(e):
+      if f"--config.{field}={value}:" in message:
         text = f"--config.{field}={value}: must be {fields[field][0]}"
         raise UserError(text) from e
     # The last line says what is wrong; those before it are the traceback that
     # ml_collections puts into its message.
-    text = (str(e).strip().splitlines() or [""])[-1].strip()
+    text = (message.splitlines() or [""])[-1].strip()
     if not isinstance(e, flags.Error):
       text = f"--config={path}: {type(e).__name__}: {text}"
-    elif (start := f"flag --config={path}: ") in str(e):
+    elif (start := f"flag --config={path}: ") in message:
       text = f"--config={path}: {text.removeprefix(start)}"
     raise UserError(text) from e
 

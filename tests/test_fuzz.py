@@ -120,7 +120,7 @@ class Watch:
         self.changed(event, path)
     elif event in CHANGES:
       self.changed(event, args[0])
-    elif event in RUNS:
+    elif event in RUNS and args[0] != "git":  # Which a run asks for its commit.
       self.seen.append((event, args))
 
   def changed(self, event, path):
@@ -445,7 +445,7 @@ RETURNS = [
   "config_dict.placeholder(int)",
   "(lambda:0)",
 ]
-FIELD_VALUES = """
+FIELD_VALUES = r"""
 None 10**5000 -10**5000 float('nan') float('inf') 'x'*10**5 b'x' [] {} set() ()
 object() type print config [1]*10**5 'a\nb' '\0' '\ud800' 1j ... (1,)*3 [None]*3
 __import__('numpy').ones(3) __import__('numpy').float32(1) [[[]]] config.model
@@ -454,18 +454,18 @@ config_dict.ConfigDict({'x':1}) type('A',(),{'__repr__':lambda_s:1/0})()
 type('A',(int,),{})(3) type('A',(str,),{})('x') True 0 1.0 lambda:0
 """.replace("lambda_s", "lambda s").split()
 STATEMENTS = [
-  "raise SystemExit", "raise SystemExit(0)", "raise SystemExit('bye\nbye')",
+  "raise SystemExit", "raise SystemExit(0)", "raise SystemExit('bye\\nbye')",
   "import sys; sys.exit(3)", "raise RecursionError", "get_config()",
-  "raise StopIteration", "raise GeneratorExit", "raise BaseException('a\nb')",
+  "raise StopIteration", "raise GeneratorExit", "raise BaseException('a\\nb')",
   "raise MemoryError", "raise ImportError", "import no_such_module",
-  "raise KeyError", "raise KeyError('')", "raise OSError(2, 'x\ny', 'z')",
+  "raise KeyError", "raise KeyError('')", "raise OSError(2, 'x\\ny', 'z')",
   "raise FileNotFoundError(2, 'x', 'y')", "raise TypeError", "1 / 0",
   "raise UnicodeDecodeError('x', b'', 0, 1, 'y')", "assert False", "yield 1",
   "raise ExceptionGroup('a', [ValueError('b')])", "open('/no/such')", "return",
-  "raise ValueError('\n')", "raise Exception(10**5000)", "config.x = config",
+  "raise ValueError('\\n')", "raise Exception(10**5000)", "config.x = config",
   "config.lock()", "config.model = config", "del config.model", "config = 3",
   "config.update({'a': 1})", "config.model.scan = config.data", "return 1, 2",
-  "config['a.b'] = 1", "config['a b\nc'] = 1", "return config.get_config",
+  "config['a.b'] = 1", "config['a b\\nc'] = 1", "return config.get_config",
   "config.__dict__.clear()", "(" * 300, "'" * 7, "\x00", "\tif", "def", "0o9",
   "raise warnings.warn", "async def x(): await", "class get_config: pass",
 ]  # fmt: skip
@@ -516,6 +516,19 @@ def test_config_files(begin, folder):
     begin([], f"--config={path}{variant}", names=["config"])
 
   run()
+
+
+def test_every_odd_config(begin, folder):
+  """Each value in one field or other, each statement, each result."""
+  path = folder / "config.py"
+  bodies = [*STATEMENTS, *map("return {}".format, RETURNS)]
+  for i, value in enumerate(FIELD_VALUES):
+    for field in sorted(config_lib.FIELDS)[i % 9 :: 9]:
+      bodies.append(f"config.{field} = {value}")
+  for body in bodies:
+    text = f"{WHOLE.removesuffix(AT_END)}  {body}\n{AT_END}"
+    path.write_text(text)
+    begin([], f"--config={path}", names=["config"])
 
 
 @pytest.mark.parametrize("kind", ["absent", "folder", "loop", "fifo", "empty"])
