@@ -158,7 +158,7 @@ def latest_step(workdir: str | os.PathLike) -> int | None:
   """The newest checkpoint's step; None if there is none. Writes nothing."""
   directory = _directory(workdir)
   names = os.listdir(directory) if os.path.isdir(directory) else []
-  return max((int(name) for name in names if name.isdigit()), default=None)
+  return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from absl import app
 from absl import flags
 from absl import logging
 import jax
+import ml_collections
 from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
@@ -29,14 +30,18 @@ _CACHE_BYTES = 2**30  # What was used longest ago goes first.
 
 def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
   """Defines --config and a flag for each of its fields."""
-  return config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config file, with a variant after a colon where it has some:"
-    " --config configs/imagenet.py:768_32. Its fields are flags too:"
-    " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'.",
-    flag_values=flag_values,
-  )
+  try:
+    return config_flags.DEFINE_config_file(
+      "config",
+      None,
+      "Config file, with a variant after a colon where it has some:"
+      " --config configs/imagenet.py:768_32. Its fields are flags too:"
+      " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'.",
+      flag_values=flag_values,
+    )
+  except flags.Error as e:  # It reads the files of absl's --flagfile here.
+    print(f"error: {UserError(str(e))}", file=sys.stderr)
+    sys.exit(2)
 
 
 def define_weights(
@@ -77,30 +82,51 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
       text = textwrap.fill(flag.help, 74)
       print(f"--{flag.name}\n{textwrap.indent(text, '    ')}")
     sys.exit(0)
-  overrides = {}
-  for arg in argv[1:]:
-    if match := re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", arg):
+  overrides, path = {}, None
+  for arg, following in zip(argv[1:], [*argv[2:], ""]):
+    if match := re.match(r"--?(?:no)?config\.([^=]*)(?:=(.*))?$", arg, re.S):
       overrides[match[1]] = match[2]
+    elif match := re.match(r"--?config(?:=(.*))?$", arg, re.S):
+      path = following if match[1] is None else match[1]
   fields = config_lib.FIELDS
   for field, value in overrides.items():
     if field not in fields:
       near = difflib.get_close_matches(field, fields, 1, cutoff=0)[0]
       text = field if value is None else f"{field}={value}"
       raise UserError(f"--config.{text}: no such field; nearest is {near}")
+  file = (path or "").partition(":")[0]
+  if os.path.exists(file) and not os.path.isfile(file):  # A FIFO would wait.
+    raise UserError(f"--config={path}: not a file")
   try:
     rest = flag_values(argv)
     flags.FLAGS(argv[:1])  # absl's own, which grain reads, are not for users.
-    if "config" in flag_values and flag_values.config is not None:
-      config_lib.flatten(flag_values.config)  # Raises if the file did not load.
+    if "config" in flag_values and path is not None:
+      config = flag_values.config
+      getattr(config, "get", None)  # Raises if the file did not load.
+      if not isinstance(config, ml_collections.ConfigDict):
+        kind = type(config).__name__
+        raise TypeError(f"get_config() gives a {kind}, not a ConfigDict")
+      config_lib.flatten(config)
     return rest
-  except Exception as e:  # Whatever a config file may raise.
+  except KeyboardInterrupt:
+    raise
+  except BaseException as e:  # A config file is a program: it may even exit.
+    try:
+      message = str(e).strip()
+    except Exception:
+      message = ""
     for field, value in overrides.items():
-      if f"--config.{field}={value}:" in str(e):
+      if f"--config.{field}={value}:" in message:
         text = f"--config.{field}={value}: must be {fields[field][0]}"
         raise UserError(text) from e
     # The last line says what is wrong; those before it are the traceback that
     # ml_collections puts into its message.
-    raise UserError(str(e).strip().splitlines()[-1].strip()) from e
+    text = (message.splitlines() or [""])[-1].strip()
+    if not isinstance(e, flags.Error):
+      text = f"--config={path}: {type(e).__name__}: {text}"
+    elif (start := f"flag --config={path}: ") in message:
+      text = f"--config={path}: {text.removeprefix(start)}"
+    raise UserError(text) from e
 
 
 def keep_pages() -> None:
@@ -154,6 +180,16 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
     flag_values: its flags.
   """
   logging.set_verbosity(logging.WARNING)
+  # Reading a damaged checkpoint ends at the first array that is damaged. The
+  # reads of the others then find the event loop of orbax closed.
+  report = sys.unraisablehook
+  sys.unraisablehook = lambda unraisable: (
+    None
+    if "Event loop is closed" in str(unraisable.exc_value)
+    else report(unraisable)
+  )
+  # Names of files and classes need not be text of the terminal's.
+  sys.stdout.reconfigure(errors="backslashreplace")
   keep_pages()
   keep_compiled()
   takes_words = bool(inspect.signature(main).parameters)

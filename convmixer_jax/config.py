@@ -14,7 +14,7 @@ from convmixer_jax.models import convmixer
 
 Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
 
-_LARGEST = 1e300  # Neither infinity nor nan.
+_LARGEST = 1e30  # Neither infinity nor nan, in float32 too.
 
 
 def _integer(low: int, high: int = 2**32 - 1) -> Rule:
@@ -49,7 +49,8 @@ def _ascending(rule: Rule) -> Rule:
 
 
 def _choice(*names: str) -> Rule:
-  return f"one of {', '.join(names)}", lambda v: v in names
+  test = lambda v: isinstance(v, str) and v in names
+  return f"one of {', '.join(names)}", test
 
 
 def _optional(rule: Rule) -> Rule:
@@ -67,10 +68,10 @@ _NAMES: Rule = (
 # Every config has exactly these.
 FIELDS: dict[str, Rule] = {
   "model.name": _TEXT,
-  "model.dim": _optional(_integer(1)),
-  "model.depth": _optional(_integer(1)),
-  "model.patch_size": _optional(_integer(1)),
-  "model.kernel_size": _optional(_integer(1)),
+  "model.dim": _optional(_integer(1, 2**16)),
+  "model.depth": _optional(_integer(1, 1000)),
+  "model.patch_size": _optional(_integer(1, 1000)),
+  "model.kernel_size": _optional(_integer(1, 1000)),
   "model.activation": _optional(_choice(*convmixer.ACTIVATIONS)),
   "model.norm": _optional(_choice(*convmixer.NORMS)),
   "model.depthwise_residual": _optional(_BOOL),
@@ -81,13 +82,13 @@ FIELDS: dict[str, Rule] = {
   "model.dtype": _optional(_choice("float32", "bfloat16")),
   "data.name": _TEXT,
   "data.dir": _optional(_TEXT),
-  "data.image_size": _integer(1),
+  "data.image_size": _integer(1, 10_000),
   "data.train_split": _TEXT,
   "data.eval_split": _TEXT,
   "data.mean": _numbers(3, 0, 1),
   "data.std": _numbers(3, 1e-3, 1),
   "data.crop_pct": _number(0.1, 1),
-  "data.num_workers": _integer(0),
+  "data.num_workers": _integer(0, 1000),
   "data.max_unreadable": _integer(0),
   "augment.flip": _BOOL,
   "augment.crop_scale": _ascending(_numbers(2, 0.01, 1)),
@@ -113,8 +114,8 @@ FIELDS: dict[str, Rule] = {
   "optim.betas": _numbers(2, 0, 0.999999),
   "optim.clip_norm": _number(0),
   "ema_decay": _number(0, 0.999999),
-  "epochs": _integer(1),
-  "batch_size": _integer(1),
+  "epochs": _integer(1, 10**6),
+  "batch_size": _integer(1, 10**6),
   "accum_steps": _integer(1),
   "seed": _integer(0),  # At most 2**32 - 1: jax drops higher bits.
   "deterministic": _BOOL,
@@ -151,6 +152,31 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
   return flat
 
 
+def check_values(values: Mapping[str, Any], where: str) -> None:
+  """Refuses values that no config may have.
+
+  Args:
+    values: flat, some or all of `FIELDS`.
+    where: they are from, for the message.
+
+  Raises:
+    UserError: naming the field, its value and what is accepted.
+  """
+  for name, value in values.items():
+    if name not in FIELDS:
+      raise UserError(f"{where}{name}={_shown(value)}: no such field")
+    text, test = FIELDS[name]
+    if not test(value):
+      raise UserError(f"{where}{name}={_shown(value)}: must be {text}")
+
+
+def _shown(value):
+  try:
+    return repr(value)
+  except Exception:  # An integer of thousands of digits, for one.
+    return f"<{type(value).__name__}>"
+
+
 def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
   """Refuses a config that cannot train, before anything is written.
 
@@ -166,12 +192,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
   for name in FIELDS:
     if name not in values:
       raise UserError(f"config.{name}: missing; must be {FIELDS[name][0]}")
-  for name, value in values.items():
-    if name not in FIELDS:
-      raise UserError(f"config.{name}={value!r}: no such field")
-    text, test = FIELDS[name]
-    if not test(value):
-      raise UserError(f"config.{name}={value!r}: must be {text}")
+  check_values(values, "config.")
 
   model = models.create_model(**config.model)
   if model.patch_size > config.data.image_size:

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 import numpy as np
 
 from convmixer_jax import sharding
+from convmixer_jax import UserError
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.step import TrainState
@@ -80,6 +81,8 @@ def make_evaluate(
       lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums)
     )
     missing = len(source) - total["count"]
+    if not total["count"]:
+      raise UserError("data.eval_split: none of its images can be decoded")
     if not 0 <= missing <= max_unreadable * jax.process_count():
       raise RuntimeError(
         f"scored {total['count']:.0f} of {len(source)} images: a bug"

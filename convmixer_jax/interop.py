@@ -1,9 +1,10 @@
 """Weights of PyTorch's ConvMixers: their files, and their names to ours."""
 
-import collections
 from collections.abc import Mapping
 import functools
+import io
 import logging
+import math
 import os
 import pickle
 import re
@@ -11,6 +12,7 @@ from typing import Any
 import zipfile
 
 from flax import traverse_util
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
@@ -64,7 +66,11 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       raise UserError(f"{name}: not a tensor of timm's ConvMixer")
     collection, our_leaf = leaves[leaf]
     value = np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+      raise UserError(f"{name}: of {value.dtype}, not floating-point")
     if path[-1] == "pointwise" and leaf == "weight":
+      if value.shape[2:] != (1, 1):
+        raise UserError(f"{name}: {value.shape} is no 1 x 1 convolution's")
       value = value[:, :, 0, 0]
     if value.ndim == 4:  # [out, in, k, k] -> [k, k, in, out]
       value = value.transpose(2, 3, 1, 0)
@@ -77,7 +83,7 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
 def _from_sequential(module):
   """'3.0.fn.0' -> 'blocks.0.0.fn.0': stem 0 to 2, blocks from 3 on, head."""
   index, _, rest = module.partition(".")
-  if not index.isdigit():
+  if not re.fullmatch("[0-9]{1,9}", index):
     return module
   if rest:
     return f"blocks.{int(index) - 3}.{rest}"
@@ -155,6 +161,8 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   if path.startswith("hf-hub:"):
     path = _download(path)
   try:
+    if os.path.exists(path) and not os.path.isfile(path):  # A FIFO would wait.
+      raise UserError(f"{path}: not a file")
     with open(path, "rb") as file:
       start = file.read(9)
     if start[:4] == b"PK\x03\x04":
@@ -179,6 +187,8 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   if not isinstance(found, dict):
     raise UserError(f"{path}: holds a {type(found).__name__}, not tensors")
   for name, value in found.items():
+    if not isinstance(name, str):
+      raise UserError(f"{path}: {name!r} is no name of a tensor")
     if not isinstance(value, np.ndarray):
       raise UserError(f"{path}: {name} is a {type(value).__name__}, no tensor")
   return {name.removeprefix("module."): x for name, x in found.items()}
@@ -199,15 +209,38 @@ def _download(path):
 class _Inert:
   """Stands for an object that is not a tensor; remembers nothing."""
 
-  def __init__(self, *args, **kwargs):
-    del args, kwargs
-
-  def __setstate__(self, state):
-    del state
+  def __init__(self, *args):
+    del args
 
 
-class _Unpickler(pickle.Unpickler):
-  """Admits tensors; everything else that is not plain data is refused."""
+def _refuse(unpickler):
+  raise ValueError("what PyTorch does not write")
+
+
+# Not among them: sets, which would hash whatever they hold, and what reserves
+# memory for more than the file has.
+_OPCODES = [
+  "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE",
+  "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING",
+  "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINUNICODE",
+  "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+  "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
+  "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL",
+  "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
+]  # fmt: skip
+
+
+class _Unpickler(pickle._Unpickler):
+  """Admits tensors; everything else that is not plain data is refused.
+
+  Python's own, not C's: its opcodes can be taken away, and its memo is a dict,
+  where C's reserves 64 GiB for an index of four bytes.
+  """
+
+  dispatch = dict.fromkeys(range(256), _refuse) | {
+    op: pickle._Unpickler.dispatch[op]
+    for op in (getattr(pickle, name)[0] for name in _OPCODES)
+  }
 
   def __init__(self, file, name, storage):
     super().__init__(file)
@@ -215,7 +248,7 @@ class _Unpickler(pickle.Unpickler):
 
   def find_class(self, module, name):
     if (module, name) == ("collections", "OrderedDict"):
-      return collections.OrderedDict
+      return lambda: {}
     if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
       return _rebuild_tensor
     if (module, name) == ("torch._utils", "_rebuild_parameter"):
@@ -228,21 +261,51 @@ class _Unpickler(pickle.Unpickler):
       f"{self._name}: holds {module}.{name}; only tensors are read"
     )
 
+  def _set_items(self):
+    """To a dict alone, and of keys that are quickly hashed."""
+    keys, values = self.stack[::2], self.stack[1::2]
+    target = self.metastack[-1][-1]
+    plain = (str, int, float, bytes, type(None))
+    if type(target) is not dict or not all(isinstance(k, plain) for k in keys):
+      raise ValueError("a dict with keys that are not plain")
+    self.pop_mark()
+    target.update(zip(keys, values))
+
+  def _set_item(self):
+    items = self.stack[-2:]
+    del self.stack[-2:]
+    self.load_mark()
+    self.stack += items
+    self._set_items()
+
+  def _drop_state(self):
+    """Of what is no tensor; a class or a function could be changed by it."""
+    self.stack.pop()
+
+  dispatch[pickle.SETITEMS[0]] = _set_items
+  dispatch[pickle.SETITEM[0]] = _set_item
+  dispatch[pickle.BUILD[0]] = _drop_state
+
   def persistent_load(self, pid):
     kind, name, key, _, size, *_ = pid
+    if not all(isinstance(x, str) for x in (kind, name, key)) or (
+      not isinstance(size, int)
+    ):
+      raise ValueError("a storage that is none of PyTorch's")
     if kind != "storage" or name not in _STORAGES:
       raise UserError(f"{self._name}: holds a {kind} of {name}")
     return self._storage(_STORAGES[name], key, size)
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
-  """A view into `storage`, checked to lie inside."""
-  if min((offset, *shape, *strides), default=0) < 0 or (
-    len(shape) != len(strides)
+  """A view into `storage`, checked to lie inside and to be no larger."""
+  numbers = (offset, *shape, *strides)
+  if len(shape) != len(strides) or not all(
+    isinstance(n, int) and 0 <= n < 2**48 for n in numbers
   ):
-    raise ValueError("a tensor of negative size")
+    raise ValueError("a tensor of a size that cannot be")
   last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
-  if 0 not in shape and last >= len(storage):
+  if 0 not in shape and max(last + 1, math.prod(shape)) > len(storage):
     raise ValueError("a tensor beyond its data")
   return np.lib.stride_tricks.as_strided(
     storage[offset:], shape, [s * storage.itemsize for s in strides]
@@ -251,10 +314,16 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
 
 def _load_zip(path):
   with zipfile.ZipFile(path) as archive:
-    if any(i.compress_type != zipfile.ZIP_STORED for i in archive.infolist()):
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
       raise ValueError("compressed, which PyTorch's files are not")
+    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+      raise ValueError("entries that are larger than the file")
     names = archive.namelist()
-    (pickled,) = (n for n in names if n.endswith("/data.pkl"))
+    found = [name for name in names if name.endswith("/data.pkl")]
+    if len(found) != 1:
+      raise ValueError(f"{len(found)} entries named data.pkl")
+    (pickled,) = found
     root = pickled.removesuffix("data.pkl")
     if root + "byteorder" in names:
       order = archive.read(root + "byteorder")
@@ -268,8 +337,7 @@ def _load_zip(path):
       return array
 
     storage = functools.cache(storage)
-    with archive.open(pickled) as file:
-      return _Unpickler(file, path, storage).load()
+    return _Unpickler(io.BytesIO(archive.read(pickled)), path, storage).load()
 
 
 def _load_legacy(path):
@@ -288,8 +356,12 @@ def _load_legacy(path):
     unpickle()  # Byte order and sizes, of little-endian machines.
     found = unpickle()
     for key in unpickle():
+      if not isinstance(key, str):
+        raise ValueError("a storage without a name")
       array = storages[key]
       size = int.from_bytes(file.read(8), "little")
-      data = file.read(size * array.itemsize)
-      array[:] = np.frombuffer(data, array.dtype)
+      if size != len(array):
+        raise ValueError(f"{size} numbers where {len(array)} should be")
+      data = np.frombuffer(file.read(array.nbytes), array.dtype)
+      array[:] = data.reshape(size)
   return found

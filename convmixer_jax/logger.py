@@ -79,7 +79,7 @@ class Logger:
   def _open(self, config_json, changes):
     self._workdir.mkdir(parents=True, exist_ok=True)
     _write_whole(self._workdir / "config.json", config_json)
-    self._starts = _read_json(self._workdir / "run.json", {"starts": []})
+    self._starts = _read_starts(self._workdir / "run.json")
     self._starts["starts"].append(
       _environment()
       | {"first_step": self._step, "status": "running"}
@@ -258,16 +258,40 @@ def eval_line(metrics: Mapping[str, float]) -> str:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The whole records of metrics.jsonl; a line cut off by a crash is left."""
+  """The whole records of metrics.jsonl; a damaged line is left out.
+
+  Raises:
+    UserError: it cannot be read.
+  """
   path = Path(workdir) / "metrics.jsonl"
   records = []
   if path.exists():
-    for line in path.read_text().splitlines():
+    for line in _read_text(path).splitlines():
       try:
-        records.append(json.loads(line))
-      except json.JSONDecodeError:
+        record = json.loads(line)
+      except (ValueError, RecursionError):
         continue
+      if _is_record(record):
+        records.append(record)
   return records
+
+
+def _is_record(record):
+  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
+    return False
+  needs = (
+    ("top1", "top5", "loss", "count") if record.get("kind") == "eval" else ()
+  )
+  return isinstance(record.get("kind"), str) and all(
+    isinstance(record.get(name), (int, float)) for name in needs
+  )
+
+
+def _read_text(path):
+  try:
+    return path.read_text(errors="replace")
+  except OSError as e:
+    raise UserError(f"{path}: {e.strerror}") from e
 
 
 def provenance() -> dict[str, Any]:
@@ -348,8 +372,16 @@ def _now():
   return datetime.datetime.now(datetime.UTC).isoformat("T", "seconds")
 
 
-def _read_json(path, default):
-  return json.loads(path.read_text()) if path.exists() else default
+def _read_starts(path):
+  """run.json, which is written whole: so one that is damaged was edited."""
+  if not path.exists():
+    return {"starts": []}
+  try:
+    run = json.loads(_read_text(path))
+    run["starts"] = [*run["starts"]]
+  except (ValueError, TypeError, LookupError, RecursionError) as e:
+    raise UserError(f"{path}: damaged; remove it to go on: {e}") from e
+  return run
 
 
 def _write_whole(path: Path, text: str) -> None:

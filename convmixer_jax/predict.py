@@ -78,7 +78,8 @@ def main(*arguments: str) -> None:
       for path, row, error in zip(paths, np.asarray(rows), errors):
         if error:
           failed = True
-          tqdm.tqdm.write(f"error: {path}: {error}", file=sys.stderr)
+          text = UserError(f"{path}: {error}")
+          tqdm.tqdm.write(f"error: {text}", file=sys.stderr)
         else:
           tqdm.tqdm.write(_format(path, row, names), file=sys.stdout)
       bar.update(len(paths))
@@ -138,10 +139,9 @@ def decoded(
 
   def load(path):
     try:
-      data = Path(path).read_bytes()
-      return decode.eval_image(data, size, crop_pct), ""
+      return decode.eval_image(decode.read_file(path), size, crop_pct), ""
     except Exception as e:  # Pillow raises whatever a damaged file leads to.
-      reason = getattr(e, "strerror", None) or str(e).partition("\n")[0]
+      reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
       return np.zeros((size, size, 3), np.uint8), f"cannot be decoded: {reason}"
 
   def collect(chunk, pending):

@@ -1,7 +1,6 @@
 """Variables from wherever they are: a workdir, a file, the Hugging Face Hub."""
 
 from collections.abc import Mapping
-import json
 import os
 from pathlib import Path
 import sys
@@ -12,9 +11,11 @@ import flax.linen as nn
 import jax
 
 from convmixer_jax import checkpoint
+from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import UserError
+from convmixer_jax import workdir as workdir_lib
 
 
 def load(where: str | os.PathLike) -> dict[str, Any]:
@@ -102,22 +103,26 @@ def architecture(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
     dim, depth, patch_size, kernel_size, and num_classes, None without a head.
 
   Raises:
-    UserError: they are not a ConvMixer's.
+    UserError: they are not a ConvMixer's, or of a size that no config may have.
   """
   params = variables.get("params", {})
+  head = params.get("head")
   try:
     patch, _, _, dim = params["stem"]["kernel"].shape
     kernel, *_ = params["block_0"]["depthwise"]["kernel"].shape
-  except (KeyError, ValueError) as e:
+    classes = head["kernel"].shape[-1] if head else None
+  except (KeyError, ValueError, IndexError) as e:
     raise UserError(f"{name}: not a ConvMixer's weights") from e
-  head = params.get("head")
-  return {
+  found = {
     "dim": dim,
     "depth": sum(module.startswith("block_") for module in params),
     "patch_size": patch,
     "kernel_size": kernel,
-    "num_classes": head["kernel"].shape[-1] if head else None,
   }
+  config_lib.check_values(
+    {f"model.{k}": v for k, v in found.items()}, f"{name}: "
+  )
+  return found | {"num_classes": classes}
 
 
 def warn_of_activation(
@@ -176,14 +181,21 @@ def load_model(
   if folder.is_dir():
     if model_name is not None:
       raise UserError(f"--model={model_name}: {where} says what its model is")
-    try:
-      config = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError) as e:
-      raise UserError(f"{where}: its config.json: {e}") from e
-    data |= {name: config["data"][name] for name in data}
-    classes = variables["params"]["head"]["bias"].shape[-1]
-    overrides = config["model"] | {"scan": False}
-    model = models.create_model(num_classes=classes, **overrides)
+    config = config_lib.flatten(workdir_lib.read_config(folder))
+    wanted = [f"data.{name}" for name in data] + ["model.name"]
+    wanted += [name for name in config if name.startswith("model.")]
+    config = {name: config.get(name) for name in wanted}
+    config_lib.check_values(config, f"{folder / 'config.json'}: ")
+    data = {name: config[f"data.{name}"] for name in data}
+    classes = architecture(variables, where)["num_classes"]
+    overrides = {
+      name.removeprefix("model."): value
+      for name, value in config.items()
+      if name.startswith("model.")
+    }
+    model = models.create_model(
+      num_classes=classes, **overrides | {"scan": False}
+    )
   else:
     found = architecture(variables, where)
     classes = found["num_classes"]
@@ -204,7 +216,10 @@ def _class_names(folder, classes):
   builtin = Path(__file__).parent / "data" / "imagenet_names.txt"
   for path in (own, builtin):
     if path.exists():
-      names = path.read_text().splitlines()
+      try:
+        names = path.read_text().splitlines()
+      except (OSError, ValueError) as e:
+        raise UserError(f"{path}: {e}") from e
       if len(names) == classes:
         return names
   return None

@@ -41,9 +41,9 @@ def changes(
     raise UserError(
       f"--workdir={workdir}: must be on a file system; mount the bucket"
     )
-  if not (Path(workdir) / "config.json").exists():
+  if not os.path.lexists(os.path.join(workdir, "config.json")):
     return []
-  old = config_lib.flatten(_read(workdir))
+  old = config_lib.flatten(read_config(workdir))
   new = config_lib.flatten(json.loads(config.to_json()))
   return [
     f"{name} is {old.get(name)} there and {new.get(name)} here"
@@ -58,18 +58,23 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
   Raises:
     UserError: there is none, or it was edited into something that cannot be.
   """
-  config = _read(workdir)
+  config = read_config(workdir)
   config_lib.check(config, num_devices=None)
   return config
 
 
-def _read(workdir):
+def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+  """What config.json holds, unchecked: a run may be older than a field.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
   path = Path(workdir).expanduser() / "config.json"
   try:
     return ml_collections.ConfigDict(json.loads(path.read_text()))
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
-  except (ValueError, TypeError, AttributeError) as e:
+  except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise UserError(f"{path}: is no config: {e}") from e
 
 

@@ -251,7 +251,7 @@ MAY_IMPORT = {
   "data": set(),
   "config": {"augment", "models", "optim"},
   "cli": {"config", "ops"},
-  "weights": {"checkpoint", "interop", "models"},
+  "weights": {"checkpoint", "config", "interop", "models", "workdir"},
   "checkpoint": {"models", "step"},
   "workdir": {"config"},
   "evaluate": {"data", "sharding", "step"},

@@ -2,6 +2,9 @@
 
 import io
 import math
+import os
+from pathlib import Path
+import stat
 
 import numpy as np
 from PIL import Image
@@ -10,8 +13,21 @@ from PIL import UnidentifiedImageError
 # torchvision's.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
             ".webp")  # fmt: skip
+_MOST_PIXELS = 50_000_000
 BILINEAR = Image.Resampling.BILINEAR
 BICUBIC = Image.Resampling.BICUBIC
+
+
+def read_file(path: str | os.PathLike) -> bytes:
+  """The bytes of a file; of a FIFO or a device there might be no end.
+
+  Raises:
+    OSError: there is none.
+    ValueError: it is no file.
+  """
+  if not stat.S_ISREG(os.stat(path).st_mode):
+    raise ValueError("not a file")
+  return Path(path).read_bytes()
 
 
 def eval_image(data: bytes, size: int, crop_pct: float) -> np.ndarray:
@@ -33,6 +49,8 @@ def eval_image(data: bytes, size: int, crop_pct: float) -> np.ndarray:
     width, height = short, int(short * height / width)
   else:
     width, height = int(short * width / height), short
+  if width * height > max(_MOST_PIXELS, 4 * size**2):
+    raise ValueError(f"too long and thin: would be {width} x {height} pixels")
   image = image.resize((width, height), BICUBIC)
   left = round((width - size) / 2)
   top = round((height - size) / 2)
@@ -98,9 +116,12 @@ def _open(data):
 
 def _identify(data):
   try:
-    return Image.open(io.BytesIO(data))
+    image = Image.open(io.BytesIO(data))
   except UnidentifiedImageError as e:
     raise ValueError("no image, or of a kind that Pillow cannot read") from e
+  if image.format == "EPS":
+    raise ValueError("PostScript, a program, which would have to be run")
+  return image
 
 
 def _rgb(image):

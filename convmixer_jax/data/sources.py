@@ -198,6 +198,11 @@ def _digits(split, image_size):
       for name, rows in _slice(split, {k: len(v) for k, v in ids.items()})
     ]
   )
+  if (size := len(chosen) * image_size**2 * 3) > IN_MEMORY_BYTES:
+    raise UserError(
+      f"data.image_size={image_size}: the digits would take"
+      f" {size / 2**30:.1f} GiB"
+    )
   return InMemory(
     np.stack(
       [
@@ -216,7 +221,7 @@ class _FolderReader:
   labels: np.ndarray
 
   def __call__(self, index):
-    return Path(self.files[index]).read_bytes(), int(self.labels[index])
+    return decode.read_file(self.files[index]), int(self.labels[index])
 
   def name(self, index):
     return self.files[index]
