@@ -531,7 +531,7 @@ def test_every_odd_config(begin, folder):
   path = folder / "config.py"
   bodies = [*STATEMENTS, *map("return {}".format, RETURNS)]
   for i, value in enumerate(FIELD_VALUES):
-    for field in sorted(config_lib.FIELDS)[i % 9 :: 9]:
+    for field in sorted(config_lib.FIELDS)[i % 15 :: 15]:
       bodies.append(f"config.{field} = {value}")
   for body in bodies:
     text = f"{WHOLE.removesuffix(AT_END)}  {body}\n{AT_END}"
@@ -1209,7 +1209,7 @@ def test_files_of_weights(folder, monkeypatch):
     )
     return variables
 
-  @examples(450)
+  @examples(400)
   @hypothesis.given(WEIGHTS)
   def run(data):
     path.write_bytes(data)
