@@ -70,7 +70,7 @@ def main() -> None:
   starts = []
   try:
     starts = _killed_again_and_again(
-      lambda: _start(root / "killed", flags_of_config, cores[-1])
+      root / "killed", flags_of_config, cores[-1]
     )
     if unbroken.wait():
       raise UserError(f"{root / 'unbroken.log'}: says why the run failed")
@@ -104,9 +104,9 @@ def _start(workdir, config, core):
   return process
 
 
-def _killed_again_and_again(start) -> list[dict[str, Any]]:
+def _killed_again_and_again(workdir, config, core) -> list[dict[str, Any]]:
   """Until it ends by itself; what each start has used."""
-  starts, rng, workdir = [], random.Random(0), None
+  starts, rng = [], random.Random(0)
   begun = time.monotonic()
   with rich.progress.Progress(
     *rich.progress.Progress.get_default_columns(),
@@ -114,8 +114,7 @@ def _killed_again_and_again(start) -> list[dict[str, Any]]:
   ) as bar:
     task = bar.add_task("killing", total=60 * _MINUTES.value)
     while True:
-      process = start()
-      workdir = Path(process.cmdline()[-1].partition("=")[2])
+      process = _start(workdir, config, core)
       fate = time.monotonic() + rng.expovariate(1 / _KILL_EVERY.value)
       used = {"mebibytes": 0, "open_files": 0, "killed": False}
       while process.poll() is None:
