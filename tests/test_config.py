@@ -31,6 +31,8 @@ CONFIGS = [
   "configs/imagenet.py:768_32",
   "configs/imagenet.py:1024_20",
 ]
+# They differ from configs/imagenet.py in their sizes alone.
+SLOW_CONFIGS = ("configs/imagenet.py:768_32", "configs/imagenet.py:1024_20")
 
 
 def test_no_config_is_missing_here():
@@ -40,7 +42,13 @@ def test_no_config_is_missing_here():
   assert files == {c.partition(":")[0] for c in CONFIGS}
 
 
-@pytest.mark.parametrize("path", CONFIGS)
+@pytest.mark.parametrize(
+  "path",
+  [
+    pytest.param(path, marks=pytest.mark.slow) if path in SLOW_CONFIGS else path
+    for path in CONFIGS
+  ],
+)
 def test_configs_trace_one_step_on_their_real_shapes(path):
   config = common.load_config(path)
   config_lib.check(config, num_devices=8)

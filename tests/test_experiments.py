@@ -157,6 +157,7 @@ def test_mistakes_get_one_line(args, says):
   assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(tmp_path):
   process = common.run_main(
     "smoke",

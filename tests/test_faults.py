@@ -169,7 +169,9 @@ def test_a_changed_config_is_accepted_when_told(copy):
 # --- No numbers.
 
 
-@pytest.mark.parametrize("log_every", [1, 4])
+@pytest.mark.parametrize(
+  "log_every", [1, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_a_loss_that_is_no_number_stops_the_run(
   tmp_path, monkeypatch, log_every
 ):

@@ -98,7 +98,11 @@ def raise_signal_before(monkeypatch, step, signum):
 
 @pytest.mark.parametrize(
   ("signum", "step"),
-  [(signal.SIGTERM, 5), (signal.SIGINT, 8)],  # 8 is a step that is evaluated.
+  [
+    (signal.SIGTERM, 5),
+    # A step that is evaluated.
+    pytest.param(signal.SIGINT, 8, marks=pytest.mark.slow),
+  ],
 )
 def test_five_steps_and_five_more_equal_ten(
   unbroken, tmp_path, monkeypatch, signum, step
@@ -375,6 +379,7 @@ def test_encoded_images_train(photos, tmp_path):
   assert metrics["top1"] == records(tmp_path / "run")[-1]["top1"]
 
 
+@pytest.mark.slow
 def test_a_run_with_moving_averages_resumes_and_evaluates(tmp_path):
   """Everything of the recipe on, so that all of it is resumed exactly."""
   recipe = {
