@@ -112,9 +112,9 @@ def tenth_like(state):
 
 @other_reads
 def test_a_run_goes_on_from_the_one_before_the_damaged(whole, copy, capfd):
-  # As large as they are, the arrays are where bits flip.
-  data = max((copy / "checkpoints" / "10").rglob("d/*"), key=os.path.getsize)
-  flip(data, np.random.default_rng(1))
+  arrays = (copy / "checkpoints" / "10" / "default" / "d").iterdir()
+  largest = max(arrays, key=os.path.getsize)
+  os.truncate(largest, largest.stat().st_size // 2)
   with pytest.raises(UserError, match="10: is damaged"):
     checkpoint.load_variables(copy)
   state = train_digits(copy)
