@@ -239,6 +239,8 @@ def _read(manager, template, step):
     there = _named(manager.item_metadata(step))
   except Exception as e:  # Whatever orbax makes of a damaged file.
     return None, _reason(e)
+  if not there:
+    return None, "its metadata are missing"
   here = _named(saved)
   for name in sorted(there.keys() | here.keys()):
     shapes = [
