@@ -401,7 +401,7 @@ def test_a_disk_that_goes_away(mounted, monkeypatch, tmp_path):
   folder = mounted("2m")
   away = lambda: subprocess.run(["umount", "-l", folder], check=True)
   before_step(monkeypatch, 7, away)
-  with pytest.raises(UserError, match=r"cannot be written: .*No such file"):
+  with pytest.raises(UserError, match="cannot be written: "):
     train_digits(folder / "run")
   assert not [*folder.iterdir()]
 
