@@ -40,7 +40,7 @@ def free_port():
     return s.getsockname()[1]
 
 
-def start(count, *flags, ids=None, port=None, timeout=10):
+def start(count, *flags, ids=None, port=None, timeout=5):
   port = port or free_port()
   return [
     common.run_main(
@@ -67,15 +67,10 @@ def ended(processes):
 
 
 def assert_one_line(process, code, says):
-  """How a process ends that another has let down; returns the seconds it took.
-
-  Nothing else on stderr: no traceback, no stack of C++.
-  """
-  started = time.time()
+  """How a process ends that another has let down: with no traceback."""
   _, err = process.communicate(timeout=180)
   assert process.returncode == code, err
   assert re.fullmatch(f"error: {says}\n", err), err
-  return time.time() - started
 
 
 def assert_same_run(workdir, one, tolerance=TOLERANCE):
@@ -144,20 +139,22 @@ def test_a_kill_takes_all_down_and_fewer_go_on(tmp_path):
   """4 processes, one killed; 2, one pre-empted; 1 to the end: the same run."""
   flags = (*DIGITS, "--config.epochs=12")  # 60 steps, saved every 4.
   whole, broken = tmp_path / "whole", tmp_path / "broken"
-  finish(common.run_main(*flags, f"--workdir={whole}"))
+  unbroken = [*flags, f"--workdir={whole}"]
   flags = (*flags, f"--workdir={broken}")
 
   with ended(start(4, *flags, timeout=60)) as processes:  # The default.
     until_step(processes[0], 10)
     processes[2].kill()
+    killed = time.time()
+    finish(common.run_main(*unbroken))  # While the others wait.
     for i in (0, 1, 3):
-      seconds = assert_one_line(
+      assert_one_line(
         processes[i],
         distributed.LOST,
         "process 2 of 4 is gone, silent for 60 s; start all processes again:"
         " they go on from the last checkpoint",
       )
-      assert seconds < 120  # The promise, in README.
+    assert time.time() - killed < 120  # The promise, in README.
   saved = checkpoint.latest_step(broken)
   assert saved in range(4, 60, 4)
 
