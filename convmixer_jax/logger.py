@@ -271,20 +271,28 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
         record = json.loads(line)
       except (ValueError, RecursionError):
         continue
-      if _is_record(record):
+      if (
+        isinstance(record, dict)
+        and isinstance(record.get("step"), int)
+        and isinstance(record.get("kind"), str)
+      ):
         records.append(record)
   return records
 
 
-def _is_record(record):
-  if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-    return False
-  needs = (
-    ("top1", "top5", "loss", "count") if record.get("kind") == "eval" else ()
-  )
-  return isinstance(record.get("kind"), str) and all(
-    isinstance(record.get(name), (int, float)) for name in needs
-  )
+def read_eval(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
+  """The last record of `step`'s evaluation, if it is there and not damaged."""
+  found = [
+    record
+    for record in read_metrics(workdir)
+    if record["kind"] == "eval"
+    and record["step"] == step
+    and all(
+      isinstance(record.get(name), (int, float))
+      for name in ("top1", "top5", "loss", "count")
+    )
+  ]
+  return found[-1] if found else None
 
 
 def _read_text(path):

@@ -104,16 +104,12 @@ def train_and_evaluate(
       raise UserError(
         f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
       )
-    scored = [
-      record
-      for record in logger_lib.read_metrics(workdir)
-      if record["kind"] == "eval" and record["step"] == first_step
-    ]
+    scored = logger_lib.read_eval(workdir, first_step)
     if first_step == total_steps and scored:
       if jax.process_index() == 0:
         print(
           f"{workdir}: finished at step {first_step}; nothing to do\n"
-          + logger_lib.eval_line(scored[-1])
+          + logger_lib.eval_line(scored)
         )
       return state
 

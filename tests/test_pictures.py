@@ -280,5 +280,5 @@ def test_a_mistake_gets_one_line():
   process = common.run_main("--workdir=no/where", module="experiments.pictures")
   _, err = process.communicate(timeout=60)
   assert process.returncode == 2
-  assert err.startswith("error: no/where: its config.json: ")
+  assert err.startswith("error: no/where/config.json: ")
   assert len(err.splitlines()) == 1
