@@ -63,6 +63,8 @@ class Checkpointer:
     """
     if step == self._manager.latest_step():
       return
+    if not self._directory.is_dir():  # orbax would make it anew, and go on.
+      raise UserError(f"{self._directory}: is there no more; was it unmounted?")
     state = jax.jit(models.unstack_blocks)(state)
     with self._writing():
       self._manager.save(
