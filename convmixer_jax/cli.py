@@ -97,6 +97,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   file = (path or "").partition(":")[0]
   if os.path.exists(file) and not os.path.isfile(file):  # A FIFO would wait.
     raise UserError(f"--config={path}: not a file")
+  verbosity = logging.get_verbosity()
+  logging.set_verbosity(logging.ERROR)  # What warns of a config fails below.
   try:
     rest = flag_values(argv)
     flags.FLAGS(argv[:1])  # absl's own, which grain reads, are not for users.
@@ -127,6 +129,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     elif (start := f"flag --config={path}: ") in message:
       text = f"--config={path}: {text.removeprefix(start)}"
     raise UserError(text) from e
+  finally:
+    logging.set_verbosity(verbosity)
 
 
 def keep_pages() -> None:

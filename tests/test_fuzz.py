@@ -120,7 +120,8 @@ class Watch:
         self.changed(event, path)
     elif event in CHANGES:
       self.changed(event, args[0])
-    elif event in RUNS and args[0] != "git":  # Which a run asks for its commit.
+    # A run asks git for its commit, and Python's `platform` asks uname, once.
+    elif event in RUNS and args[0] not in ("git", "uname"):
       self.seen.append((event, args))
 
   def changed(self, event, path):

@@ -316,7 +316,8 @@ def _builder(name, directory):
   try:
     builder = tfds.builder(name, data_dir=directory)
   except tfds.core.DatasetNotFoundError as e:
-    known = ["digits", "folder", *tfds.list_builders()]
+    known = tfds.list_builders(with_community_datasets=False)
+    known += ["digits", "folder"]
     near = difflib.get_close_matches(name.split(":")[0], known, 3, cutoff=0)
     raise UserError(
       f"data.name={name}: unknown; nearest are {', '.join(near)}"
