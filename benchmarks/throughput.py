@@ -14,6 +14,7 @@ Before that, both sides' results must agree.
 """
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 import subprocess
@@ -203,8 +204,10 @@ def make_work(mode, model, batch, size):
     variables = jax.tree.map(jnp.asarray, variables)
 
     def stage(x, kernel, bias):
-      y = ops.pointwise_conv(x, kernel, implementation=implementation)
-      return norm.apply(variables, y, False, bias=bias)
+      conv = functools.partial(
+        ops.pointwise_conv, x, kernel, implementation=implementation
+      )
+      return norm.apply(variables, conv, False, bias=bias)
 
     flops = 2 * locations * dim**2
   else:

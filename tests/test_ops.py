@@ -1,6 +1,7 @@
 """The operations against float64, and the library that some of them are in."""
 
 from concurrent import futures
+import functools
 import os
 import shutil
 import subprocess
@@ -363,6 +364,89 @@ def test_batch_norm_and_its_gradients(implementation, train, activation, dtype):
       tolerance = 5e-6 if value.dtype == jnp.float32 else 1e-2
       largest = max(np.abs(golden).max(), 10 * (golden.ndim == 1))
       assert np.abs(float64(value)[0] - golden).max() <= tolerance * largest
+
+
+@pytest.mark.parametrize("implementation", ["auto", "native", "xla"])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("activation", ops.ACTIVATIONS)
+@pytest.mark.parametrize(
+  ("conv", "x", "kernel"),
+  [
+    (ops.depthwise_conv, (3, 5, 10, 21), (4, 4, 21)),
+    (ops.pointwise_conv, (3, 5, 6, 21), (21, 35)),
+    # More than one block in each direction.
+    (ops.pointwise_conv, (1, 16, 20, 300), (300, 530)),
+  ],
+)
+def test_norm_within_a_convolution(
+  conv, x, kernel, activation, dtype, implementation
+):
+  """At inference; the result, and all gradients, with a residual or not."""
+  x, kernel = (normal(i, *s, dtype=dtype) for i, s in enumerate((x, kernel)))
+  channels = kernel.shape[-1]
+  residual, grad = (
+    normal(i, *x.shape[:3], channels, dtype=dtype) for i in (2, 3)
+  )
+  bias, scale, offset = (normal(i, channels) for i in (4, 5, 6))
+  stats = {"mean": normal(7, channels), "var": jnp.exp(normal(8, channels))}
+  module = ops.BatchNorm(activation=activation, implementation=implementation)
+
+  def ours(x, kernel, bias, scale, offset, residual=None):
+    return module.apply(
+      {"params": {"scale": scale, "bias": offset}, "batch_stats": stats},
+      functools.partial(conv, x, kernel, implementation=implementation),
+      False,
+      bias=bias,
+      residual=residual,
+    )
+
+  def reference(x, kernel, bias, scale, offset, residual=None):
+    y = conv(x, kernel, implementation="xla")
+    return norm_reference(
+      activation, y, bias, scale, offset, residual, 1, stats
+    )
+
+  without = x, kernel, bias, scale, offset
+  for args in (without, (*without, residual)):
+    y, vjp = jax.vjp(ours, *args)
+    assert y.dtype == dtype
+    with jax.enable_x64(True):
+      exact_y, exact_vjp = jax.vjp(
+        reference, *(jnp.asarray(a, jnp.float64) for a in args)
+      )
+      expected = exact_y, *exact_vjp(jnp.asarray(grad, jnp.float64))
+    if dtype == jnp.bfloat16:
+      # The gradients take the convolution's rounded result, on another side of
+      # ReLU's kink here and there.
+      common.assert_close(*float64(y, expected[0]), 1e-2)
+      continue
+    for value, golden in zip((y, *vjp(grad)), float64(*expected), strict=True):
+      common.assert_close(*float64(value), golden, 5e-6)
+
+
+@pytest.mark.parametrize("conv", BILINEAR)
+def test_norm_within_a_convolution_of_several_devices_and_vmap(conv):
+  (_, *image), kernel_shape = BILINEAR[conv]
+  x, kernel = normal(0, 3, 16, *image), normal(1, *kernel_shape)
+  bias = normal(2, kernel_shape[-1])
+  module = ops.BatchNorm(activation="gelu")
+  variables = module.init(
+    jax.random.key(0), jnp.zeros((1, 1, 1, len(bias))), False
+  )
+
+  @jax.jit
+  def apply(x):
+    call = functools.partial(conv, x, kernel)
+    return module.apply(variables, call, False, bias=bias)
+
+  one_by_one = jnp.stack([apply(images) for images in x])
+  common.assert_close(jax.jit(jax.vmap(apply))(x), one_by_one, 2e-6)
+  sharded = jax.device_put(x[0], sharding.batch_sharding(sharding.make_mesh()))
+  hlo = apply.lower(sharded).compile().as_text()
+  assert ("_norm" in hlo) == native.available(x)
+  for exchange in ("all-gather", "all-to-all", "collective", "all-reduce"):
+    assert exchange not in hlo
+  common.assert_close(apply(sharded), one_by_one[0], 2e-6)
 
 
 def test_batch_norm_of_mixed_dtypes_and_vmap():

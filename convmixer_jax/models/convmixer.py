@@ -49,18 +49,21 @@ def _init(fan_in: int) -> dict[str, nn.initializers.Initializer]:
 def _depthwise(implementation, x, kernel, strides, padding, **kwargs):
   """`ops.depthwise_conv` in the form in which `nn.Conv` calls its convolution.
 
-  The padding that nn.Conv would ask for, SAME, is the op's own.
+  The padding that nn.Conv would ask for, SAME, is the op's own. The call is
+  left to the norm, which at inference does its own work on the way.
   """
   del strides, padding, kwargs
-  return ops.depthwise_conv(
-    x, kernel[:, :, 0, :], implementation=implementation
+  return functools.partial(
+    ops.depthwise_conv, x, kernel[:, :, 0, :], implementation=implementation
   )
 
 
 def _pointwise(implementation, x, kernel, *args, **kwargs):
   """Likewise for `nn.Dense`."""
   del args, kwargs
-  return ops.pointwise_conv(x, kernel, implementation=implementation)
+  return functools.partial(
+    ops.pointwise_conv, x, kernel, implementation=implementation
+  )
 
 
 class BiasApart(nn.Module):
@@ -73,8 +76,8 @@ class BiasApart(nn.Module):
   make_layer: Callable[..., nn.Module]
 
   @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the layer's result without the bias, and the bias."""
+  def __call__(self, x: jax.Array) -> tuple[Any, jax.Array]:
+    """Returns what the layer does without the bias, and the bias."""
     layer = self.make_layer(use_bias=False)
     nn.share_scope(self, layer)
     y = layer(x)  # Whose kernel is the first parameter drawn, as in linen.
@@ -126,7 +129,7 @@ class Block(nn.Module):
 
 
 def _activate_and_norm(module, layer, train, name, residual=None):
-  """norm(activation(x + bias)) + residual, of a layer's x and bias.
+  """norm(activation(x + bias)) + residual, of a layer's x or call, and bias.
 
   Called inside `module`'s compact method, whose submodule the norm is.
   """
@@ -138,6 +141,7 @@ def _activate_and_norm(module, layer, train, name, residual=None):
       implementation=module.implementation,
       name=name,
     )(x, train, bias=bias, residual=residual)
+  x = x() if callable(x) else x
   y = ops.ACTIVATIONS[module.activation](x.astype(jnp.float32) + bias)
   y = nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(y)
   return y if residual is None else y + residual

@@ -3,6 +3,7 @@
 BatchNorm has PyTorch's constants, and statistics over groups of the batch.
 """
 
+from collections.abc import Callable
 import functools
 import math
 
@@ -11,6 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax.ops import native
+from convmixer_jax.ops.depthwise import depthwise_conv
+from convmixer_jax.ops.pointwise import pointwise_conv
 
 
 def _gelu(x):
@@ -60,7 +63,7 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: jax.Array,
+    x: jax.Array | Callable[[], jax.Array],
     train: bool,
     *,
     bias: jax.Array | None = None,
@@ -69,12 +72,18 @@ class BatchNorm(nn.Module):
     """Returns [B, H, W, C], of x's dtype; all else is computed in float32.
 
     Args:
-      x: [B, H, W, C].
+      x: [B, H, W, C], or a functools.partial that gives it: a whole call of
+        `depthwise_conv` or `pointwise_conv`, into which all of this then goes
+        at inference.
       train: normalise by the statistics of x, and move the running ones.
       bias: [C], of the layer before.
       residual: [B, H, W, C].
     """
-    batch, *_, channels = x.shape
+    if train and callable(x):
+      x = x()
+    # What gives the result's shape is the kernel, or the result.
+    batch_of, channels_of = x.args if callable(x) else (x, x)
+    batch, channels = batch_of.shape[0], channels_of.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,))
     offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -83,12 +92,16 @@ class BatchNorm(nn.Module):
       bias = jnp.zeros(channels)
     bias, scale, offset = map(_float, (bias, scale, offset))
     if residual is not None:
-      residual = residual.astype(x.dtype)
+      residual = residual.astype(batch_of.dtype)
     static = (self.implementation or "auto", self.activation)
 
     if not train:
       scale *= jax.lax.rsqrt(_float(running_var.value) + self.epsilon)
       offset -= _float(running_mean.value) * scale
+      if callable(x):
+        return _conv_affine(
+          static, x.func, *x.args, bias, scale, offset, residual
+        )
       by_image = lambda v: jnp.broadcast_to(v, (batch, channels))
       scale, offset = by_image(scale), by_image(offset)
       return _affine(static, x, bias, scale, offset, residual)
@@ -133,6 +146,50 @@ def _affine_backward(static, kept, grad):
 
 
 _affine.defvjp(_affine_forward, _affine_backward)
+
+
+# --- The same of a convolution, in one pass; scale, offset: [C].
+
+_WITHIN = {depthwise_conv: "depthwise_norm", pointwise_conv: "pointwise_norm"}
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _conv_affine(static, conv, x, kernel, bias, scale, offset, residual):
+  implementation, activation = static
+  has_residual = residual is not None
+  args = x, kernel, bias, scale, offset, residual if has_residual else x
+  native_call = functools.partial(
+    native.call,
+    _WITHIN[conv],
+    activation=[*ACTIVATIONS].index(activation),
+    has_residual=has_residual,
+  )
+
+  def plain(*args):
+    args = args if has_residual else (*args[:-1], None)
+    return [_affine_of_conv(static, conv, *args)]
+
+  (y,) = native.dispatch(
+    implementation, *args, native=native_call, shift=plain, xla=plain
+  )
+  return y
+
+
+def _affine_of_conv(static, conv, x, kernel, bias, scale, offset, residual):
+  """The same in two passes, which can be differentiated."""
+  y = conv(x, kernel, implementation=static[0])
+  scale, offset = (
+    jnp.broadcast_to(v, (y.shape[0], y.shape[-1])) for v in (scale, offset)
+  )
+  return _affine(static, y, bias, scale, offset, residual)
+
+
+_conv_affine.defvjp(
+  lambda static, conv, *args: jax.vjp(
+    functools.partial(_affine_of_conv, static, conv), *args
+  ),
+  lambda static, conv, vjp, grad: vjp(grad),
+)
 
 
 # --- The same with the statistics of each group, which have no gradient.

@@ -152,6 +152,88 @@ float* scratch(size_t floats) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// --- Activations and their derivatives; what follows a convolution.
+
+struct Gelu {
+  // |x|, the normal density times sqrt(2 pi), and P(N > |x|); |x| ends at 13,
+  // where the others are all but 0 and must not meet infinity.
+  struct Tail {
+    Vec size, density, q;
+  };
+
+  // q is density times a polynomial in 1 / (1 + 0.28 |x|), fitted here to 5e-9
+  // in x q; no digits cancel in the tail.
+  static inline Tail tail(Vec x) {
+    Vec size = bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu);
+    size = size > 13.0f ? broadcast(13.0f) : size;  // Keeps what is no number.
+    // exp(-x^2 / 2) = 2^(whole + part), part in [-0.5, 0.5].
+    const Vec exponent = size * size * -0.72134752f;
+    const Vec shifted = exponent + 12582912.0f;  // 1.5 * 2^23: rounds.
+    const Vec part = exponent - (shifted - 12582912.0f);
+    Vec power = broadcast(1.5403530e-4f);
+    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
+                    6.9314718e-1f, 1.0f}) {
+      power = power * part + c;
+    }
+    const VecBits whole = bit_cast<VecBits>(shifted) << 23;
+    const Vec density = bit_cast<Vec>(bit_cast<VecBits>(power) + whole);
+    const Vec t = 1.0f / (1.0f + 0.28f * size);
+    Vec sum = broadcast(-0.10703258216381073f);
+    for (float c : {0.39492639899253845f, -0.24527941644191742f,
+                    0.2756590247154236f, 0.06476746499538422f,
+                    0.1169590875506401f}) {
+      sum = sum * t + c;
+    }
+    return {size, density, sum * t * density};
+  }
+
+  static inline Vec value(Vec x) {
+    const Tail at = tail(x);
+    return (x > 0.0f ? x : Vec{}) - at.size * at.q;
+  }
+
+  static inline Vec derivative(Vec x, Vec* value) {
+    const Tail at = tail(x);
+    *value = (x > 0.0f ? x : Vec{}) - at.size * at.q;
+    const Vec below = at.q - at.size * at.density * 0.39894228f;
+    return x > 0.0f ? 1.0f - below : below;
+  }
+};
+
+struct Identity {
+  static inline Vec value(Vec x) { return x; }
+  static inline Vec derivative(Vec x, Vec* value) {
+    *value = x;
+    return broadcast(1.0f);
+  }
+};
+
+struct Relu {
+  // What is not a number stays so.
+  static inline Vec value(Vec x) { return x < 0.0f ? Vec{} : x; }
+  static inline Vec derivative(Vec x, Vec* value) {
+    *value = Relu::value(x);
+    return x > 0.0f ? broadcast(1.0f) : Vec{};
+  }
+};
+
+// What a convolution's sums become as they are stored, at an offset of y.
+struct Sums {
+  Vec operator()(Vec x, int64_t, int64_t, int64_t) const { return x; }
+};
+
+// act(x + bias) * scale + offset, plus the residual where there is one.
+template <class Act, class T>
+struct Affine {
+  const float *bias, *scale, *offset;  // [C]
+  const T* residual;
+  Vec operator()(Vec x, int64_t at, int64_t channel, int64_t n) const {
+    x = Act::value(x + load(bias + channel, n)) * load(scale + channel, n) +
+        load(offset + channel, n);
+    return residual ? x + load(residual + at, n) : x;
+  }
+};
+
 // --- Depthwise convolution.
 //
 // A task takes one image and a few vectors of channels, copies them with their
@@ -226,10 +308,11 @@ std::vector<float> pack_kernel(const Conv& s, const T* kernel, bool rotate) {
   return packed;
 }
 
-// planes -> vectors [first, first + n) of the image y.
-template <class T>
+// planes -> vectors [first, first + n) of the image at y + image.
+template <class T, class Finish>
 void correlate(const Conv& s, const float* planes, const float* kernel,
-               int64_t first, int64_t n, T* y) {
+               int64_t first, int64_t n, int64_t image, const Finish& finish,
+               T* y) {
   const int64_t row = s.columns() * kLanes;
   const bool past_caches = s.batch * s.image() * sizeof(T) > kStreamBytes;
   for (int64_t i = 0; i < s.height; ++i) {
@@ -248,19 +331,19 @@ void correlate(const Conv& s, const float* planes, const float* kernel,
           }
         }
         const int64_t channel = (first + v) * kLanes;
-        T* to = y + (i * s.width + j) * s.channels + channel;
-        for (int t = 0; t < kTile && j + t < s.width; ++t) {
-          stream(to + t * s.channels, sums[t], s.channels - channel,
-                 past_caches);
+        const int64_t left = s.channels - channel;
+        int64_t at = image + (i * s.width + j) * s.channels + channel;
+        for (int t = 0; t < kTile && j + t < s.width; ++t, at += s.channels) {
+          stream(y + at, finish(sums[t], at, channel, left), left, past_caches);
         }
       }
     }
   }
 }
 
-template <class T>
+template <class T, class Finish>
 void depthwise(ffi::ThreadPool& pool, const Conv& s, const T* x,
-               const T* kernel, T* y) {
+               const T* kernel, const Finish& finish, T* y) {
   const std::vector<float> packed = pack_kernel(s, kernel, false);
   const int64_t step = s.vectors_per_task(1);
   const int64_t groups = ceil_div(s.vectors(), step);
@@ -270,7 +353,7 @@ void depthwise(ffi::ThreadPool& pool, const Conv& s, const T* x,
     const int64_t n = std::min(step, s.vectors() - first);
     float* planes = scratch(n * s.plane());
     pack(s, x + image, first, n, (s.k - 1) / 2, planes);
-    correlate(s, planes, packed.data(), first, n, y + image);
+    correlate(s, planes, packed.data(), first, n, image, finish, y);
   });
 }
 
@@ -320,8 +403,8 @@ void depthwise_vjp(ffi::ThreadPool& pool, const Conv& s, const T* x,
     for (int64_t b = chunk * s.batch / chunks;
          b < (chunk + 1) * s.batch / chunks; ++b) {
       pack(s, grad + b * s.image(), first, n, s.k - 1 - low, grad_planes);
-      correlate(s, grad_planes, rotated.data(), first, n,
-                grad_x + b * s.image());
+      correlate(s, grad_planes, rotated.data(), first, n, b * s.image(),
+                Sums{}, grad_x);
       pack(s, x + b * s.image(), first, n, low, planes);
       for (int64_t v = 0; v < n; ++v) {
         float* to = &sums[chunk * sums_size + (first + v) * taps * kLanes];
@@ -368,11 +451,11 @@ constexpr int kTileRows = 14;
 constexpr int kTileRows = 6;
 #endif
 constexpr int kPanel = 2 * kLanes;
-constexpr int kDepth = 256;              // Products summed in registers.
+constexpr int kDepth = 384;              // Products summed in registers.
 constexpr int kRowStride = kDepth + 16;  // Rows do not share a cache's sets.
 constexpr int kColumnStride = (kTileRows + kLanes - 1) / kLanes * kLanes;
 constexpr int64_t kMaxTiles = 8, kMaxTilesVjp = 24;
-constexpr int64_t kMaxColumns = 512, kMaxColumnsVjp = 384;
+constexpr int64_t kMaxColumns = 768, kMaxColumnsVjp = 384;
 
 // tile [kTileRows, kPanel] of sums += a [kTileRows, depth] * b [depth, kPanel],
 // where a's element (r, p) is at r * row + p * column.
@@ -436,9 +519,10 @@ std::unique_ptr<float[]> pack_panels(ffi::ThreadPool& pool, const T* b,
 }
 
 // y [rows, columns] = a [rows, depth] * b, whose panels are given.
-template <class T>
-void multiply(ffi::ThreadPool& pool, const T* a, const float* panels, T* y,
-              int64_t rows, int64_t depth, int64_t columns) {
+template <class T, class Finish>
+void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
+              const Finish& finish, T* y, int64_t rows, int64_t depth,
+              int64_t columns) {
   const bool past_caches = rows * columns * sizeof(T) > kStreamBytes;
   const int64_t tiles = even(ceil_div(rows, kTileRows), kMaxTiles);
   const int64_t block_rows = tiles * kTileRows;
@@ -473,8 +557,9 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels, T* y,
     }
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; j += kLanes) {
-        stream(y + (i0 + i) * columns + j0 + j,
-               load(sums + i * block_columns + j), n - j, past_caches);
+        const int64_t at = (i0 + i) * columns + j0 + j;
+        const Vec sum = load(sums + i * block_columns + j);
+        stream(y + at, finish(sum, at, j0 + j, n - j), n - j, past_caches);
       }
     }
   });
@@ -485,7 +570,7 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels, T* y,
 template <class T>
 void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
                          int64_t depth, int64_t rows, int64_t columns) {
-  constexpr int64_t kStep = kDepth / 2;
+  constexpr int64_t kStep = 128;
   const int64_t tiles = even(ceil_div(rows, kTileRows), kMaxTilesVjp);
   const int64_t block_rows = tiles * kTileRows;
   const int64_t block_columns =
@@ -544,70 +629,7 @@ void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
   });
 }
 
-// --- The activation, its derivative, and BatchNorm's passes over an image.
-
-struct Gelu {
-  // |x|, the normal density times sqrt(2 pi), and P(N > |x|); |x| ends at 13,
-  // where the others are all but 0 and must not meet infinity.
-  struct Tail {
-    Vec size, density, q;
-  };
-
-  // q is density times a polynomial in 1 / (1 + 0.28 |x|), fitted here to 5e-9
-  // in x q; no digits cancel in the tail.
-  static inline Tail tail(Vec x) {
-    Vec size = bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu);
-    size = size > 13.0f ? broadcast(13.0f) : size;  // Keeps what is no number.
-    // exp(-x^2 / 2) = 2^(whole + part), part in [-0.5, 0.5].
-    const Vec exponent = size * size * -0.72134752f;
-    const Vec shifted = exponent + 12582912.0f;  // 1.5 * 2^23: rounds.
-    const Vec part = exponent - (shifted - 12582912.0f);
-    Vec power = broadcast(1.5403530e-4f);
-    for (float c : {1.3333558e-3f, 9.6181291e-3f, 5.5504109e-2f, 2.4022651e-1f,
-                    6.9314718e-1f, 1.0f}) {
-      power = power * part + c;
-    }
-    const VecBits whole = bit_cast<VecBits>(shifted) << 23;
-    const Vec density = bit_cast<Vec>(bit_cast<VecBits>(power) + whole);
-    const Vec t = 1.0f / (1.0f + 0.28f * size);
-    Vec sum = broadcast(-0.10703258216381073f);
-    for (float c : {0.39492639899253845f, -0.24527941644191742f,
-                    0.2756590247154236f, 0.06476746499538422f,
-                    0.1169590875506401f}) {
-      sum = sum * t + c;
-    }
-    return {size, density, sum * t * density};
-  }
-
-  static inline Vec value(Vec x) {
-    const Tail at = tail(x);
-    return (x > 0.0f ? x : Vec{}) - at.size * at.q;
-  }
-
-  static inline Vec derivative(Vec x, Vec* value) {
-    const Tail at = tail(x);
-    *value = (x > 0.0f ? x : Vec{}) - at.size * at.q;
-    const Vec below = at.q - at.size * at.density * 0.39894228f;
-    return x > 0.0f ? 1.0f - below : below;
-  }
-};
-
-struct Identity {
-  static inline Vec value(Vec x) { return x; }
-  static inline Vec derivative(Vec x, Vec* value) {
-    *value = x;
-    return broadcast(1.0f);
-  }
-};
-
-struct Relu {
-  // What is not a number stays so.
-  static inline Vec value(Vec x) { return x < 0.0f ? Vec{} : x; }
-  static inline Vec derivative(Vec x, Vec* value) {
-    *value = Relu::value(x);
-    return x > 0.0f ? broadcast(1.0f) : Vec{};
-  }
-};
+// --- BatchNorm's passes over an image.
 
 constexpr int64_t kBlock = 256;  // Channels of a task.
 
@@ -780,12 +802,40 @@ T* data(ffi::Result<ffi::AnyBuffer>& x) {
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
+// Calls f(T{}, finish) with what `Affine` is made of.
+template <class F>
+ffi::Error with_affine(const ffi::AnyBuffer& x, int64_t activation, In& bias,
+                       In& scale, In& offset, In& residual, bool has_residual,
+                       const F& f) {
+  return with_types(x, activation, [&](auto element, auto act) {
+    using T = decltype(element);
+    f(element, Affine<decltype(act), T>{
+                   data<float>(bias), data<float>(scale), data<float>(offset),
+                   has_residual ? data<T>(residual) : nullptr});
+  });
+}
+
+template <class T, class Finish>
+void depthwise_of(ffi::ThreadPool& pool, In& x, In& kernel,
+                  const Finish& finish, Out& y) {
+  depthwise(pool, conv_of(x, kernel), data<T>(x), data<T>(kernel), finish,
+            data<T>(y));
+}
+
 ffi::Error Depthwise(ffi::ThreadPool pool, In x, In kernel, Out y) {
   return with_type(x, [&](auto element) {
-    using T = decltype(element);
-    depthwise(pool, conv_of(x, kernel), data<T>(x), data<T>(kernel),
-              data<T>(y));
+    depthwise_of<decltype(element)>(pool, x, kernel, Sums{}, y);
   });
+}
+
+ffi::Error DepthwiseNorm(ffi::ThreadPool pool, In x, In kernel, In bias,
+                         In scale, In offset, In residual, Out y,
+                         int64_t activation, bool has_residual) {
+  return with_affine(
+      x, activation, bias, scale, offset, residual, has_residual,
+      [&](auto element, const auto& finish) {
+        depthwise_of<decltype(element)>(pool, x, kernel, finish, y);
+      });
 }
 
 ffi::Error DepthwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
@@ -797,15 +847,29 @@ ffi::Error DepthwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
   });
 }
 
+template <class T, class Finish>
+void pointwise_of(ffi::ThreadPool& pool, In& x, In& kernel,
+                  const Finish& finish, Out& y) {
+  const auto d = kernel.dimensions();
+  const auto panels = pack_panels(pool, data<T>(kernel), d[0], d[1], false);
+  multiply(pool, data<T>(x), panels.get(), finish, data<T>(y),
+           x.element_count() / d[0], d[0], d[1]);
+}
+
 ffi::Error Pointwise(ffi::ThreadPool pool, In x, In kernel, Out y) {
   return with_type(x, [&](auto element) {
-    using T = decltype(element);
-    const auto d = kernel.dimensions();
-    const auto panels =
-        pack_panels(pool, data<T>(kernel), d[0], d[1], false);
-    multiply(pool, data<T>(x), panels.get(), data<T>(y),
-             x.element_count() / d[0], d[0], d[1]);
+    pointwise_of<decltype(element)>(pool, x, kernel, Sums{}, y);
   });
+}
+
+ffi::Error PointwiseNorm(ffi::ThreadPool pool, In x, In kernel, In bias,
+                         In scale, In offset, In residual, Out y,
+                         int64_t activation, bool has_residual) {
+  return with_affine(
+      x, activation, bias, scale, offset, residual, has_residual,
+      [&](auto element, const auto& finish) {
+        pointwise_of<decltype(element)>(pool, x, kernel, finish, y);
+      });
 }
 
 ffi::Error PointwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
@@ -815,8 +879,8 @@ ffi::Error PointwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
     const auto d = kernel.dimensions();
     const int64_t rows = x.element_count() / d[0];
     const auto panels = pack_panels(pool, data<T>(kernel), d[1], d[0], true);
-    multiply(pool, data<T>(grad), panels.get(), data<T>(grad_x), rows, d[1],
-             d[0]);
+    multiply(pool, data<T>(grad), panels.get(), Sums{}, data<T>(grad_x), rows,
+             d[1], d[0]);
     multiply_transposed(pool, data<T>(x), data<T>(grad), data<T>(grad_kernel),
                         rows, d[0], d[1]);
   });
@@ -886,8 +950,12 @@ auto with_arrays(Binding&& binding) {
 
 CONVMIXER_OP(depthwise, Depthwise, 2, 1);
 CONVMIXER_OP(depthwise_vjp, DepthwiseVjp, 3, 2);
+CONVMIXER_OP(depthwise_norm, DepthwiseNorm, 6, 1,
+             .Attr<int64_t>("activation").Attr<bool>("has_residual"));
 CONVMIXER_OP(pointwise, Pointwise, 2, 1);
 CONVMIXER_OP(pointwise_vjp, PointwiseVjp, 3, 2);
+CONVMIXER_OP(pointwise_norm, PointwiseNorm, 6, 1,
+             .Attr<int64_t>("activation").Attr<bool>("has_residual"));
 CONVMIXER_OP(moments, Moments, 2, 2, .Attr<int64_t>("activation"));
 CONVMIXER_OP(normalize, Normalize, 5, 1,
              .Attr<int64_t>("activation").Attr<bool>("has_residual"));

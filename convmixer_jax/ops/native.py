@@ -41,11 +41,14 @@ _portable = contextvars.ContextVar("portable", default=False)
 IMPLEMENTATIONS = ("auto", "xla", "shift", "native")
 
 # What each op takes and gives, as dimensions. Work is divided over b alone;
-# results without b are sums over it.
+# results without b are sums over it. A residual that there is not may be of any
+# size (e).
 _OPS = {
   "depthwise": "b h w c, k l c -> b h w c",
+  "depthwise_norm": "b h w c, k l c, c, c, c, b h w c -> b h w c",
   "depthwise_vjp": "b h w c, k l c, b h w c -> b h w c, k l c",
   "pointwise": "b h w c, c d -> b h w d",
+  "pointwise_norm": "b h w c, c d, d, d, d, b h w e -> b h w d",
   "pointwise_vjp": "b h w c, c d, b h w d -> b h w c, c d",
   "moments": "b h w c, c -> b c, b c",
   "normalize": "b h w c, c, b c, b c, b h w c -> b h w c",
