@@ -1,4 +1,4 @@
-"""Where the time of a model goes: each stage timed alone, times its number.
+"""Where the time of a model goes: what each stage adds to those before it.
 
   python -m benchmarks.breakdown --model convmixer_256_8 --patch_size 2 \\
       --kernel_size 5 --image_size 32 --num_classes 10 --batch 64
@@ -45,7 +45,7 @@ _JSON = benchmarks.define_json(_FLAGS)
 def main() -> None:
   """Runs what the flags say; see --help."""
   model, batch, size = _MODEL()
-  stages = _stages(model, batch, size)
+  chains = _chains(model, batch, size)
   measure = lambda run: (
     1e3 * np.median(benchmarks.seconds(run, repeats=_REPEATS.value, warmup=3))
   )
@@ -58,15 +58,17 @@ def main() -> None:
   for mode in ("infer", "train"):
     run, _, _ = throughput.make_work(mode, model, batch, size)
     ms = {"whole": measure(run)}
-    for name, passes in rich.progress.track(
-      stages.items(), mode, console=rich.console.Console(stderr=True)
-    ):
-      ms[name] = model.depth * measure(passes[mode])
-    norm, act, residual = list(stages)[2:]
-    # These three were each measured with those before.
-    ms[residual] = (ms[residual] - ms[act]) if model.depthwise_residual else 0.0
-    ms[act] = 2 * (ms[act] - ms[norm])
-    ms[norm] = 2 * ms[norm]
+    times = [
+      [model.depth * measure(runs[mode]) for runs in chain]
+      for chain in rich.progress.track(
+        chains, mode, console=rich.console.Console(stderr=True)
+      )
+    ]
+    (ms["depthwise"], *_), (ms["pointwise"], *_) = times
+    norm, act = np.diff(times[0])[:2] + np.diff(times[1])
+    ms |= {"bias, BatchNorm": norm, model.activation: act}
+    if model.depthwise_residual:
+      ms["residual"] = np.diff(times[0])[2]
     if mode == "train":
       ms["optimiser"] = measure(_optimizer(model))
     ms["other"] = 2 * ms["whole"] - sum(ms.values())
@@ -92,49 +94,57 @@ def main() -> None:
 Runs = dict[str, Callable[[], Any]]
 
 
-def _stages(model: models.ConvMixer, batch: int, size: int) -> dict[str, Runs]:
-  """The stages of one block: a forward pass, and one with its gradients."""
+def _chains(
+  model: models.ConvMixer, batch: int, size: int
+) -> tuple[list[Runs], list[Runs]]:
+  """Both convolutions of a block, alone and with ever more of what follows.
+
+  At inference that is one pass, of which no part can be timed by itself.
+
+  Returns:
+    For the depthwise and for the pointwise one: it alone, then with bias and
+    BatchNorm, then with the activation between them, then (the depthwise one)
+    with the residual. Each is a forward pass, and one with its gradients.
+  """
   rng = np.random.default_rng(0)
   side, dim, k = size // model.patch_size, model.dim, model.kernel_size
   array = lambda *shape: jnp.asarray(rng.normal(size=shape), model.dtype)
   x, grad = array(batch, side, side, dim), array(batch, side, side, dim)
   how = {"implementation": model.implementation}
 
-  def runs(infer, train, *args):
-    def both(grad, *args):
-      y, vjp = jax.vjp(train, *args)
-      return y, vjp(grad)
+  def runs(op, kernel, activation=None, *residual):
+    module = ops.BatchNorm(model.bn_group_size, activation or "", **how)
+    variables = module.init(jax.random.key(0), x, False) if activation else {}
 
-    infer, both = jax.jit(infer), jax.jit(both)
-    return {"infer": lambda: infer(*args), "train": lambda: both(grad, *args)}
-
-  def norm(activation, *residual):
-    module = ops.BatchNorm(model.bn_group_size, activation, **how)
-    variables = module.init(jax.random.key(0), x, False)
-
-    def apply(train, x, bias, *residual):
+    def stage(train, x, kernel, bias, *residual):
+      conv = functools.partial(op, x, kernel, **how)
+      if activation is None:
+        return conv()
       return module.apply(
         variables,
-        x,
+        conv,
         train,
         bias=bias,
         residual=residual[0] if residual else None,
         mutable=["batch_stats"],
       )[0]
 
-    infer, train = (functools.partial(apply, train) for train in (False, True))
-    return runs(infer, train, x, jnp.zeros(dim), *residual)
+    def both(grad, *args):
+      y, vjp = jax.vjp(functools.partial(stage, True), *args)
+      return y, vjp(grad)
 
-  conv = functools.partial(ops.depthwise_conv, **how)
-  dot = functools.partial(ops.pointwise_conv, **how)
-  act = model.activation
-  return {
-    "depthwise": runs(conv, conv, x, array(k, k, dim)),
-    "pointwise": runs(dot, dot, x, array(dim, dim)),
-    "bias, BatchNorm": norm("identity"),
-    act: norm(act),
-    "residual": norm(act, array(*x.shape)),
-  }
+    infer, both = jax.jit(functools.partial(stage, False)), jax.jit(both)
+    args = x, kernel, jnp.zeros(dim), *residual
+    return {"infer": lambda: infer(*args), "train": lambda: both(grad, *args)}
+
+  depthwise = functools.partial(runs, ops.depthwise_conv, array(k, k, dim))
+  pointwise = functools.partial(runs, ops.pointwise_conv, array(dim, dim))
+  steps = [(), ("identity",), (model.activation,)]
+  last = model.activation, array(*x.shape)
+  return (
+    [depthwise(*step) for step in [*steps, last]],
+    [pointwise(*step) for step in steps],
+  )
 
 
 def _optimizer(model):

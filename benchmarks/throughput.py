@@ -9,7 +9,7 @@
 Images and weights are random. A train step is forward, backward, clipping,
 AdamW and BatchNorm's update, without augmentation. PyTorch runs the same
 weights and images in turn with ours, in both memory formats, eager and under
-torch.compile, but for ways that take twice as long as its best to warm up.
+torch.compile, but for ways that take twice as long as its best at first.
 Before that, both sides' results must agree.
 """
 
@@ -105,8 +105,10 @@ def main() -> None:
     for i in rich.progress.track(
       rounds, "measuring", console=rich.console.Console(stderr=True)
     ):
-      if i == 0:
+      if i == 1 - _WARMUP:
         times = _in_the_running(times)
+      if i == 0:
+        times = {way: [] for way in times}
       for way, values in times.items():
         time.sleep(_PAUSE)
         values.append(timers[way]())
@@ -149,10 +151,14 @@ def main() -> None:
 
 
 def _in_the_running(times):
-  """Without the ways that took twice as long as PyTorch's best to warm up."""
+  """Without the ways that took twice as long as PyTorch's best just now."""
   last = {way: values[-1] for way, values in times.items()}
   best = min([t for way, t in last.items() if way != "ours"], default=0.0)
-  return {way: [] for way in times if way == "ours" or last[way] < 2 * best}
+  return {
+    way: values
+    for way, values in times.items()
+    if way == "ours" or last[way] < 2 * best
+  }
 
 
 def make_work(mode, model, batch, size):

@@ -86,18 +86,14 @@ class Logger:
       | ({"changes": [*changes]} if changes else {})
     )
     self._write_run()
-    records = self._workdir / "metrics.jsonl"
-    _write_whole(
-      records,
-      "".join(
-        json.dumps(record) + "\n"
-        for record in read_metrics(self._workdir)
-        if record["step"] <= self._step
-      ),
-    )
-    self._records = records.open("a", buffering=1)
+    path = self._workdir / "metrics.jsonl"
+    records = [
+      r for r in read_metrics(self._workdir) if r["step"] <= self._step
+    ]
+    _write_whole(path, "".join(json.dumps(r) + "\n" for r in records))
+    self._records = path.open("a", buffering=1)
     try:
-      self._tensorboard = _TensorBoard(self._workdir)
+      self._tensorboard = _TensorBoard(self._workdir, records)
     except ImportError as e:
       print(f"no TensorBoard events: {e}; everything else is written")
       self._tensorboard = None
@@ -213,9 +209,7 @@ class Logger:
     with self._writing():
       self._records.write(json.dumps(record) + "\n")
       if self._tensorboard is not None:
-        self._tensorboard.write(
-          step, {f"{kind}/{k}": v for k, v in scalars.items()}
-        )
+        self._tensorboard.write(record)
 
   @contextlib.contextmanager
   def _writing(self):
@@ -338,33 +332,51 @@ def _environment():
 
 
 class _TensorBoard:
-  """Writes scalars, as they come, in TensorBoard's format.
+  """Writes the records of metrics.jsonl, as they come, for TensorBoard.
+
+  Into one file, which replaces those of earlier starts and begins with their
+  records: what a start did after its last checkpoint was not to be.
 
   Raises:
     ImportError: tensorboard is not installed.
   """
 
-  def __init__(self, workdir):
+  def __init__(self, workdir, records):
     from tensorboard.compat.proto import event_pb2  # Without tensorflow.
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.summary.writer import record_writer
 
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
     now, host = int(time.time()), platform.node()
-    name = f"events.out.tfevents.{now:010}.{host}.{os.getpid()}"
-    self._file = (workdir / name).open("wb")
-    self._writer = record_writer.RecordWriter(self._file)
-    self._add(file_version="brain.Event:2")
+    prefix = "events.out.tfevents."
+    path = workdir / f"{prefix}{now:010}.{host}.{os.getpid()}"
+    earlier = {*workdir.glob(f"{prefix}*")} - {path}
+    self._writer = record_writer.RecordWriter(path.open("wb"))
+    self._add(time.time(), file_version="brain.Event:2")
+    # A TensorBoard that is open forgets what it has read of the earlier files.
+    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._add(time.time(), step=0, session_log=start)
+    for record in records:
+      # Those of a file that was edited may hold anything.
+      with contextlib.suppress(
+        ValueError, TypeError, LookupError, OverflowError
+      ):
+        self.write(record)
+    for file in earlier:
+      file.unlink(missing_ok=True)
 
-  def write(self, step, scalars):
+  def write(self, record):
+    scalars = {**record}
+    step, kind = scalars.pop("step"), scalars.pop("kind")
+    seconds = datetime.datetime.fromisoformat(scalars.pop("time")).timestamp()
     values = [
-      self._summary.Value(tag=tag, simple_value=value)
-      for tag, value in scalars.items()
+      self._summary.Value(tag=f"{kind}/{name}", simple_value=value)
+      for name, value in scalars.items()
     ]
-    self._add(step=step, summary=self._summary(value=values))
+    self._add(seconds, step=step, summary=self._summary(value=values))
 
-  def _add(self, **fields):
-    event = self._event(wall_time=time.time(), **fields)
+  def _add(self, seconds, **fields):
+    event = self._event(wall_time=seconds, **fields)
     self._writer.write(event.SerializeToString())
     self._writer.flush()
 

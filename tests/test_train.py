@@ -11,6 +11,7 @@ import types
 import jax
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing import event_accumulator
 
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
@@ -134,6 +135,14 @@ def test_five_steps_and_five_more_equal_ten(
       assert record == theirs[key]
   starts = json.loads((tmp_path / "run.json").read_text())["starts"]
   assert [s["status"] for s in starts] == ["interrupted", "finished"]
+  # TensorBoard's are those of the log, in one file.
+  (events,) = tmp_path.glob("events.*")
+  accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
+  for kind, name in (("train", "loss"), ("eval", "top1")):
+    expected = {step: r[name] for (step, k), r in ours.items() if k == kind}
+    found = accumulator.Scalars(f"{kind}/{name}")
+    assert {e.step: e.value for e in found} == pytest.approx(expected, rel=1e-6)
+    assert len(found) == len(expected)
 
 
 def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys):
@@ -364,6 +373,7 @@ def test_encoded_images_train(photos, tmp_path):
       "data.image_size": 32,
       "data.num_workers": 2,
       "augment.mix_group_size": 8,
+      "augment.randaugment": "rand-m9-mstd0.5-inc1:Rotate",
       "batch_size": 16,
       "accum_steps": 2,
       "epochs": 2,

@@ -454,7 +454,7 @@ constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 384;              // Products summed in registers.
 constexpr int kRowStride = kDepth + 16;  // Rows do not share a cache's sets.
 constexpr int kColumnStride = (kTileRows + kLanes - 1) / kLanes * kLanes;
-constexpr int64_t kMaxTiles = 8, kMaxTilesVjp = 24;
+constexpr int64_t kMaxTiles = 48 / kTileRows, kMaxTilesVjp = 24;
 constexpr int64_t kMaxColumns = 768, kMaxColumnsVjp = 384;
 
 // tile [kTileRows, kPanel] of sums += a [kTileRows, depth] * b [depth, kPanel],
