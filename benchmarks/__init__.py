@@ -150,17 +150,18 @@ def summary(values) -> dict[str, float]:
 
 def provenance() -> dict[str, Any]:
   """Command, commit, device and versions."""
-  commit = subprocess.run(
-    ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-    capture_output=True,
-    text=True,
-    check=False,
-  )
+  git = lambda *args: subprocess.run(
+    ["git", *args], capture_output=True, text=True, check=False
+  ).stdout.strip()
+  commit = git("rev-parse", "HEAD")
+  # Results that are being written do not change what is measured.
+  if git("status", "--porcelain", "-uno", ":!benchmarks/results"):
+    commit += "-dirty"
   return {
     "command": " ".join(
       ["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
     ),
-    "commit": commit.stdout.strip() or None,
+    "commit": commit or None,
     "device": jax.devices()[0].device_kind,
     "cpu": _cpu(),
     "cores": len(os.sched_getaffinity(0)),
