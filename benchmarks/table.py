@@ -2,7 +2,7 @@
 
   python -m benchmarks.table --out benchmarks/results/throughput.json
 
-Takes a quarter of an hour on two CPU cores. Prints a row as it is measured, and
+Takes half an hour on two CPU cores. Prints a row as it is measured, and
 writes all of them each time; rows that FILE has are not measured again.
 """
 

@@ -22,6 +22,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import evaluate as evaluate_lib
 from convmixer_jax import logger as logger_lib
 from convmixer_jax import models
+from convmixer_jax import ops
 from convmixer_jax import optim
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
@@ -131,6 +132,8 @@ def train_and_evaluate(
       logger.overview(shapes["params"])
     else:
       logger.say(f"going on in {workdir} from step {first_step}")
+    operations = ops.chosen(model.implementation, model.dtype)
+    logger.say(f"convolutions and BatchNorm: {operations}")
     train_step = _compiled(train_step, state, mesh, config)
     evaluate = _make_evaluate(config, model, eval_source, mesh, state)
     learning_rate = jax.jit(lambda step: schedule(step - 1))

@@ -219,6 +219,19 @@ def test_other_dtypes(op):
     op(x, kernel.astype(jnp.float32))
 
 
+@needs_compiler
+def test_what_is_chosen(monkeypatch):
+  assert ops.chosen(None, jnp.float32) == "native"
+  assert ops.chosen("auto", jnp.bfloat16) == "native"
+  assert ops.chosen("auto", jnp.float16) == "shift"
+  assert ops.chosen("xla", jnp.float32) == "xla"
+  with ops.portable():
+    assert ops.chosen("native", jnp.float32) == "shift"
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  assert ops.chosen(None, jnp.float32) == "xla"
+  assert ops.chosen("native", jnp.float32) == "native"
+
+
 def test_ops_from_several_threads():
   x, kernel = normal(0, 16, 6, 6, 20), normal(1, 3, 3, 20)
   op = jax.jit(lambda x: ops.depthwise_conv(x, kernel))

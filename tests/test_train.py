@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
+from convmixer_jax import ops
 from convmixer_jax import models
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
@@ -151,6 +152,8 @@ def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "no TensorBoard events" in out
   assert "Total: 322 -- 1,288 bytes" in out  # clu's overview of the parameters.
+  chosen = ops.chosen(None, np.float32)
+  assert out.count(f"convolutions and BatchNorm: {chosen}\n") == 1
   assert not list(tmp_path.glob("events.*"))
   assert records(tmp_path)
 

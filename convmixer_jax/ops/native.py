@@ -57,12 +57,21 @@ _OPS = {
 }
 
 
-def available(x: jax.Array) -> bool:
+def available(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
   """Whether the ops take arrays of x's type; builds them at the first call."""
   if x.dtype not in _DTYPES or _portable.get():
     return False
   with _LOCK:
     return _library() is not None
+
+
+def chosen(implementation: str | None, dtype: Any) -> str:
+  """What `dispatch` runs for arrays of this type on the default backend."""
+  if implementation not in (None, "auto", "native"):
+    return implementation
+  if implementation != "native" and jax.default_backend() != "cpu":
+    return "xla"
+  return "native" if available(jax.ShapeDtypeStruct((), dtype)) else "shift"
 
 
 @contextlib.contextmanager
@@ -109,10 +118,7 @@ def dispatch(
       f"implementation={implementation!r}: must be one of {IMPLEMENTATIONS}"
     )
   # With a GPU there, nobody waits for a compiler that would serve the CPU only.
-  wanted = implementation == "native" or (
-    implementation == "auto" and jax.default_backend() == "cpu"
-  )
-  if not (wanted and available(args[0])):
+  if chosen(implementation, args[0].dtype) != "native":
     native = shift
   if implementation == "auto":
     return jax.lax.platform_dependent(*args, cpu=native, default=xla)
