@@ -15,8 +15,8 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
-from convmixer_jax import ops
 from convmixer_jax import models
+from convmixer_jax import ops
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
