@@ -379,8 +379,10 @@ def test_batch_norm_and_its_gradients(implementation, train, activation, dtype):
       assert np.abs(float64(value)[0] - golden).max() <= tolerance * largest
 
 
-@pytest.mark.parametrize("implementation", ["auto", "native", "xla"])
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+  ("implementation", "dtype"),
+  [(None, jnp.float32), (None, jnp.bfloat16), ("xla", jnp.float32)],
+)
 @pytest.mark.parametrize("activation", ops.ACTIVATIONS)
 @pytest.mark.parametrize(
   ("conv", "x", "kernel"),
