@@ -1,7 +1,7 @@
 """Trains while a supervisor kills the run at random; nothing may be lost.
 
   python -m benchmarks.soak --root runs/soak --minutes 20 --kill_every 60 \\
-      --config configs/digits.py --config.epochs=600
+      --config configs/digits.py --config.epochs=2600
 
 Two runs of the config, side by side, on a core each: one unbroken, and one that
 gets SIGKILL at random moments for --minutes, --kill_every seconds apart in the
