@@ -77,7 +77,7 @@ def run(*, devices=1, bn_group_size=0, accum_steps=1, augmented=False):
   )
 
 
-# Groups of 0 (all 32 images) and 16 span devices that hold 4 images each; groups
+# Groups of 0 (all 32 images) and 16 span devices that hold 4 images each; those
 # of 4 do not. Float32 sums in another order: 2e-5 after ten steps.
 @pytest.mark.parametrize(
   "bn_group_size",
