@@ -124,7 +124,8 @@ def inference_function(
     norm = context.module
     if not isinstance(norm, ops.BatchNorm):
       return call(*args, **kwargs)
-    y = ops.ACTIVATIONS[norm.activation](args[0] + kwargs["bias"])
+    x = args[0]() if callable(args[0]) else args[0]
+    y = ops.ACTIVATIONS[norm.activation](x + kwargs["bias"])
     if norm.path in affine:
       scale, shift = affine[norm.path]
       y = y * scale + shift
