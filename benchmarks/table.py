@@ -26,14 +26,15 @@ ROWS = [
   f"{_MIDDLE} --batch 8 --mode infer",
   f"{_LARGE} --batch 4 --mode infer",
   f"{_LARGE} --batch 4 --mode train",
+  # A few milliseconds each, and so with more repeats.
   *[
-    f"{model} --mode {mode}"
+    f"{model} --mode {mode} --repeats 21"
     for mode in ("depthwise", "depthwise_grad")
     for model in (_SMALL, f"{_MIDDLE} --batch 16", f"{_LARGE} --batch 8")
   ],
-  f"{_SMALL} --mode pointwise",
-  f"{_MIDDLE} --batch 8 --mode pointwise",
-  f"{_LARGE} --batch 4 --mode pointwise",
+  f"{_SMALL} --mode pointwise --repeats 21",
+  f"{_MIDDLE} --batch 8 --mode pointwise --repeats 21",
+  f"{_LARGE} --batch 4 --mode pointwise --repeats 21",
 ]
 
 _FLAGS = flags.FlagValues()
