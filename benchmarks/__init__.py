@@ -4,7 +4,6 @@ from collections.abc import Callable
 import functools
 import os
 import platform
-import subprocess
 import sys
 import time
 from typing import Any
@@ -16,6 +15,7 @@ import ml_collections
 import numpy as np
 
 from convmixer_jax import augment
+from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import step as step_lib
@@ -150,18 +150,11 @@ def summary(values) -> dict[str, float]:
 
 def provenance() -> dict[str, Any]:
   """Command, commit, device and versions."""
-  git = lambda *args: subprocess.run(
-    ["git", *args], capture_output=True, text=True, check=False
-  ).stdout.strip()
-  commit = git("rev-parse", "HEAD")
-  # Results that are being written do not change what is measured.
-  if git("status", "--porcelain", "-uno", ":!benchmarks/results"):
-    commit += "-dirty"
   return {
     "command": " ".join(
       ["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
     ),
-    "commit": commit or None,
+    "commit": logger.provenance()["commit"],
     "device": jax.devices()[0].device_kind,
     "cpu": _cpu(),
     "cores": len(os.sched_getaffinity(0)),

@@ -113,16 +113,16 @@ def _chains(
   how = {"implementation": model.implementation}
 
   def runs(op, kernel, activation=None, *residual):
-    module = ops.BatchNorm(model.bn_group_size, activation or "", **how)
-    variables = module.init(jax.random.key(0), x, False) if activation else {}
+    if activation is not None:
+      module = ops.BatchNorm(model.bn_group_size, activation, **how)
+      variables = module.init(jax.random.key(0), x, False)
 
     def stage(train, x, kernel, bias, *residual):
-      conv = functools.partial(op, x, kernel, **how)
       if activation is None:
-        return conv()
+        return op(x, kernel, **how)
       return module.apply(
         variables,
-        conv,
+        functools.partial(op, x, kernel),
         train,
         bias=bias,
         residual=residual[0] if residual else None,

@@ -210,9 +210,7 @@ def make_work(mode, model, batch, size):
     variables = jax.tree.map(jnp.asarray, variables)
 
     def stage(x, kernel, bias):
-      conv = functools.partial(
-        ops.pointwise_conv, x, kernel, implementation=implementation
-      )
+      conv = functools.partial(ops.pointwise_conv, x, kernel)
       return norm.apply(variables, conv, False, bias=bias)
 
     flops = 2 * locations * dim**2

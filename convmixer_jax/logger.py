@@ -307,7 +307,9 @@ def provenance() -> dict[str, Any]:
   ).stdout.strip()
   try:
     commit = git("rev-parse", "HEAD")
-    if git("status", "--porcelain", "--untracked-files=no"):
+    # Results that are being written do not change what is measured.
+    results = ":(top,exclude,glob)*/results/**"
+    if git("status", "--porcelain", "--untracked-files=no", "--", results):
       commit += "+changes"
   except (OSError, subprocess.CalledProcessError):
     commit = None

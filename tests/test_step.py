@@ -20,9 +20,7 @@ AUGMENTED = {
   "flip": True,
   "crop_scale": (0.5, 1.0),
   "crop_ratio": (0.75, 4 / 3),
-  # One geometric, one of the histogram, one of the colours: all 15 take long to
-  # compile.
-  "randaugment": "rand-m9-mstd0.5-inc1:Rotate,Equalize,ColorIncreasing",
+  "randaugment": "rand-m9-mstd0.5-inc1",
   "color_jitter": 0.2,
   "mixup_alpha": 0.5,
   "cutmix_alpha": 0.5,

@@ -376,7 +376,6 @@ def test_encoded_images_train(photos, tmp_path):
       "data.image_size": 32,
       "data.num_workers": 2,
       "augment.mix_group_size": 8,
-      "augment.randaugment": "rand-m9-mstd0.5-inc1:Rotate",
       "batch_size": 16,
       "accum_steps": 2,
       "epochs": 2,

@@ -46,24 +46,20 @@ def _init(fan_in: int) -> dict[str, nn.initializers.Initializer]:
   return {"kernel_init": uniform, "bias_init": uniform}
 
 
-def _depthwise(implementation, x, kernel, strides, padding, **kwargs):
+def _depthwise(x, kernel, strides, padding, **kwargs):
   """`ops.depthwise_conv` in the form in which `nn.Conv` calls its convolution.
 
   The padding that nn.Conv would ask for, SAME, is the op's own. The call is
   left to the norm, which at inference does its own work on the way.
   """
   del strides, padding, kwargs
-  return functools.partial(
-    ops.depthwise_conv, x, kernel[:, :, 0, :], implementation=implementation
-  )
+  return functools.partial(ops.depthwise_conv, x, kernel[:, :, 0, :])
 
 
-def _pointwise(implementation, x, kernel, *args, **kwargs):
+def _pointwise(x, kernel, *args, **kwargs):
   """Likewise for `nn.Dense`."""
   del args, kwargs
-  return functools.partial(
-    ops.pointwise_conv, x, kernel, implementation=implementation
-  )
+  return functools.partial(ops.pointwise_conv, x, kernel)
 
 
 class BiasApart(nn.Module):
@@ -77,7 +73,7 @@ class BiasApart(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> tuple[Any, jax.Array]:
-    """Returns what the layer does without the bias, and the bias."""
+    """Returns the result without the bias, or its call; and the bias."""
     layer = self.make_layer(use_bias=False)
     nn.share_scope(self, layer)
     y = layer(x)  # Whose kernel is the first parameter drawn, as in linen.
@@ -106,7 +102,7 @@ class Block(nn.Module):
         self.dim,
         (k, k),
         feature_group_count=self.dim,
-        conv_general_dilated=functools.partial(_depthwise, self.implementation),
+        conv_general_dilated=_depthwise,
         dtype=self.dtype,
         **_init(k * k),
       ),
@@ -118,7 +114,7 @@ class Block(nn.Module):
       functools.partial(
         nn.Dense,
         self.dim,
-        dot_general=functools.partial(_pointwise, self.implementation),
+        dot_general=_pointwise,
         dtype=self.dtype,
         **_init(self.dim),
       ),
@@ -129,7 +125,7 @@ class Block(nn.Module):
 
 
 def _activate_and_norm(module, layer, train, name, residual=None):
-  """norm(activation(x + bias)) + residual, of a layer's x or call, and bias.
+  """norm(activation(x + bias)) + residual, of what `BiasApart` returned.
 
   Called inside `module`'s compact method, whose submodule the norm is.
   """
@@ -141,7 +137,8 @@ def _activate_and_norm(module, layer, train, name, residual=None):
       implementation=module.implementation,
       name=name,
     )(x, train, bias=bias, residual=residual)
-  x = x() if callable(x) else x
+  if callable(x):
+    x = x(implementation=module.implementation)
   y = ops.ACTIVATIONS[module.activation](x.astype(jnp.float32) + bias)
   y = nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(y)
   return y if residual is None else y + residual

@@ -3,7 +3,6 @@
 BatchNorm has PyTorch's constants, and statistics over groups of the batch.
 """
 
-from collections.abc import Callable
 import functools
 import math
 
@@ -63,7 +62,7 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: jax.Array | Callable[[], jax.Array],
+    x: jax.Array | functools.partial[jax.Array],
     train: bool,
     *,
     bias: jax.Array | None = None,
@@ -72,18 +71,18 @@ class BatchNorm(nn.Module):
     """Returns [B, H, W, C], of x's dtype; all else is computed in float32.
 
     Args:
-      x: [B, H, W, C], or a functools.partial that gives it: a whole call of
-        `depthwise_conv` or `pointwise_conv`, into which all of this then goes
-        at inference.
+      x: [B, H, W, C], or the call that gives it, into which all of this goes
+        at inference: a functools.partial of `depthwise_conv` or
+        `pointwise_conv` with x and kernel, run by this module's
+        `implementation`.
       train: normalise by the statistics of x, and move the running ones.
       bias: [C], of the layer before.
       residual: [B, H, W, C].
     """
     if train and callable(x):
-      x = x()
-    # What gives the result's shape is the kernel, or the result.
-    batch_of, channels_of = x.args if callable(x) else (x, x)
-    batch, channels = batch_of.shape[0], channels_of.shape[-1]
+      x = x(implementation=self.implementation)
+    image, kernel = x.args if callable(x) else (x, x)
+    batch, channels = image.shape[0], kernel.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,))
     offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -92,7 +91,7 @@ class BatchNorm(nn.Module):
       bias = jnp.zeros(channels)
     bias, scale, offset = map(_float, (bias, scale, offset))
     if residual is not None:
-      residual = residual.astype(batch_of.dtype)
+      residual = residual.astype(image.dtype)
     static = (self.implementation or "auto", self.activation)
 
     if not train:

@@ -815,26 +815,43 @@ ffi::Error with_affine(const ffi::AnyBuffer& x, int64_t activation, In& bias,
   });
 }
 
-template <class T, class Finish>
-void depthwise_of(ffi::ThreadPool& pool, In& x, In& kernel,
+struct Depthwise {
+  template <class T, class Finish>
+  static void run(ffi::ThreadPool& pool, In& x, In& kernel,
                   const Finish& finish, Out& y) {
-  depthwise(pool, conv_of(x, kernel), data<T>(x), data<T>(kernel), finish,
-            data<T>(y));
-}
+    depthwise(pool, conv_of(x, kernel), data<T>(x), data<T>(kernel), finish,
+              data<T>(y));
+  }
+};
 
-ffi::Error Depthwise(ffi::ThreadPool pool, In x, In kernel, Out y) {
+struct Pointwise {
+  template <class T, class Finish>
+  static void run(ffi::ThreadPool& pool, In& x, In& kernel,
+                  const Finish& finish, Out& y) {
+    const auto d = kernel.dimensions();
+    const auto panels = pack_panels(pool, data<T>(kernel), d[0], d[1], false);
+    multiply(pool, data<T>(x), panels.get(), finish, data<T>(y),
+             x.element_count() / d[0], d[0], d[1]);
+  }
+};
+
+// Either of them, alone.
+template <class Op>
+ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, Out y) {
   return with_type(x, [&](auto element) {
-    depthwise_of<decltype(element)>(pool, x, kernel, Sums{}, y);
+    Op::template run<decltype(element)>(pool, x, kernel, Sums{}, y);
   });
 }
 
-ffi::Error DepthwiseNorm(ffi::ThreadPool pool, In x, In kernel, In bias,
-                         In scale, In offset, In residual, Out y,
-                         int64_t activation, bool has_residual) {
+// And with what follows it at inference.
+template <class Op>
+ffi::Error ConvolveNorm(ffi::ThreadPool pool, In x, In kernel, In bias,
+                        In scale, In offset, In residual, Out y,
+                        int64_t activation, bool has_residual) {
   return with_affine(
       x, activation, bias, scale, offset, residual, has_residual,
       [&](auto element, const auto& finish) {
-        depthwise_of<decltype(element)>(pool, x, kernel, finish, y);
+        Op::template run<decltype(element)>(pool, x, kernel, finish, y);
       });
 }
 
@@ -845,31 +862,6 @@ ffi::Error DepthwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
     depthwise_vjp(pool, conv_of(x, kernel), data<T>(x), data<T>(kernel),
                   data<T>(grad), data<T>(grad_x), data<T>(grad_kernel));
   });
-}
-
-template <class T, class Finish>
-void pointwise_of(ffi::ThreadPool& pool, In& x, In& kernel,
-                  const Finish& finish, Out& y) {
-  const auto d = kernel.dimensions();
-  const auto panels = pack_panels(pool, data<T>(kernel), d[0], d[1], false);
-  multiply(pool, data<T>(x), panels.get(), finish, data<T>(y),
-           x.element_count() / d[0], d[0], d[1]);
-}
-
-ffi::Error Pointwise(ffi::ThreadPool pool, In x, In kernel, Out y) {
-  return with_type(x, [&](auto element) {
-    pointwise_of<decltype(element)>(pool, x, kernel, Sums{}, y);
-  });
-}
-
-ffi::Error PointwiseNorm(ffi::ThreadPool pool, In x, In kernel, In bias,
-                         In scale, In offset, In residual, Out y,
-                         int64_t activation, bool has_residual) {
-  return with_affine(
-      x, activation, bias, scale, offset, residual, has_residual,
-      [&](auto element, const auto& finish) {
-        pointwise_of<decltype(element)>(pool, x, kernel, finish, y);
-      });
 }
 
 ffi::Error PointwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
@@ -948,13 +940,13 @@ auto with_arrays(Binding&& binding) {
       (with_arrays<args, results>(                                  \
           ffi::Ffi::Bind().Ctx<ffi::ThreadPool>()) __VA_ARGS__))
 
-CONVMIXER_OP(depthwise, Depthwise, 2, 1);
+CONVMIXER_OP(depthwise, Convolve<Depthwise>, 2, 1);
 CONVMIXER_OP(depthwise_vjp, DepthwiseVjp, 3, 2);
-CONVMIXER_OP(depthwise_norm, DepthwiseNorm, 6, 1,
+CONVMIXER_OP(depthwise_norm, ConvolveNorm<Depthwise>, 6, 1,
              .Attr<int64_t>("activation").Attr<bool>("has_residual"));
-CONVMIXER_OP(pointwise, Pointwise, 2, 1);
+CONVMIXER_OP(pointwise, Convolve<Pointwise>, 2, 1);
 CONVMIXER_OP(pointwise_vjp, PointwiseVjp, 3, 2);
-CONVMIXER_OP(pointwise_norm, PointwiseNorm, 6, 1,
+CONVMIXER_OP(pointwise_norm, ConvolveNorm<Pointwise>, 6, 1,
              .Attr<int64_t>("activation").Attr<bool>("has_residual"));
 CONVMIXER_OP(moments, Moments, 2, 2, .Attr<int64_t>("activation"));
 CONVMIXER_OP(normalize, Normalize, 5, 1,

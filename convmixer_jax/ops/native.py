@@ -66,7 +66,10 @@ def available(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
 
 
 def chosen(implementation: str | None, dtype: Any) -> str:
-  """What `dispatch` runs for arrays of this type on the default backend."""
+  """What `dispatch` runs for arrays of `dtype` on the default backend.
+
+  'native', 'shift' or 'xla', for an implementation as in `depthwise_conv`.
+  """
   if implementation not in (None, "auto", "native"):
     return implementation
   if implementation != "native" and jax.default_backend() != "cpu":
