@@ -1,6 +1,7 @@
 """What the command lines share: flags, --help, one-line errors, a cache."""
 
 from collections.abc import Callable
+import contextlib
 import ctypes
 import difflib
 import hashlib
@@ -24,7 +25,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import UserError
 from convmixer_jax.ops import native
 
-_LINGER = 10.0  # Seconds that a process may take to end after an error.
+_LINGER = 10.0  # Seconds that a process may take to end.
 _CACHE_BYTES = 2**30  # What was used longest ago goes first.
 
 
@@ -203,14 +204,24 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
       raise UserError(f"{argv[1]}: not a flag; see --help")
     main(*argv[1:])
 
+  code = 1
   try:
     app.run(call, flags_parser=lambda argv: parse_flags(argv, flag_values))
   except UserError as e:
     print(f"error: {e}", file=sys.stderr, flush=True)
-    # Python waits for threads, of which one may be stuck in a dead file system.
-    timer = threading.Timer(_LINGER, os._exit, [2])
+    code = 2
+  except KeyboardInterrupt:
+    code = 128 + signal.SIGINT
+  except SystemExit as e:
+    code = e.code
+    raise
+  finally:
+    # Python waits for threads and locks, of which one may be stuck in a dead
+    # file system, or held by a dead process.
+    with contextlib.suppress(OSError):
+      sys.stdout.flush()
+    code = code if isinstance(code, int) else int(code is not None)
+    timer = threading.Timer(_LINGER, os._exit, [code])
     timer.daemon = True
     timer.start()
-    sys.exit(2)
-  except KeyboardInterrupt:
-    sys.exit(128 + signal.SIGINT)
+  sys.exit(code)

@@ -227,7 +227,7 @@ def test_replay_is_the_step_that_was_done(whole, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def photos(tmp_path_factory):
+def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp("photos")
   for label in range(2):
     folder = root / "train" / f"class_{label}"
@@ -235,7 +235,12 @@ def photos(tmp_path_factory):
     for i in range(8):
       data = test_data.encoded(test_data.photo(8 * label + i, 40, 30))
       (folder / f"{i}.jpeg").write_bytes(data)
-  return sources.open_source("folder", str(root), "train", 32)
+  return root
+
+
+@pytest.fixture
+def photos(folder):
+  return sources.open_source("folder", str(folder), "train", 32)
 
 
 def decode_for_ever(photos, **settings):
@@ -258,7 +263,7 @@ def decode_for_ever(photos, **settings):
 @pytest.mark.parametrize(
   ("signum", "message"),
   [
-    (signal.SIGKILL, "terminated unexpectedly with exit code -9"),
+    (signal.SIGKILL, r"process \d+, which decodes, ended with exit code -9"),
     (signal.SIGSTOP, r"no batch came in 4 s .*process \d+, T \(stopped\)"),
   ],
 )
@@ -279,6 +284,22 @@ def test_a_worker_that_is_killed_or_stuck_is_named(
       pass
   worker.join(10)
   assert not worker.is_alive()
+
+
+@pytest.mark.slow
+def test_a_worker_that_dies_with_a_lock_is_not_waited_for(folder, tmp_path):
+  """Neither when the batches end nor when the program does."""
+  process = common.run_main(
+    folder, tmp_path / "flag", module="tests.dying_worker"
+  )
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 2, err
+  assert out.startswith("a batch\n")
+  assert re.match(
+    r"error: data: process \d+, which decodes, ended with exit code -9; was"
+    r" memory short\?\n",
+    err,
+  )
 
 
 def test_a_signal_is_seen_while_a_worker_is_stuck(photos):

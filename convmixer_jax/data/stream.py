@@ -33,6 +33,7 @@ Batch = dict[str, np.ndarray]
 
 PATIENCE = 300.0  # Seconds that a batch of encoded images may take.
 _POLL = 0.2  # Seconds after which a signal is seen while one is waited for.
+_GRACE = 2.0  # Seconds that those who decode have to end by themselves.
 
 
 @functools.lru_cache(maxsize=2)  # The two epochs that a batch can touch.
@@ -316,10 +317,12 @@ def _waited_for(
 ) -> Generator[Batch]:
   """Yields from grain's iterator, which could wait forever.
 
-  A thread waits for each batch, so that this one sees `stopped`, and the time.
+  A thread waits for each batch, so that this one sees `stopped`, the time, and
+  processes that are gone.
   """
   before = set(multiprocessing.active_children())
   workers = lambda: set(multiprocessing.active_children()) - before
+  seen = set()
   coming = queue.SimpleQueue()
 
   def fetch():
@@ -328,35 +331,57 @@ def _waited_for(
     except Exception as e:
       coming.put((None, e))
 
+  def close():
+    with contextlib.suppress(Exception):
+      iterator.close()
+
+  def failure():
+    seen.update(workers())
+    for worker in seen:
+      if worker.exitcode:
+        return UserError(
+          f"data: process {worker.pid}, which decodes, ended with exit code"
+          f" {worker.exitcode}; was memory short?"
+        )
+    return None
+
   try:
     while True:
-      threading.Thread(target=fetch, daemon=True).start()
+      _thread(fetch)
       deadline = time.monotonic() + PATIENCE
       batch = error = None
       while not stopped():
         with contextlib.suppress(queue.Empty):
           batch, error = coming.get(timeout=_POLL)
           break
+        if failure():  # A signal may have been sent to us as well.
+          deadline = min(deadline, time.monotonic() + _GRACE)
         if time.monotonic() > deadline:
           states = ", ".join(map(_state, workers())) or "its threads"
-          raise UserError(
+          raise failure() or UserError(
             f"data: no batch came in {PATIENCE:.0f} s from what decodes:"
             f" {states}"
           )
-      if error and not stopped():  # Which may have killed the workers too.
-        if "terminated unexpectedly" in str(error):
-          text = str(error).partition(". Search")[0]
-          raise UserError(f"data: {text}; was memory short?") from error
-        raise error
+      if error and not stopped():
+        raise failure() or error
       if batch is None:
         return
       yield batch
   finally:
-    # One that is stuck would be waited for.
+    # grain's close() waits for one that is stuck, and for ever for one that
+    # was killed while it held a lock, which a dead process never releases.
+    closing = _thread(close)
+    closing.join(_GRACE)
     for worker in workers():
       worker.kill()
-    with contextlib.suppress(Exception):
-      iterator.close()
+    closing.join(_GRACE)
+
+
+def _thread(call: Callable[[], object]) -> threading.Thread:
+  """Started; one that never ends does not keep the program from ending."""
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  return thread
 
 
 def _state(process: multiprocessing.process.BaseProcess) -> str:
