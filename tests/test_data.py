@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 from PIL import Image
 import pytest
+import simplejpeg
 import tensorflow_datasets as tfds
 
 from convmixer_jax import UserError
@@ -173,19 +174,66 @@ def test_eval_image_is_pillows(width, height):
   assert np.array_equal(ours, image[top : top + 224, left : left + 224])
 
 
-def test_train_image_is_a_resized_box():
-  data = encoded(photo(0, 80, 60))
-  whole = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-  whole = np.asarray(Image.fromarray(whole).resize((32, 32), decode.BILINEAR))
-  options = {"scale": (1.0, 1.0), "ratio": (80 / 60, 80 / 60)}
-  ours = decode.train_image(
+def whole_train_image(data, width, height):
+  return decode.train_image(
     data,
     32,
     np.random.default_rng(0),
+    scale=(1.0, 1.0),
+    ratio=(width / height,) * 2,
     interpolation="bilinear",
-    **options,
   )
-  assert np.array_equal(ours, whole)
+
+
+@pytest.mark.parametrize(
+  ("mode", "options"),
+  [
+    ("RGB", {}),
+    ("RGB", {"quality": 30}),
+    ("RGB", {"subsampling": "4:4:4"}),
+    ("RGB", {"subsampling": "4:2:2"}),
+    ("RGB", {"progressive": True}),
+    ("RGB", {"keep_rgb": True}),
+    ("L", {}),
+    ("CMYK", {}),
+    ("RGBA", {"format": "PNG"}),
+  ],
+)
+def test_train_image_is_pillows(mode, options):
+  data = encoded(photo(0, 79, 61).convert(mode), **options)
+  whole = Image.open(io.BytesIO(data)).convert("RGB")
+  expected = np.asarray(whole.resize((32, 32), decode.BILINEAR))
+  assert np.array_equal(whole_train_image(data, 79, 61), expected)
+  rng = np.random.default_rng(1)
+  ours = decode.train_image(
+    data, 16, rng, scale=(0.3, 0.3), ratio=(1.0, 1.0), interpolation="bicubic"
+  )
+  rng = np.random.default_rng(1)
+  box = decode._random_box(79, 61, rng, (0.3, 0.3), (1.0, 1.0))
+  expected = whole.crop(box).resize((16, 16), decode.BICUBIC)
+  assert np.array_equal(ours, np.asarray(expected))
+
+
+def test_what_pillow_forgives_is_forgiven():
+  """A byte of the pixels' is wrong: one decoder warns of it, one raises."""
+  data = bytearray(encoded(photo(0, 80, 60)))
+  differing = 0
+  for position in range(len(data) - 400, len(data) - 2, 7):
+    damaged = data.copy()
+    damaged[position] ^= 0x55
+    image = Image.open(io.BytesIO(damaged))
+    try:
+      expected = np.asarray(image.resize((32, 32), decode.BILINEAR))
+    except OSError:
+      with pytest.raises(OSError, match=r"truncated|broken"):
+        whole_train_image(bytes(damaged), 80, 60)
+      continue
+    assert np.array_equal(whole_train_image(bytes(damaged), 80, 60), expected)
+    try:
+      simplejpeg.decode_jpeg(bytes(damaged))
+    except ValueError:
+      differing += 1
+  assert differing
 
 
 def test_random_boxes_follow_their_law():
