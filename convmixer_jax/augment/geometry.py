@@ -189,44 +189,48 @@ def affine(
     uint8 [B, H, W, 3].
   """
   batch, height, width, _ = images.shape
-  # One gather brings three channels.
-  shifts = jnp.array([0, 8, 16], jnp.int32)
-  packed = (images.astype(jnp.int32) << shifts).sum(-1).reshape(batch, -1)
   m = matrix[:, :, :, None, None]
+  y, x = jnp.mgrid[:height, :width]
   centre = m[:, :, 2] + 0.5 * (m[:, :, 0] + m[:, :, 1])
-
-  def pixel(column, row):
-    column = jnp.clip(column, 0, width - 1)
-    row = jnp.clip(row, 0, height - 1)
-    index = (row * width + column).reshape(batch, -1)
-    values = jnp.take_along_axis(packed, index, axis=1)
-    return (values.reshape(column.shape)[..., None] >> shifts) & 255
-
-  def nearest(x, y):
+  limits = jnp.array([width, height]).reshape(2, 1, 1)
+  if bicubic is None:
     # Pillow's fixed point, 16 bits after the point.
     fixed = lambda v: jnp.floor(v * 65536 + 0.5).astype(jnp.int32)
     at = fixed(m[:, :, 0]) * x + fixed(m[:, :, 1]) * y + fixed(centre) >> 16
-    return pixel(at[:, 0], at[:, 1]), at
-
-  def smooth(x, y):
+    first = at
+  else:
     at = m[:, :, 0] * x + m[:, :, 1] * y + centre
-    first = jnp.floor(at - 0.5)
-    dx, dy = jnp.moveaxis((at - 0.5 - first)[..., None], 1, 0)
-    column, row = jnp.moveaxis(first.astype(jnp.int32), 1, 0)
-    cubic = bicubic[:, None, None, None]
-    rows = [
-      _interpolate(
-        [pixel(column + i, row + j) for i in range(-1, 3)], dx, cubic
-      )
-      for j in range(-1, 3)
-    ]
-    return jnp.clip(_interpolate(rows, dy, cubic), 0, 255), at
+    at = jax.lax.optimization_barrier(at)  # Computed twice, it could differ.
+    first = jnp.floor(at - 0.5).astype(jnp.int32)
+  # One gather brings three channels. Beyond the edge, its pixels go on.
+  shifts = jnp.array([0, 8, 16], jnp.int32)
+  packed = (images.astype(jnp.int32) << shifts).sum(-1)
+  packed = jnp.pad(packed, ((0, 0), (2, 2), (2, 2)), mode="edge")
+  packed = packed.reshape(batch, -1)
+  column, row = jnp.moveaxis(jnp.clip(first, -1, limits - 1) + 2, 1, 0)
+  index = row * (width + 4) + column
 
-  def strip(first_row):
-    y, x = jnp.mgrid[: height // strips, :width]
-    resample = nearest if bicubic is None else smooth
-    values, at = resample(x, y + first_row)
-    limits = jnp.array([width, height]).reshape(2, 1, 1)
+  def resample(args):  # A strip of rows.
+    at, index = args
+
+    def pixel(i, j):
+      values = jnp.take_along_axis(
+        packed,
+        (index + (j * (width + 4) + i)).reshape(batch, -1),
+        axis=1,
+        mode="promise_in_bounds",
+      )
+      return (values.reshape(index.shape)[..., None] >> shifts) & 255
+
+    if bicubic is None:
+      values = pixel(0, 0)
+    else:
+      dx, dy = jnp.moveaxis((at - 0.5 - jnp.floor(at - 0.5))[..., None], 1, 0)
+      cubic = bicubic[:, None, None, None]
+      taps = range(-1, 3)
+      rows = [_interpolate([pixel(i, j) for i in taps], dx, cubic)
+              for j in taps]  # fmt: skip
+      values = jnp.clip(_interpolate(rows, dy, cubic), 0, 255)
     inside = ((at >= 0) & (at < limits)).all(1)[..., None]
     return jnp.where(
       inside, values.astype(jnp.uint8), jnp.array(fill, jnp.uint8)
@@ -234,7 +238,10 @@ def affine(
 
   # In strips: sixteen neighbours of every pixel at once take much memory.
   strips = math.gcd(height, 8)
-  result = jax.lax.map(strip, jnp.arange(0, height, height // strips))
+  cut = lambda x: jnp.moveaxis(
+    x.reshape(*x.shape[:-2], strips, -1, width), -3, 0
+  )
+  result = jax.lax.map(resample, (cut(at), cut(index)))
   return jnp.moveaxis(result, 0, 1).reshape(images.shape)
 
 
