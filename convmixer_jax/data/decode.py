@@ -1,6 +1,5 @@
 """Encoded images to uint8 arrays, by Pillow, as torchvision and timm do it."""
 
-import contextlib
 import io
 import math
 import os
@@ -10,7 +9,6 @@ import stat
 import numpy as np
 from PIL import Image
 from PIL import UnidentifiedImageError
-import simplejpeg
 
 # torchvision's.
 SUFFIXES = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff",
@@ -90,22 +88,13 @@ def train_image(
   # A JPEG much larger than the result is decoded at a half, a quarter or an
   # eighth of its size, twice what is needed, as in Pillow's thumbnail().
   shrink = min(right - left, bottom - top) // (2 * size)
-  pixels = None
   if shrink > 1:
     image.draft("RGB", (width // shrink, height // shrink))
     x, y = image.width / width, image.height / height
     left, right = round(left * x), round(right * x)
     top, bottom = round(top * y), round(bottom * y)
-  elif image.format == "JPEG" and image.mode == "RGB":
-    # What Pillow would decode, only faster, as it stores four bytes a pixel.
-    # Pillow forgives what is wrong with the data, or says it.
-    with contextlib.suppress(ValueError):
-      pixels = simplejpeg.decode_jpeg(data, "RGB")
   # Crop first: a resize from a box would let the filter see past its edges.
-  if pixels is None:
-    image = _rgb(image).crop((left, top, right, bottom))
-  else:
-    image = Image.fromarray(pixels[top:bottom, left:right])
+  image = _rgb(image).crop((left, top, right, bottom))
   return np.asarray(image.resize((size, size), resample))
 
 
