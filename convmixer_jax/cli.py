@@ -204,7 +204,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
       raise UserError(f"{argv[1]}: not a flag; see --help")
     main(*argv[1:])
 
-  code = 1
+  code = 1  # Of what is not caught here.
   try:
     app.run(call, flags_parser=lambda argv: parse_flags(argv, flag_values))
   except UserError as e:
@@ -213,14 +213,12 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   except KeyboardInterrupt:
     code = 128 + signal.SIGINT
   except SystemExit as e:
-    code = e.code
-    raise
+    code = e.code or 0
   finally:
     # Python waits for threads and locks, of which one may be stuck in a dead
     # file system, or held by a dead process.
     with contextlib.suppress(OSError):
       sys.stdout.flush()
-    code = code if isinstance(code, int) else int(code is not None)
     timer = threading.Timer(_LINGER, os._exit, [code])
     timer.daemon = True
     timer.start()

@@ -14,6 +14,7 @@ import numpy as np
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import optim
+from convmixer_jax.data import stream
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -175,6 +176,24 @@ def run_main(
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     **{"cwd": ROOT, **popen},
+  )
+
+
+def decode_for_ever(photos, num_workers=1, **settings):
+  """Batches of 4 images of 32 x 32 pixels, by processes."""
+  return stream.train_batches(
+    photos,
+    seed=0,
+    batch_size=4,
+    rows=np.arange(4),
+    start=0,
+    stop=10**6,
+    image_size=32,
+    num_workers=num_workers,
+    scale=(0.5, 1.0),
+    ratio=(1.0, 1.0),
+    interpolation="bilinear",
+    **settings,
   )
 
 

@@ -11,18 +11,20 @@ from multiprocessing import synchronize
 import os
 from pathlib import Path
 import signal
+from typing import Any
 
 from absl import flags
-import numpy as np
 
 from convmixer_jax import cli
 from convmixer_jax.data import sources
-from convmixer_jax.data import stream
+from tests import common
 
 
 @dataclasses.dataclass
 class Dying:
-  read: sources.Encoded
+  """Reads, until the file `flag` is there."""
+
+  read: Any
   flag: str
 
   def name(self, index):
@@ -40,19 +42,7 @@ class Dying:
 def main(folder, flag):
   source = sources.open_source("folder", folder, "train", 32)
   source = dataclasses.replace(source, read=Dying(source.read, flag))
-  for _ in stream.train_batches(
-    source,
-    seed=0,
-    batch_size=4,
-    rows=np.arange(4),
-    start=0,
-    stop=10**6,
-    image_size=32,
-    num_workers=2,
-    scale=(0.5, 1.0),
-    ratio=(1.0, 1.0),
-    interpolation="bilinear",
-  ):
+  for _ in common.decode_for_ever(source, num_workers=2):
     print("a batch")
     Path(flag).touch()
 

@@ -173,17 +173,6 @@ def test_eval_image_is_pillows(width, height):
   assert np.array_equal(ours, image[top : top + 224, left : left + 224])
 
 
-def whole_train_image(data, width, height):
-  return decode.train_image(
-    data,
-    32,
-    np.random.default_rng(0),
-    scale=(1.0, 1.0),
-    ratio=(width / height,) * 2,
-    interpolation="bilinear",
-  )
-
-
 @pytest.mark.parametrize(
   ("mode", "options"),
   [
@@ -199,18 +188,26 @@ def whole_train_image(data, width, height):
   ],
 )
 def test_train_image_is_pillows(mode, options):
+  """The whole of it, and a random box."""
   data = encoded(photo(0, 79, 61).convert(mode), **options)
   whole = Image.open(io.BytesIO(data)).convert("RGB")
-  expected = np.asarray(whole.resize((32, 32), decode.BILINEAR))
-  assert np.array_equal(whole_train_image(data, 79, 61), expected)
-  rng = np.random.default_rng(1)
-  ours = decode.train_image(
-    data, 16, rng, scale=(0.3, 0.3), ratio=(1.0, 1.0), interpolation="bicubic"
-  )
-  rng = np.random.default_rng(1)
-  box = decode._random_box(79, 61, rng, (0.3, 0.3), (1.0, 1.0))
-  expected = whole.crop(box).resize((16, 16), decode.BICUBIC)
-  assert np.array_equal(ours, np.asarray(expected))
+  for interpolation, resample, law in (
+    ("bilinear", decode.BILINEAR, ((1.0, 1.0), (79 / 61, 79 / 61))),
+    ("bicubic", decode.BICUBIC, ((0.3, 0.3), (1.0, 1.0))),
+  ):
+    scale, ratio = law
+    ours = decode.train_image(
+      data,
+      32,
+      np.random.default_rng(1),
+      scale=scale,
+      ratio=ratio,
+      interpolation=interpolation,
+    )
+    box = decode._random_box(79, 61, np.random.default_rng(1), scale, ratio)
+    expected = whole.crop(box).resize((32, 32), resample)
+    assert np.array_equal(ours, np.asarray(expected))
+    assert (box == (0, 0, 79, 61)) == (interpolation == "bilinear")
 
 
 def test_random_boxes_follow_their_law():

@@ -207,6 +207,7 @@ def affine(
   packed = (images.astype(jnp.int32) << shifts).sum(-1)
   packed = jnp.pad(packed, ((0, 0), (2, 2), (2, 2)), mode="edge")
   packed = packed.reshape(batch, -1)
+  # Where a pixel's first neighbour is; the others are so many entries further.
   column, row = jnp.moveaxis(jnp.clip(first, -1, limits - 1) + 2, 1, 0)
   index = row * (width + 4) + column
 
@@ -225,7 +226,9 @@ def affine(
     if bicubic is None:
       values = pixel(0, 0)
     else:
-      dx, dy = jnp.moveaxis((at - 0.5 - jnp.floor(at - 0.5))[..., None], 1, 0)
+      shifted = at - 0.5  # Pixels' centres at whole numbers.
+      part = shifted - jnp.floor(shifted)
+      dx, dy = jnp.moveaxis(part[..., None], 1, 0)
       cubic = bicubic[:, None, None, None]
       taps = range(-1, 3)
       rows = [_interpolate([pixel(i, j) for i in taps], dx, cubic)
