@@ -11,6 +11,7 @@ from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import UserError
 from convmixer_jax.models import convmixer
+from convmixer_jax.models import stack
 
 Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
 
@@ -78,7 +79,7 @@ FIELDS: dict[str, Rule] = {
   "model.pointwise_residual": _optional(_BOOL),
   "model.bn_group_size": _optional(_integer(0)),
   "model.scan": _optional(_BOOL),
-  "model.remat": _optional(_choice(*convmixer.REMAT_POLICIES)),
+  "model.remat": _optional(_choice(*stack.REMAT_POLICIES)),
   "model.dtype": _optional(_choice("float32", "bfloat16")),
   "data.name": _TEXT,
   "data.dir": _optional(_TEXT),

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 
 from convmixer_jax import UserError
 from convmixer_jax.models.convmixer import ConvMixer as ConvMixer
-from convmixer_jax.models.convmixer import stack_blocks as stack_blocks
-from convmixer_jax.models.convmixer import unstack_blocks as unstack_blocks
+from convmixer_jax.models.stack import stack_blocks as stack_blocks
+from convmixer_jax.models.stack import unstack_blocks as unstack_blocks
 
 
 def _convmixer(dim, depth, patch_size, kernel_size, **more):

@@ -17,23 +17,17 @@ order. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
 from collections.abc import Callable
 import functools
 import math
-import operator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from convmixer_jax import ops
+from convmixer_jax.models import stack
 
 ACTIVATIONS = ("gelu", "relu")
 NORMS = ("batch", "layer")
-REMAT_POLICIES = (
-  "nothing_saveable",
-  "dots_saveable",
-  "dots_with_no_batch_dims_saveable",
-)
 
 
 def _init(fan_in: int) -> dict[str, nn.initializers.Initializer]:
@@ -159,11 +153,10 @@ class ConvMixer(nn.Module):
     depthwise_residual: the residual around the depthwise stage (the paper's).
     pointwise_residual: one around the pointwise stage too (an ablation).
     bn_group_size: see `ops.BatchNorm`.
-    scan: run the blocks under one `nn.scan`: compiles faster, and stacks the
-      blocks' variables along a leading axis, under `blocks`; see
-      `stack_blocks`. They start with the same values.
+    scan: run the blocks under one `nn.scan`, which compiles faster and stacks
+      their variables; see `stack.apply_blocks`.
     remat: None, or what a block keeps for its backward pass; a name from
-      `jax.checkpoint_policies`.
+      `stack.REMAT_POLICIES`.
     dtype: of the computation; parameters and logits are float32.
     implementation: see `ops.depthwise_conv`.
   """
@@ -230,15 +223,7 @@ class ConvMixer(nn.Module):
 
     block = Block
     if self.remat is not None:
-      policies = jax.checkpoint_policies
-      policy = getattr(policies, self.remat)
-      if self.remat.startswith("dots"):  # They cannot look into our products.
-        policy = policies.save_from_both_policies(
-          policy, policies.save_only_these_names(ops.PRODUCT)
-        )
-      block = nn.remat(
-        Block, policy=policy, prevent_cse=not self.scan, static_argnums=(2,)
-      )
+      block = stack.rematerialized(Block, self.remat, self.scan)
     block = functools.partial(
       block,
       self.dim,
@@ -251,77 +236,17 @@ class ConvMixer(nn.Module):
       self.dtype,
       self.implementation,
     )
-
-    def unrolled(self, x, depth):
-      for i in range(depth):
-        x = block(parent=self, name=f"block_{i}")(x, train)
-      return x
-
-    if self.scan and self.is_initializing():
-      x = nn.map_variables(
-        unrolled,
-        ("params", "batch_stats"),
-        trans_in_fn=unstack_blocks,
-        trans_out_fn=stack_blocks,
-        init=True,
-      )(self, x, self.depth)
-    elif self.scan:
-
-      def body(block, x, i):
-        y = block(x, train)
-        if num_blocks is not None:
-          y = jnp.where(i < num_blocks, y, x)
-        return y, None
-
-      x, _ = nn.scan(
-        body,
-        variable_axes={"params": 0, "batch_stats": 0},
-        length=self.depth,
-      )(block(name="blocks"), x, jnp.arange(self.depth))
-    else:
-      x = unrolled(self, x, self.depth if num_blocks is None else num_blocks)
+    x = stack.apply_blocks(
+      self,
+      block,
+      self.depth,
+      x,
+      train,
+      scan=self.scan,
+      num_blocks=num_blocks,
+    )
     if return_features:
       return x
 
     x = x.astype(jnp.float32).mean((1, 2))
     return nn.Dense(self.num_classes, name="head", **_init(self.dim))(x)
-
-
-def stack_blocks(tree: Any) -> Any:
-  """An unrolled model's block_0, block_1, ... to a scanned one's `blocks`.
-
-  Args:
-    tree: any pytree with variables in it: a model's, an optimiser's, a train
-      state's. What has no blocks stays as it is.
-  """
-  unrolled = lambda node: isinstance(node, dict) and "block_0" in node
-
-  def stack(node):
-    if not unrolled(node):
-      return node
-    rest = {k: v for k, v in node.items() if not k.startswith("block_")}
-    blocks = [node[f"block_{i}"] for i in range(len(node) - len(rest))]
-    return rest | {"blocks": jax.tree.map(_stack, *blocks)}
-
-  return jax.tree.map(stack, tree, is_leaf=unrolled)
-
-
-def _stack(*leaves):
-  """Leaves numpy's arrays on the host."""
-  return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
-
-
-def unstack_blocks(tree: Any) -> Any:
-  """The inverse of `stack_blocks`."""
-  scanned = lambda node: isinstance(node, dict) and "blocks" in node
-
-  def unstack(node):
-    if not scanned(node):
-      return node
-    node = dict(node)
-    blocks = node.pop("blocks")
-    for i in range(len(jax.tree.leaves(blocks)[0])):
-      node[f"block_{i}"] = jax.tree.map(operator.itemgetter(i), blocks)
-    return node
-
-  return jax.tree.map(unstack, tree, is_leaf=scanned)

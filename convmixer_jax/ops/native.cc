@@ -455,19 +455,24 @@ constexpr int kDepth = 384;              // Products summed in registers.
 constexpr int kRowStride = kDepth + 16;  // Rows do not share a cache's sets.
 constexpr int kColumnStride = (kTileRows + kLanes - 1) / kLanes * kLanes;
 constexpr int64_t kMaxTiles = 48 / kTileRows, kMaxTilesVjp = 24;
-constexpr int64_t kMaxColumns = 768, kMaxColumnsVjp = 384;
+constexpr int64_t kMaxColumns = 1536, kMaxColumnsVjp = 384;
 
 // tile [kTileRows, kPanel] of sums += a [kTileRows, depth] * b [depth, kPanel],
-// where a's element (r, p) is at r * row + p * column.
+// where a's element (r, p) is at r * row + p * column. What lies so many floats
+// `ahead` of b is brought near meanwhile.
 template <int row, int column>
 void multiply_tile(int64_t depth, const float* a, const float* b, float* tile,
-                   int64_t stride) {
+                   int64_t ahead = 0) {
+  constexpr int kCacheLine = 64 / sizeof(float);
   Vec sums[kTileRows][2];
   for (int r = 0; r < kTileRows; ++r) {
-    sums[r][0] = load(tile + r * stride);
-    sums[r][1] = load(tile + r * stride + kLanes);
+    sums[r][0] = load(tile + r * kPanel);
+    sums[r][1] = load(tile + r * kPanel + kLanes);
   }
   for (int64_t p = 0; p < depth; ++p, a += column, b += kPanel) {
+    for (int i = 0; i < kPanel; i += kCacheLine) {
+      __builtin_prefetch(b + ahead + i, 0, 2);
+    }
     const Vec b0 = load(b), b1 = load(b + kLanes);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r) {
@@ -476,8 +481,8 @@ void multiply_tile(int64_t depth, const float* a, const float* b, float* tile,
     }
   }
   for (int r = 0; r < kTileRows; ++r) {
-    store(tile + r * stride, sums[r][0]);
-    store(tile + r * stride + kLanes, sums[r][1]);
+    store(tile + r * kPanel, sums[r][0]);
+    store(tile + r * kPanel + kLanes, sums[r][1]);
   }
 }
 
@@ -518,6 +523,11 @@ std::unique_ptr<float[]> pack_panels(ffi::ThreadPool& pool, const T* b,
   return packed;
 }
 
+// Where element (i, j) of a block of sums is, [panels, block_rows, kPanel].
+int64_t in_tiles(int64_t block_rows, int64_t i, int64_t j) {
+  return (j / kPanel * block_rows + i) * kPanel + j % kPanel;
+}
+
 // y [rows, columns] = a [rows, depth] * b, whose panels are given.
 template <class T, class Finish>
 void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
@@ -549,16 +559,17 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
         const float* panel =
             panels + ((j0 + j) / kPanel * depth + p0) * kPanel;
         for (int64_t i = 0; i < m; i += kTileRows) {
-          multiply_tile<kRowStride, 1>(part, left + i * kRowStride, panel,
-                                       sums + i * block_columns + j,
-                                       block_columns);
+          multiply_tile<kRowStride, 1>(
+              part, left + i * kRowStride, panel,
+              sums + in_tiles(block_rows, i, j),
+              i + kTileRows < m ? 0 : depth * kPanel);
         }
       }
     }
     for (int64_t i = 0; i < m; ++i) {
       for (int64_t j = 0; j < n; j += kLanes) {
         const int64_t at = (i0 + i) * columns + j0 + j;
-        const Vec sum = load(sums + i * block_columns + j);
+        const Vec sum = load(sums + in_tiles(block_rows, i, j));
         stream(y + at, finish(sum, at, j0 + j, n - j), n - j, past_caches);
       }
     }
@@ -609,7 +620,7 @@ void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
         for (int64_t i = 0, t = 0; i < m; i += kTileRows, ++t) {
           multiply_tile<1, kColumnStride>(
               part, left + t * kStep * kColumnStride, right + j * kStep,
-              to + i * block_columns + j, block_columns);
+              to + in_tiles(block_rows, i, j));
         }
       }
     }
@@ -618,8 +629,9 @@ void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
     for (int64_t j = 0; j < columns; j += kLanes) {
       const int64_t block =
           i / block_rows * column_blocks + j / block_columns;
-      const float* from = sums.get() + block * block_size +
-                          i % block_rows * block_columns + j % block_columns;
+      const float* from =
+          sums.get() + block * block_size +
+          in_tiles(block_rows, i % block_rows, j % block_columns);
       Vec total = {};
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
         total += load(from + chunk * blocks * block_size);
