@@ -9,9 +9,9 @@ RUN := .venv/bin/python -m
 train: .venv
 	$(RUN) convmixer_jax.main --config configs/digits.py --workdir runs/digits
 
-## test: everything but what takes minutes
+## test: everything but what takes minutes; eight of them on two cores
 test: .venv/dev
-	$(RUN) pytest -m "not slow"
+	$(RUN) pytest -m "not slow" --numprocesses=2 --dist=loadscope
 
 ## test-slow: accuracies, and what needs CIFAR-10
 test-slow: .venv/dev

@@ -196,14 +196,18 @@ def test_scan_and_remat_compute_the_same(scan, remat):
 def test_remat_saves_memory():
   """Of 48 blocks the gradient keeps their inputs, or their products too."""
   images = jnp.zeros((4, 32, 32, 3))
+  model = common.tiny_model(depth=48, scan=True)
+  shapes = models.variable_shapes(model)
+  variables = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
 
   def temporary(remat):
-    model = common.tiny_model(depth=48, scan=True, remat=remat)
-    variables = models.variable_shapes(model)
-    loss = lambda params: model.apply(
-      variables | {"params": params}, images, True, mutable=["batch_stats"]
-    )[0].sum()
-    variables = jax.tree.map(lambda x: jnp.zeros(x.shape), variables)
+    loss = lambda params: (
+      model.clone(remat=remat)
+      .apply(
+        variables | {"params": params}, images, True, mutable=["batch_stats"]
+      )[0]
+      .sum()
+    )
     compiled = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
