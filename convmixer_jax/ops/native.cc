@@ -559,6 +559,7 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
         const float* panel =
             panels + ((j0 + j) / kPanel * depth + p0) * kPanel;
         for (int64_t i = 0; i < m; i += kTileRows) {
+          // The last tile of a panel fetches the next panel.
           multiply_tile<kRowStride, 1>(
               part, left + i * kRowStride, panel,
               sums + in_tiles(block_rows, i, j),
