@@ -35,6 +35,7 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
 _SMALL = 64  # Pixels: such images are kept in memory, and cropped in the step.
+_WARMUP = 3  # Rounds.
 
 _FLAGS = flags.FlagValues()
 _MODEL = benchmarks.define_model(_FLAGS)
@@ -45,10 +46,7 @@ _JSON = benchmarks.define_json(_FLAGS)
 def main() -> None:
   """Runs what the flags say; see --help."""
   model, batch, size = _MODEL()
-  chains = _chains(model, batch, size)
-  measure = lambda run: (
-    1e3 * np.median(benchmarks.seconds(run, repeats=_REPEATS.value, warmup=3))
-  )
+  depthwise, pointwise = _chains(model, batch, size)
   record = {
     "model": benchmarks.describe(model),
     "batch": batch,
@@ -56,29 +54,32 @@ def main() -> None:
     "milliseconds": {},
   }
   for mode in ("infer", "train"):
-    run, _, _ = throughput.make_work(mode, model, batch, size)
-    ms = {"whole": measure(run)}
-    times = [
-      [model.depth * measure(runs[mode]) for runs in chain]
-      for chain in rich.progress.track(
-        chains, mode, console=rich.console.Console(stderr=True)
-      )
-    ]
-    (ms["depthwise"], *_), (ms["pointwise"], *_) = times
-    norm, act = np.diff(times[0])[:2] + np.diff(times[1])
-    ms |= {"bias, BatchNorm": norm, model.activation: act}
-    if model.depthwise_residual:
-      ms["residual"] = np.diff(times[0])[2]
+    work = {"whole": throughput.make_work(mode, model, batch, size)[0]}
     if mode == "train":
-      ms["optimiser"] = measure(_optimizer(model))
-    ms["other"] = 2 * ms["whole"] - sum(ms.values())
-    if mode == "train":
-      config = _recipe(size)
-      ms["augmentation, not in the whole"] = measure(_augment(config, batch))
+      work["optimiser"] = _optimizer(model)
+      work["augmentation"] = _augment(_recipe(size), batch)
       if size <= _SMALL:
-        ms["input, not in the whole"] = measure(_input(batch, size))
+        work["input"] = _input(batch, size)
+    stages = [runs[mode] for runs in depthwise + pointwise]
+    times, of_stages = _by_turns(mode, work, stages, model.depth)
+    d, p = of_stages[: len(depthwise)], of_stages[len(depthwise) :]
+    ms = {
+      "whole": times.pop("whole"),
+      "depthwise": d[0],
+      "pointwise": p[0],
+      "bias, BatchNorm": d[1] - d[0] + p[1] - p[0],
+      model.activation: d[2] - d[1] + p[2] - p[1],
+    }
+    if model.depthwise_residual:
+      ms["residual"] = d[3] - d[2]
+    if mode == "train":
+      ms["optimiser"] = times.pop("optimiser")
+    ms["other"] = 2 * ms["whole"] - sum(ms.values())
+    ms |= {
+      f"{name}, not in the whole": values for name, values in times.items()
+    }
     record["milliseconds"][mode] = {
-      name: benchmarks.digits(value) for name, value in ms.items()
+      name: benchmarks.digits(np.median(values)) for name, values in ms.items()
     }
   if _JSON.value:
     print(json.dumps(record | benchmarks.provenance(), indent=2))
@@ -92,6 +93,28 @@ def main() -> None:
 
 
 Runs = dict[str, Callable[[], Any]]
+
+
+def _by_turns(
+  title: str, work: Runs, stages: list[Callable[[], Any]], depth: int
+) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
+  """Milliseconds in each round: of `work`, and of each stage in all blocks.
+
+  One after the other, so that what slows the machine slows all of them.
+  """
+  times = {name: [] for name in work}
+  of_stages = [[] for _ in stages]
+  for _ in rich.progress.track(
+    range(_WARMUP + _REPEATS.value),
+    title,
+    console=rich.console.Console(stderr=True),
+  ):
+    for name, run in work.items():
+      times[name] += benchmarks.seconds(run, repeats=1, warmup=0)
+    for values, run in zip(of_stages, stages, strict=True):
+      values.append(sum(benchmarks.seconds(run, repeats=depth, warmup=0)))
+  ms = lambda values: 1e3 * np.array(values[_WARMUP:])
+  return {k: ms(v) for k, v in times.items()}, [*map(ms, of_stages)]
 
 
 def _chains(
