@@ -9,7 +9,7 @@ RUN := .venv/bin/python -m
 train: .venv
 	$(RUN) convmixer_jax.main --config configs/digits.py --workdir runs/digits
 
-## test: everything but what takes minutes; eight of them on two cores
+## test: all but the tests that take minutes; eight minutes on two cores
 test: .venv/dev
 	$(RUN) pytest -m "not slow" --numprocesses=2 --dist=loadscope
 

@@ -35,7 +35,7 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
 _SMALL = 64  # Pixels: such images are kept in memory, and cropped in the step.
-_WARMUP = 3  # Rounds.
+_WARMUP = 3  # Rounds that are not counted.
 
 _FLAGS = flags.FlagValues()
 _MODEL = benchmarks.define_model(_FLAGS)
@@ -46,7 +46,7 @@ _JSON = benchmarks.define_json(_FLAGS)
 def main() -> None:
   """Runs what the flags say; see --help."""
   model, batch, size = _MODEL()
-  depthwise, pointwise = _chains(model, batch, size)
+  chains = _chains(model, batch, size)
   record = {
     "model": benchmarks.describe(model),
     "batch": batch,
@@ -60,9 +60,14 @@ def main() -> None:
       work["augmentation"] = _augment(_recipe(size), batch)
       if size <= _SMALL:
         work["input"] = _input(batch, size)
-    stages = [runs[mode] for runs in depthwise + pointwise]
-    times, of_stages = _by_turns(mode, work, stages, model.depth)
-    d, p = of_stages[: len(depthwise)], of_stages[len(depthwise) :]
+    for name, chain in chains.items():
+      for i, runs in enumerate(chain):
+        work[f"{name} {i}"] = _repeated(runs[mode], model.depth)
+    times = _by_turns(mode, work)
+    d, p = (
+      [times.pop(f"{name} {i}") for i in range(len(chain))]
+      for name, chain in chains.items()
+    )
     ms = {
       "whole": times.pop("whole"),
       "depthwise": d[0],
@@ -95,15 +100,13 @@ def main() -> None:
 Runs = dict[str, Callable[[], Any]]
 
 
-def _by_turns(
-  title: str, work: Runs, stages: list[Callable[[], Any]], depth: int
-) -> tuple[dict[str, np.ndarray], list[np.ndarray]]:
-  """Milliseconds in each round: of `work`, and of each stage in all blocks.
+def _by_turns(title: str, work: Runs) -> dict[str, np.ndarray]:
+  """Milliseconds [repeats] of each.
 
-  One after the other, so that what slows the machine slows all of them.
+  One after the other in each round, so that what slows the machine for a while
+  slows all of them.
   """
   times = {name: [] for name in work}
-  of_stages = [[] for _ in stages]
   for _ in rich.progress.track(
     range(_WARMUP + _REPEATS.value),
     title,
@@ -111,15 +114,22 @@ def _by_turns(
   ):
     for name, run in work.items():
       times[name] += benchmarks.seconds(run, repeats=1, warmup=0)
-    for values, run in zip(of_stages, stages, strict=True):
-      values.append(sum(benchmarks.seconds(run, repeats=depth, warmup=0)))
-  ms = lambda values: 1e3 * np.array(values[_WARMUP:])
-  return {k: ms(v) for k, v in times.items()}, [*map(ms, of_stages)]
+  return {k: 1e3 * np.array(values[_WARMUP:]) for k, values in times.items()}
+
+
+def _repeated(run: Callable[[], Any], count: int) -> Callable[[], None]:
+  """A function that runs it so often, and waits for it each time."""
+
+  def repeat():
+    for _ in range(count):
+      jax.block_until_ready(run())
+
+  return repeat
 
 
 def _chains(
   model: models.ConvMixer, batch: int, size: int
-) -> tuple[list[Runs], list[Runs]]:
+) -> dict[str, list[Runs]]:
   """Both convolutions of a block, alone and with ever more of what follows.
 
   At inference that is one pass, of which no part can be timed by itself.
@@ -164,10 +174,10 @@ def _chains(
   pointwise = functools.partial(runs, ops.pointwise_conv, array(dim, dim))
   steps = [(), ("identity",), (model.activation,)]
   last = model.activation, array(*x.shape)
-  return (
-    [depthwise(*step) for step in [*steps, last]],
-    [pointwise(*step) for step in steps],
-  )
+  return {
+    "depthwise": [depthwise(*step) for step in [*steps, last]],
+    "pointwise": [pointwise(*step) for step in steps],
+  }
 
 
 def _optimizer(model):

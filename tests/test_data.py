@@ -191,11 +191,10 @@ def test_train_image_is_pillows(mode, options):
   """The whole of it, and a random box."""
   data = encoded(photo(0, 79, 61).convert(mode), **options)
   whole = Image.open(io.BytesIO(data)).convert("RGB")
-  for interpolation, resample, law in (
-    ("bilinear", decode.BILINEAR, ((1.0, 1.0), (79 / 61, 79 / 61))),
-    ("bicubic", decode.BICUBIC, ((0.3, 0.3), (1.0, 1.0))),
+  for interpolation, resample, scale, ratio in (
+    ("bilinear", decode.BILINEAR, (1.0, 1.0), (79 / 61, 79 / 61)),
+    ("bicubic", decode.BICUBIC, (0.3, 0.3), (1.0, 1.0)),
   ):
-    scale, ratio = law
     ours = decode.train_image(
       data,
       32,

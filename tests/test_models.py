@@ -201,13 +201,10 @@ def test_remat_saves_memory():
   variables = jax.tree.map(lambda x: jnp.zeros(x.shape), shapes)
 
   def temporary(remat):
-    loss = lambda params: (
-      model.clone(remat=remat)
-      .apply(
-        variables | {"params": params}, images, True, mutable=["batch_stats"]
-      )[0]
-      .sum()
-    )
+    apply = model.clone(remat=remat).apply
+    loss = lambda params: apply(
+      variables | {"params": params}, images, True, mutable=["batch_stats"]
+    )[0].sum()
     compiled = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

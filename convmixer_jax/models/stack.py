@@ -58,7 +58,10 @@ def apply_blocks(
     x: [B, H, W, C], like what each returns.
     train: of each one's call.
     scan: compile one, and run it `depth` times.
-    num_blocks: apply only so many of them; None is all.
+    num_blocks: apply only so many of them, 0 to `depth`; None is all.
+
+  Returns:
+    [B, H, W, C], what the last one returned.
   """
 
   def unrolled(module, x, count):

@@ -458,8 +458,8 @@ constexpr int64_t kMaxTiles = 48 / kTileRows, kMaxTilesVjp = 24;
 constexpr int64_t kMaxColumns = 1536, kMaxColumnsVjp = 384;
 
 // tile [kTileRows, kPanel] of sums += a [kTileRows, depth] * b [depth, kPanel],
-// where a's element (r, p) is at r * row + p * column. What lies so many floats
-// `ahead` of b is brought near meanwhile.
+// where a's element (r, p) is at r * row + p * column. Meanwhile what lies
+// `ahead` floats beyond b is fetched from further caches; 0 fetches nothing new.
 template <int row, int column>
 void multiply_tile(int64_t depth, const float* a, const float* b, float* tile,
                    int64_t ahead = 0) {
