@@ -19,7 +19,7 @@ from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 
 def define_model(

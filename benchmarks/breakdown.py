@@ -13,7 +13,6 @@ from collections.abc import Callable
 import functools
 import json
 from pathlib import Path
-import runpy
 from typing import Any
 
 from absl import flags
@@ -29,6 +28,7 @@ import benchmarks
 from benchmarks import throughput
 from convmixer_jax import augment
 from convmixer_jax import cli
+from convmixer_jax import config as config_lib
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax.data import sources
@@ -197,8 +197,7 @@ def _optimizer(model):
 def _recipe(size):
   name = "cifar10" if size <= _SMALL else "imagenet"
   root = Path(__file__).parents[1]
-  get_config = runpy.run_path(str(root / "configs" / f"{name}.py"))
-  config = get_config["get_config"]()
+  config = config_lib.load_file(str(root / "configs" / f"{name}.py"))
   config.data.image_size = size
   return config
 

@@ -25,8 +25,8 @@ from PIL import Image
 
 import benchmarks
 from convmixer_jax import cli
-from convmixer_jax import UserError
 from convmixer_jax.data import decode
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _PHOTOS = flags.DEFINE_string(

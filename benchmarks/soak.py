@@ -30,7 +30,7 @@ import benchmarks
 from convmixer_jax import checkpoint
 from convmixer_jax import cli
 from convmixer_jax import logger
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)

@@ -14,7 +14,7 @@ import sys
 from absl import flags
 
 from convmixer_jax import cli
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 _SMALL = ("--model convmixer_256_8 --patch_size 2 --kernel_size 5"
           " --image_size 32 --num_classes 10 --batch 64")  # fmt: skip

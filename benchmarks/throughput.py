@@ -37,7 +37,7 @@ from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import optim
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 MODES = ("train", "infer", "depthwise", "depthwise_grad", "pointwise")
 WAYS = ("contiguous", "channels_last", "contiguous compiled",

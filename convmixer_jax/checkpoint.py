@@ -22,7 +22,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # The newest ones.

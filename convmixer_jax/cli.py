@@ -22,7 +22,7 @@ import ml_collections
 from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from convmixer_jax.ops import native
 
 _LINGER = 10.0  # Seconds that a process may take to end.

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import runpy
 from typing import Any
 
 import ml_collections
@@ -9,7 +10,7 @@ import ml_collections
 from convmixer_jax import augment
 from convmixer_jax import models
 from convmixer_jax import optim
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from convmixer_jax.models import convmixer
 from convmixer_jax.models import stack
 
@@ -139,6 +140,16 @@ FREE_FIELDS = (
   "eval_every",
   "save_every",
 )
+
+
+def load_file(name: str) -> ml_collections.ConfigDict:
+  """Runs a config file's `get_config`: 'configs/imagenet.py:768_32'.
+
+  Args:
+    name: path of the file, with a variant after a colon where it has some.
+  """
+  path, *variant = name.split(":")
+  return runpy.run_path(path)["get_config"](*variant)
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

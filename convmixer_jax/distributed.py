@@ -20,7 +20,7 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 LOST = 75  # Exit code, sysexits.h's EX_TEMPFAIL: to start all again may help.
 _AGAIN = "start all processes again: they go on from the last checkpoint"

@@ -9,9 +9,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from convmixer_jax import sharding
-from convmixer_jax import UserError
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 from convmixer_jax.step import TrainState
 
 

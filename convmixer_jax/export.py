@@ -36,8 +36,8 @@ import numpy as np
 from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import ops
-from convmixer_jax import UserError
 from convmixer_jax import weights
+from convmixer_jax.errors import UserError
 from convmixer_jax.models import ConvMixer
 from convmixer_jax.models import unstack_blocks
 

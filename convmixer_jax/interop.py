@@ -18,7 +18,8 @@ import numpy as np
 import safetensors.numpy
 
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import first_line
+from convmixer_jax.errors import UserError
 
 # timm's module -> ours; within a block, and outside.
 _IN_BLOCK = {
@@ -178,7 +179,7 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   except UserError:
     raise
   except Exception as e:  # A damaged file may lead to anything.
-    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    reason = first_line(e)
     raise UserError(f"{path}: damaged or cut short: {reason}") from e
   for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
     if isinstance(found, dict) and isinstance(found.get(name), dict):
@@ -202,7 +203,7 @@ def _download(path):
   try:
     return huggingface_hub.hf_hub_download(repository, "model.safetensors")
   except Exception as e:  # No network, no such model, no permission.
-    reason = (str(e).strip().splitlines() or [type(e).__name__])[0]
+    reason = first_line(e)
     raise UserError(f"{path}: cannot be downloaded: {reason}") from e
 
 

@@ -20,7 +20,7 @@ import jax
 import numpy as np
 import tqdm
 
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 

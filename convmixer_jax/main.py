@@ -30,7 +30,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import distributed
 from convmixer_jax import logger
 from convmixer_jax import train
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)

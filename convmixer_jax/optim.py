@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 SCHEDULES = ("onecycle", "cosine", "constant")
 

@@ -48,8 +48,8 @@ from convmixer_jax import ops
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
-from convmixer_jax import UserError
 from convmixer_jax.data import sources
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)

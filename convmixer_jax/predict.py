@@ -27,9 +27,9 @@ import tqdm
 
 from convmixer_jax import augment
 from convmixer_jax import cli
-from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax.data import decode
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _WEIGHTS, _MODEL = cli.define_weights(_FLAGS)

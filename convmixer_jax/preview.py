@@ -23,9 +23,9 @@ from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)

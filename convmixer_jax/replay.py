@@ -27,10 +27,10 @@ from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import sharding
 from convmixer_jax import train
-from convmixer_jax import UserError
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(

@@ -26,11 +26,11 @@ from convmixer_jax import ops
 from convmixer_jax import optim
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 
 AHEAD = 2  # Steps that the host may enqueue before the device has done them.
 

@@ -14,8 +14,8 @@ from convmixer_jax import checkpoint
 from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
-from convmixer_jax import UserError
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax.errors import UserError
 
 
 def load(where: str | os.PathLike) -> dict[str, Any]:

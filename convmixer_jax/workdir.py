@@ -16,7 +16,7 @@ import jax
 import ml_collections
 
 from convmixer_jax import config as config_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 
 
 def changes(

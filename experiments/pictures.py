@@ -36,11 +36,11 @@ import tqdm
 from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import logger
-from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(

@@ -32,7 +32,7 @@ import numpy as np
 
 from convmixer_jax import cli
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import sweeps
 from experiments import tables
 

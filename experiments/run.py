@@ -30,7 +30,7 @@ import benchmarks
 from convmixer_jax import cli
 from convmixer_jax import logger
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import sweeps
 
 _FLAGS = flags.FlagValues()

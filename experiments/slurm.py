@@ -26,7 +26,7 @@ from absl import flags
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import main as main_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import run as run_lib
 from experiments import sweeps
 

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 from pathlib import Path
-import runpy
 from typing import Any
 
 import jax
@@ -13,7 +12,7 @@ import ml_collections
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import paper
 
 ROOT = Path(__file__).parents[1]
@@ -39,9 +38,7 @@ class Cell:
 
   def resolve(self, seed: int) -> ml_collections.ConfigDict:
     """The whole config of one run."""
-    path, *variant = self.config.split(":")
-    get_config = runpy.run_path(str(ROOT / path))["get_config"]
-    config = get_config(*variant).lock()
+    config = config_lib.load_file(str(ROOT / self.config)).lock()
     config.update_from_flattened_dict({**self.overrides, "seed": seed})
     return config
 

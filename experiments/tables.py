@@ -27,7 +27,7 @@ from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import logger
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import run as run_lib
 from experiments import sweeps
 

@@ -3,7 +3,6 @@
 import json
 import os
 from pathlib import Path
-import runpy
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import optim
@@ -107,8 +107,7 @@ def adamw(
 
 
 def load_config(path) -> ml_collections.ConfigDict:
-  path, *variant = str(path).split(":")
-  return runpy.run_path(str(ROOT / path))["get_config"](*variant).lock()
+  return config_lib.load_file(str(ROOT / path)).lock()
 
 
 def finished_run(folder, cell, seed, top1, evals=3):

@@ -12,12 +12,12 @@ from scipy import stats
 
 from convmixer_jax import augment
 from convmixer_jax import sharding
-from convmixer_jax import UserError
 from convmixer_jax.augment import color
 from convmixer_jax.augment import erasing
 from convmixer_jax.augment import geometry
 from convmixer_jax.augment import mixing
 from convmixer_jax.augment import randaugment
+from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
 

@@ -17,7 +17,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import optim
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from tests import common
 
 CONFIGS = [

@@ -7,10 +7,10 @@ from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
-from convmixer_jax import UserError
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 
 
 def photo(seed, width, height):

@@ -11,7 +11,7 @@ import pytest
 
 from convmixer_jax import checkpoint
 from convmixer_jax import distributed
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
 from tests.test_train import finish

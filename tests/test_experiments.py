@@ -12,7 +12,7 @@ import pytest
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import paper
 from experiments import run as run_lib
 from experiments import sweeps

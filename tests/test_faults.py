@@ -20,10 +20,10 @@ from convmixer_jax import checkpoint
 from convmixer_jax import logger
 from convmixer_jax import replay
 from convmixer_jax import train
-from convmixer_jax import UserError
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
 from tests.test_train import finish

@@ -46,11 +46,11 @@ from convmixer_jax import predict
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
-from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 from tests import common
 
 FUZZ = int(os.environ.get("FUZZ", "0"))

@@ -10,7 +10,7 @@ import pytest
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from tests import common
 
 # (variant, patch size, kernel size, classes, parameters): timm's counts for the

@@ -9,7 +9,7 @@ import pytest
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from tests import common
 
 

@@ -12,8 +12,8 @@ import pytest
 from convmixer_jax import hlo
 from convmixer_jax import models
 from convmixer_jax import plan
-from convmixer_jax import UserError
 from convmixer_jax.data import sources
+from convmixer_jax.errors import UserError
 from tests import common
 
 DIGITS = sources.describe("digits", None, "train", 8)

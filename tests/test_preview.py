@@ -7,9 +7,9 @@ import pytest
 from convmixer_jax import augment
 from convmixer_jax import preview
 from convmixer_jax import step as step_lib
-from convmixer_jax import UserError
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 from tests import common
 
 

@@ -16,7 +16,7 @@ import time
 import pytest
 
 from convmixer_jax import checkpoint
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from experiments import run as run_lib
 from experiments import slurm as slurm_lib
 from experiments import sweeps

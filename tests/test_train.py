@@ -20,8 +20,8 @@ from convmixer_jax import ops
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
-from convmixer_jax import UserError
 from convmixer_jax import weights
+from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
 

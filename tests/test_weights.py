@@ -23,9 +23,9 @@ from convmixer_jax import export
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import train
-from convmixer_jax import UserError
 from convmixer_jax import weights
 from convmixer_jax.data import decode
+from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
 

@@ -22,9 +22,9 @@ import re
 import jax
 import jax.numpy as jnp
 
-from convmixer_jax import UserError
 from convmixer_jax.augment import color
 from convmixer_jax.augment import geometry
+from convmixer_jax.errors import UserError
 
 GEOMETRIC_OPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 

@@ -18,8 +18,9 @@ from PIL import Image
 import tensorflow_datasets as tfds
 import tqdm
 
-from convmixer_jax import UserError
 from convmixer_jax.data import decode
+from convmixer_jax.errors import first_line
+from convmixer_jax.errors import UserError
 
 # Images in the splits of sets that TFDS counts only once they are prepared.
 SIZES = {
@@ -164,7 +165,7 @@ def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
   except (ValueError, AssertionError, NotImplementedError) as e:
     raise UserError(
       f"data.train_split or eval_split={split}: has {', '.join(lengths)};"
-      f" slices are written train[:90%] or train[45000:] ({_reason(e)})"
+      f" slices are written train[:90%] or train[45000:] ({first_line(e)})"
     ) from e
   ranges = [
     (p.splitname, range(lengths[p.splitname])[slice(p.from_, p.to)])
@@ -176,10 +177,6 @@ def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
       f" {', '.join(f'{n} in {name}' for name, n in lengths.items() if n)}"
     )
   return ranges
-
-
-def _reason(error: Exception) -> str:
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _digits(split, image_size):
@@ -323,7 +320,7 @@ def _builder(name, directory):
       f"data.name={name}: unknown; nearest are {', '.join(near)}"
     ) from e
   except Exception as e:
-    raise UserError(f"data.name={name}: {_reason(e)}") from e
+    raise UserError(f"data.name={name}: {first_line(e)}") from e
   return builder, *_image_and_label(builder.info)
 
 
@@ -339,7 +336,7 @@ def _prepared_builder(name, directory):
       manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
       raise UserError(
         f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
-        f" it failed: {_reason(e)} {manual}"
+        f" it failed: {first_line(e)} {manual}"
       ) from e
   elif array_record not in builder.info.available_file_formats():
     raise UserError(

@@ -25,9 +25,10 @@ from absl import flags
 import grain
 import numpy as np
 
-from convmixer_jax import UserError
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
+from convmixer_jax.errors import first_line
+from convmixer_jax.errors import UserError
 
 Batch = dict[str, np.ndarray]
 
@@ -194,7 +195,7 @@ def _load(source, index, decode_image):
     return decode_image(data), label
   except Exception as e:  # Pillow raises whatever a damaged file leads to.
     name = source.read.name(index)
-    reason = (str(e).splitlines() or [type(e).__name__])[0]
+    reason = first_line(e)
     raise UserError(f"{name}: cannot be decoded: {reason}") from e
 
 

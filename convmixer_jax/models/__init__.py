@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convmixer_jax import UserError
+from convmixer_jax.errors import UserError
 from convmixer_jax.models.convmixer import ConvMixer as ConvMixer
 from convmixer_jax.models.stack import stack_blocks as stack_blocks
 from convmixer_jax.models.stack import unstack_blocks as unstack_blocks
