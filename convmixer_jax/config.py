@@ -74,7 +74,7 @@ FIELDS: dict[str, Rule] = {
   "model.depth": _optional(_integer(1, 1000)),
   "model.patch_size": _optional(_integer(1, 1000)),
   "model.kernel_size": _optional(_integer(1, 1000)),
-  "model.activation": _optional(_choice(*convmixer.ACTIVATIONS)),
+  "model.activation": _optional(_choice("gelu", "relu")),
   "model.norm": _optional(_choice(*convmixer.NORMS)),
   "model.depthwise_residual": _optional(_BOOL),
   "model.pointwise_residual": _optional(_BOOL),

@@ -1,50 +1,55 @@
-"""Models by name."""
+"""Models by name.
 
+A family is a module of this package with these names, and the only way in which
+the rest of the code knows its models:
+
+  MODEL              a linen module with attribute `num_classes`, called
+                     (images [B, H, W, C], train) -> logits [B, num_classes],
+                     and `check(image_size)`, which raises UserError
+  VARIANTS           name -> arguments of MODEL; timm's names where it has them
+  preprocessing      name or None -> image_size, crop_pct, mean and std that
+                     published weights expect
+  TORCH_NAMES        rows of timm's module, ours, and the kind of layer; see
+                     `interop`
+  timm_module        other names that such modules have -> timm's
+  infer              params -> the arguments that their shapes tell, or None
+  flops, describe    (model, image_size) -> int, model -> text for reports
+
+To add one, add its module to `FAMILIES`, and attributes that no other family
+has to `config.FIELDS`.
+"""
+
+from collections.abc import Mapping
 import difflib
+import types
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from convmixer_jax.errors import UserError
+from convmixer_jax.models import convmixer
 from convmixer_jax.models.convmixer import ConvMixer as ConvMixer
 from convmixer_jax.models.stack import stack_blocks as stack_blocks
 from convmixer_jax.models.stack import unstack_blocks as unstack_blocks
 
+FAMILIES: tuple[types.ModuleType, ...] = (convmixer,)
 
-def _convmixer(dim, depth, patch_size, kernel_size, **more):
-  return dict(
-    dim=dim,
-    depth=depth,
-    patch_size=patch_size,
-    kernel_size=kernel_size,
-    **more,
-  )
-
-
-# Every size of the paper's tables, named dim_depth; the published three have
-# timm's names. 256_8 and 128_4 are the CIFAR-10 models. The table that each
-# comes from has other patches and kernels too: those are overrides.
 VARIANTS: dict[str, dict[str, Any]] = {
-  "convmixer_1536_20": _convmixer(1536, 20, 7, 9),
-  "convmixer_768_32": _convmixer(768, 32, 7, 7, activation="relu"),
-  "convmixer_1024_20_ks9_p14": _convmixer(1024, 20, 14, 9),
-  "convmixer_1024_16": _convmixer(1024, 16, 7, 9),
-  "convmixer_1024_12": _convmixer(1024, 12, 7, 8),
-  "convmixer_512_16": _convmixer(512, 16, 7, 8),
-  "convmixer_512_12": _convmixer(512, 12, 7, 8),
-  "convmixer_256_8": _convmixer(256, 8, 1, 9),
-  "convmixer_128_4": _convmixer(128, 4, 1, 8),
+  name: arguments
+  for family in FAMILIES
+  for name, arguments in family.VARIANTS.items()
 }
 
 
 def create_model(
   name: str, num_classes: int = 1000, **overrides: Any
-) -> ConvMixer:
-  """Builds a model of `VARIANTS`.
+) -> nn.Module:
+  """Builds a model by its name.
 
   Args:
-    name: key of `VARIANTS`.
+    name: key of a family's `VARIANTS`.
     num_classes: size of the head.
     **overrides: attributes of the model; None keeps the variant's own value.
 
@@ -54,35 +59,56 @@ def create_model(
   Raises:
     UserError: no such variant, or an attribute that its family lacks.
   """
-  if name not in VARIANTS:
-    near = difflib.get_close_matches(name, VARIANTS, 1, cutoff=0)[0]
+  families = {name: family for family in FAMILIES for name in family.VARIANTS}
+  if name not in families:
+    near = difflib.get_close_matches(name, families, 1, cutoff=0)[0]
     raise UserError(
       f"model.name={name}: unknown; nearest is {near}; known are"
-      f" {', '.join(VARIANTS)}"
+      f" {', '.join(families)}"
     )
+  family = families[name]
   given = {k: v for k, v in overrides.items() if v is not None}
-  fields = ConvMixer.__dataclass_fields__
   for field in given:
-    if field not in fields:
+    if field not in family.MODEL.__dataclass_fields__:
       raise UserError(f"model.{field}: {name} has no such field")
-  return ConvMixer(num_classes=num_classes, **(VARIANTS[name] | given))
+  return family.MODEL(
+    num_classes=num_classes, **(family.VARIANTS[name] | given)
+  )
 
 
-def variable_shapes(model: ConvMixer) -> dict[str, Any]:
-  """{'params', 'batch_stats'} of a model for RGB images, without computing."""
-  images = jnp.zeros((1, model.patch_size, model.patch_size, 3))
+def family_of(model: nn.Module) -> types.ModuleType:
+  """The module of `FAMILIES` that a model is of."""
+  return next(f for f in FAMILIES if isinstance(model, f.MODEL))
+
+
+def flops(model: nn.Module, image_size: int) -> int:
+  """Floating-point operations of one image's forward pass."""
+  return family_of(model).flops(model, image_size)
+
+
+def describe(model: nn.Module) -> str:
+  """One phrase for reports: 'ConvMixer-1536/20, patch 7, kernel 9'."""
+  return family_of(model).describe(model)
+
+
+def infer(
+  params: Mapping[str, Any],
+) -> tuple[types.ModuleType, dict[str, Any]] | None:
+  """The family, and the arguments, that an unrolled model's params tell.
+
+  num_classes is None where there is no head. None if no family knows them.
+  """
+  found = ((family, family.infer(params)) for family in FAMILIES)
+  return next((pair for pair in found if pair[1] is not None), None)
+
+
+def variable_shapes(model: nn.Module, image_size: int = 224) -> dict[str, Any]:
+  """{'params', 'batch_stats'} of a model for RGB images, without computing.
+
+  Args:
+    model: unbound.
+    image_size: side of the images; any will do where no variable depends on it.
+  """
+  images = jnp.zeros((1, image_size, image_size, 3))
   init = lambda: model.init(jax.random.key(0), images, train=False)
   return {"batch_stats": {}} | jax.eval_shape(init)
-
-
-def forward_flops(model: ConvMixer, image_size: int) -> int:
-  """Floating-point operations of one image's forward pass.
-
-  A multiply-add is two. Convolutions and the head are counted; activations,
-  norms, residuals and biases, under 1 %, are not.
-  """
-  side = image_size // model.patch_size
-  stem = 3 * model.patch_size**2 * model.dim
-  block = model.kernel_size**2 * model.dim + model.dim**2
-  locations = side**2 * (stem + model.depth * block)
-  return 2 * (locations + model.dim * model.num_classes)

@@ -3,8 +3,7 @@
 A patch embedding, `depth` identical blocks at constant width and resolution,
 global average pooling and a linear head:
 
-  stem    cuts the image into p x p patches and embeds each one
-          [B, H, W, 3] -> [B, H/p, W/p, dim]
+  stem    embeds each p x p patch     [B, H, W, 3] -> [B, H/p, W/p, dim]
   block   depthwise k x k convolution: mixes locations, one channel at a time,
             with a residual connection around it
           pointwise convolution: mixes channels, one location at a time
@@ -14,9 +13,9 @@ Every convolution is followed by the activation and then by BatchNorm, in this
 order. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
 """
 
-from collections.abc import Callable
+from collections.abc import Mapping
 import functools
-import math
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -24,118 +23,35 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax import ops
+from convmixer_jax.errors import UserError
+from convmixer_jax.models import layers
 from convmixer_jax.models import stack
 
-ACTIVATIONS = ("gelu", "relu")
-NORMS = ("batch", "layer")
-
-
-def _init(fan_in: int) -> dict[str, nn.initializers.Initializer]:
-  """PyTorch's default for kernel and bias, for layers with that fan-in."""
-
-  def uniform(key, shape, dtype=jnp.float32):
-    bound = 1 / math.sqrt(fan_in)
-    return jax.random.uniform(key, shape, dtype, -bound, bound)
-
-  return {"kernel_init": uniform, "bias_init": uniform}
-
-
-def _depthwise(x, kernel, strides, padding, **kwargs):
-  """`ops.depthwise_conv` in the form in which `nn.Conv` calls its convolution.
-
-  The padding that nn.Conv would ask for, SAME, is the op's own. The call is
-  left to the norm, which at inference does its own work on the way.
-  """
-  del strides, padding, kwargs
-  return functools.partial(ops.depthwise_conv, x, kernel[:, :, 0, :])
-
-
-def _pointwise(x, kernel, *args, **kwargs):
-  """Likewise for `nn.Dense`."""
-  del args, kwargs
-  return functools.partial(ops.pointwise_conv, x, kernel)
-
-
-class BiasApart(nn.Module):
-  """A layer that leaves its bias to be added with the activation.
-
-  Attributes:
-    make_layer: of linen; the variables are the layer's own.
-  """
-
-  make_layer: Callable[..., nn.Module]
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> tuple[Any, jax.Array]:
-    """Returns the result without the bias, or its call; and the bias."""
-    layer = self.make_layer(use_bias=False)
-    nn.share_scope(self, layer)
-    y = layer(x)  # Whose kernel is the first parameter drawn, as in linen.
-    return y, self.param("bias", layer.bias_init, (layer.features,))
+NORMS = {"batch": ops.BatchNorm, "layer": layers.LayerNorm}
 
 
 class Block(nn.Module):
-  """One ConvMixer block: [B, H, W, dim] -> the same shape."""
+  """One block: [B, H, W, dim] -> the same shape. See ConvMixer's attributes."""
 
-  dim: int
+  conv: Any  # layers.Conv and layers.PointwiseConv, with their features.
+  pointwise_conv: Any
+  norm: Any
   kernel_size: int
-  activation: str
-  norm: str
   depthwise_residual: bool
   pointwise_residual: bool
-  bn_group_size: int
-  dtype: Any
-  implementation: str | None
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    k = self.kernel_size
-    y = BiasApart(
-      functools.partial(
-        nn.Conv,
-        self.dim,
-        (k, k),
-        feature_group_count=self.dim,
-        conv_general_dilated=_depthwise,
-        dtype=self.dtype,
-        **_init(k * k),
-      ),
-      name="depthwise",
-    )(x)
+    k, dim = self.kernel_size, x.shape[-1]
+    conv = self.conv((k, k), feature_group_count=dim, name="depthwise")
     residual = x if self.depthwise_residual else None
-    x = _activate_and_norm(self, y, train, "depthwise_norm", residual)
-    y = BiasApart(
-      functools.partial(
-        nn.Dense,
-        self.dim,
-        dot_general=_pointwise,
-        dtype=self.dtype,
-        **_init(self.dim),
-      ),
-      name="pointwise",
-    )(x)
+    x = self.norm(name="depthwise_norm")(x, train, conv=conv, residual=residual)
+
+    conv = self.pointwise_conv(name="pointwise")
     residual = x if self.pointwise_residual else None
-    return _activate_and_norm(self, y, train, "pointwise_norm", residual)
-
-
-def _activate_and_norm(module, layer, train, name, residual=None):
-  """norm(activation(x + bias)) + residual, of what `BiasApart` returned.
-
-  Called inside `module`'s compact method, whose submodule the norm is.
-  """
-  x, bias = layer
-  if module.norm == "batch":
-    return ops.BatchNorm(
-      module.bn_group_size,
-      module.activation,
-      implementation=module.implementation,
-      name=name,
-    )(x, train, bias=bias, residual=residual)
-  if callable(x):
-    x = x(implementation=module.implementation)
-  y = ops.ACTIVATIONS[module.activation](x.astype(jnp.float32) + bias)
-  y = nn.LayerNorm(epsilon=1e-5, dtype=module.dtype, name=name)(y)
-  return y if residual is None else y + residual
+    return self.norm(name="pointwise_norm")(
+      x, train, conv=conv, residual=residual
+    )
 
 
 class ConvMixer(nn.Module):
@@ -153,8 +69,7 @@ class ConvMixer(nn.Module):
     depthwise_residual: the residual around the depthwise stage (the paper's).
     pointwise_residual: one around the pointwise stage too (an ablation).
     bn_group_size: see `ops.BatchNorm`.
-    scan: run the blocks under one `nn.scan`, which compiles faster and stacks
-      their variables; see `stack.apply_blocks`.
+    scan: run the blocks under one `nn.scan`; see `stack.apply_blocks`.
     remat: None, or what a block keeps for its backward pass; a name from
       `stack.REMAT_POLICIES`.
     dtype: of the computation; parameters and logits are float32.
@@ -187,66 +102,133 @@ class ConvMixer(nn.Module):
     """Returns logits, or a map of features.
 
     Args:
-      images: [B, H, W, C], normalised floats.
+      images: [B, H, W, C], normalised floats; H and W may change between calls.
       train: normalise by batch statistics and update the running ones (apply
         with mutable=['batch_stats']).
-      return_features: stop before the head, which pools by the mean over both
-        axes.
+      return_features: stop before pooling and the head.
       num_blocks: with return_features, stop after so many blocks, 0 to depth;
         None is all of them.
 
     Returns:
-      [B, num_classes] float32, or features [B, H // p, W // p, dim]. H and W
-      need not be those of training.
+      [B, num_classes] float32, or features [B, H // p, W // p, dim].
     """
-    if num_blocks is not None and not (
-      return_features and 0 <= num_blocks <= self.depth
-    ):
-      raise ValueError(
-        f"num_blocks={num_blocks}: must be from 0 to {self.depth}, with"
-        " return_features"
-      )
-    p = self.patch_size
-    y = BiasApart(
-      functools.partial(
-        nn.Conv,
-        self.dim,
-        (p, p),
-        strides=p,
-        padding="VALID",
-        dtype=self.dtype,
-        **_init(p * p * images.shape[-1]),
-      ),
-      name="stem",
-    )(images)
-    x = _activate_and_norm(self, y, train, "stem_norm")
+    if num_blocks is not None and not return_features:
+      raise ValueError(f"num_blocks={num_blocks}: needs return_features")
+    # What all layers share.
+    conv = functools.partial(layers.Conv, self.dim, dtype=self.dtype)
+    norm = functools.partial(
+      NORMS[self.norm],
+      activation=self.activation,
+      implementation=self.implementation,
+    )
+    if self.norm == "batch":
+      norm = functools.partial(norm, group_size=self.bn_group_size)
 
-    block = Block
-    if self.remat is not None:
-      block = stack.rematerialized(Block, self.remat, self.scan)
+    p = self.patch_size
+    stem = conv((p, p), strides=p, padding="VALID", name="stem")
+    x = norm(name="stem_norm")(images, train, conv=stem)
     block = functools.partial(
-      block,
-      self.dim,
+      Block,
+      conv,
+      functools.partial(layers.PointwiseConv, self.dim, dtype=self.dtype),
+      norm,
       self.kernel_size,
-      self.activation,
-      self.norm,
-      self.depthwise_residual,
-      self.pointwise_residual,
-      self.bn_group_size,
-      self.dtype,
-      self.implementation,
+      depthwise_residual=self.depthwise_residual,
+      pointwise_residual=self.pointwise_residual,
     )
     x = stack.apply_blocks(
-      self,
-      block,
-      self.depth,
-      x,
-      train,
-      scan=self.scan,
-      num_blocks=num_blocks,
+      self, block, self.depth, x, train, num_blocks=num_blocks
     )
     if return_features:
       return x
-
     x = x.astype(jnp.float32).mean((1, 2))
-    return nn.Dense(self.num_classes, name="head", **_init(self.dim))(x)
+    return layers.dense(self.num_classes, self.dim, name="head")(x)
+
+  def check(self, image_size: int) -> None:
+    """Raises UserError if an image of that side has no whole patch."""
+    if self.patch_size > image_size:
+      raise UserError(
+        f"config.model.patch_size={self.patch_size}: larger than"
+        f" data.image_size={image_size}"
+      )
+
+
+# --- The family, as the rest of the code knows it: see models/__init__.py.
+
+MODEL = ConvMixer
+
+
+def _size(dim, depth, patch_size, kernel_size, **more):
+  more |= dict(patch_size=patch_size, kernel_size=kernel_size)
+  return dict(dim=dim, depth=depth, **more)
+
+
+# Every size of the paper's tables, named dim_depth; the published three have
+# timm's names. 256_8 and 128_4 are the CIFAR-10 models. Other patch and kernel
+# sizes of a table are overrides.
+VARIANTS: dict[str, dict[str, Any]] = {
+  "convmixer_1536_20": _size(1536, 20, 7, 9),
+  "convmixer_768_32": _size(768, 32, 7, 7, activation="relu"),
+  "convmixer_1024_20_ks9_p14": _size(1024, 20, 14, 9),
+  "convmixer_1024_16": _size(1024, 16, 7, 9),
+  "convmixer_1024_12": _size(1024, 12, 7, 8),
+  "convmixer_512_16": _size(512, 16, 7, 8),
+  "convmixer_512_12": _size(512, 12, 7, 8),
+  "convmixer_256_8": _size(256, 8, 1, 9),
+  "convmixer_128_4": _size(128, 4, 1, 8),
+}
+
+
+def preprocessing(name: str | None) -> dict[str, Any]:
+  """What published weights expect of images; the same for all variants."""
+  del name
+  return layers.IMAGENET | {"crop_pct": 0.96}
+
+
+# timm's module, ours, and the kind of layer.
+TORCH_NAMES = (
+  ("stem.0", "stem", "conv"),
+  ("stem.2", "stem_norm", "norm"),
+  ("blocks.{i}.0.fn.0", "block_{i}/depthwise", "conv"),
+  ("blocks.{i}.0.fn.2", "block_{i}/depthwise_norm", "norm"),
+  ("blocks.{i}.1", "block_{i}/pointwise", "pointwise"),
+  ("blocks.{i}.3", "block_{i}/pointwise_norm", "norm"),
+  ("head", "head", "linear"),
+)
+
+
+def timm_module(module: str) -> str:
+  """The paper's nn.Sequential (stem 0 to 2, blocks, head) to timm's names."""
+  index, _, rest = module.partition(".")
+  if not re.fullmatch("[0-9]{1,9}", index):
+    return module
+  if rest:
+    return f"blocks.{int(index) - 3}.{rest}"
+  return f"stem.{index}" if int(index) < 3 else "head"
+
+
+def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Arguments that the tensors' shapes tell; None if this is no ConvMixer."""
+  try:
+    patch, _, _, dim = params["stem"]["kernel"].shape
+    kernel, *_ = params["block_0"]["depthwise"]["kernel"].shape
+    classes = params["head"]["kernel"].shape[-1] if "head" in params else None
+  except (KeyError, ValueError, IndexError):
+    return None
+  depth = sum(module.startswith("block_") for module in params)
+  return _size(dim, depth, patch, kernel, num_classes=classes)
+
+
+def flops(model: ConvMixer, image_size: int) -> int:
+  """Of convolutions and the head, one image forward; the rest is under 1 %."""
+  side = image_size // model.patch_size
+  stem = 3 * model.patch_size**2 * model.dim
+  block = model.kernel_size**2 * model.dim + model.dim**2
+  locations = side**2 * (stem + model.depth * block)
+  return 2 * (locations + model.dim * model.num_classes)
+
+
+def describe(model: ConvMixer) -> str:
+  """'ConvMixer-1536/20, patch 7, kernel 9'."""
+  name = f"ConvMixer-{model.dim}/{model.depth}"
+  return f"{name}, patch {model.patch_size}, kernel {model.kernel_size}"

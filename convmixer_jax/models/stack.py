@@ -1,6 +1,7 @@
-"""Equal blocks in a row: so many modules, or one that is scanned."""
+"""Equal blocks in a row: unrolled, or one that is scanned."""
 
 from collections.abc import Callable
+import functools
 import operator
 from typing import Any
 
@@ -9,67 +10,57 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convmixer_jax import ops
-
-REMAT_POLICIES = (
-  "nothing_saveable",
-  "dots_saveable",
-  "dots_with_no_batch_dims_saveable",
-)
-
-
-def rematerialized(block: type[nn.Module], policy: str, scan: bool) -> Any:
-  """`block`, called (x, train), whose backward pass computes it again.
-
-  Args:
-    block: a class.
-    policy: what is kept for the backward pass; one of `REMAT_POLICIES`.
-    scan: whether it will be scanned.
-  """
-  policies = jax.checkpoint_policies
-  saveable = getattr(policies, policy)
-  if policy.startswith("dots"):  # They cannot look into our products.
-    saveable = policies.save_from_both_policies(
-      saveable, policies.save_only_these_names(ops.PRODUCT)
-    )
-  return nn.remat(
-    block, policy=saveable, prevent_cse=not scan, static_argnums=(2,)
-  )
+# What a block keeps for its backward pass, of jax.checkpoint_policies.
+REMAT_POLICIES = ("nothing_saveable",)
 
 
 def apply_blocks(
   module: nn.Module,
-  block: Callable[..., nn.Module],
+  make_block: Callable[..., nn.Module],
   depth: int,
   x: jax.Array,
   train: bool,
   *,
-  scan: bool,
   num_blocks: int | None = None,
 ) -> jax.Array:
-  """Applies blocks one after the other; of `module`'s compact method.
+  """Applies blocks one after the other; called in `module`'s compact method.
 
   Args:
-    module: whose submodules they are: block_0, block_1, ..., or with `scan`
-      one, `blocks`, with their variables stacked along a leading axis. They
-      start with the same values.
-    block: makes one, from linen's `name` and `parent`.
-    depth: how many `module` has.
-    x: [B, H, W, C], like what each returns.
-    train: of each one's call.
-    scan: compile one, and run it `depth` times.
-    num_blocks: apply only so many of them, 0 to `depth`; None is all.
+    module: the model. Its submodules are block_0, block_1, ..., or if
+      `module.scan` a single one, `blocks`, with all variables stacked along a
+      leading axis and applied by `nn.scan`. Both start with the same values.
+      With `module.remat`, the backward pass recomputes each block.
+    make_block: a `functools.partial` of the class; blocks are called
+      (x, train).
+    depth: number of blocks.
+    x: input of the first block; every block returns the same shape.
+    train: argument of every call.
+    num_blocks: apply only the first so many, 0 to `depth`; None is all.
 
   Returns:
-    [B, H, W, C], what the last one returned.
+    The last block's result.
   """
+  if module.remat is not None:
+    make_block = functools.partial(
+      nn.remat(
+        make_block.func,
+        policy=getattr(jax.checkpoint_policies, module.remat),
+        prevent_cse=not module.scan,
+        static_argnums=(2,),
+      ),
+      *make_block.args,
+      **make_block.keywords,
+    )
+
+  if num_blocks is not None and not 0 <= num_blocks <= depth:
+    raise ValueError(f"num_blocks={num_blocks}: must be from 0 to {depth}")
 
   def unrolled(module, x, count):
     for i in range(count):
-      x = block(parent=module, name=f"block_{i}")(x, train)
+      x = make_block(parent=module, name=f"block_{i}")(x, train)
     return x
 
-  if not scan:
+  if not module.scan:
     return unrolled(module, x, depth if num_blocks is None else num_blocks)
   if module.is_initializing():
     return nn.map_variables(
@@ -89,11 +80,11 @@ def apply_blocks(
   scanned = nn.scan(
     body, variable_axes={"params": 0, "batch_stats": 0}, length=depth
   )
-  return scanned(block(name="blocks"), x, jnp.arange(depth))[0]
+  return scanned(make_block(name="blocks"), x, jnp.arange(depth))[0]
 
 
 def stack_blocks(tree: Any) -> Any:
-  """An unrolled model's block_0, block_1, ... to a scanned one's `blocks`.
+  """Renames an unrolled model's block_0, block_1, ... to a scanned `blocks`.
 
   Args:
     tree: any pytree with variables in it: a model's, an optimiser's, a train
@@ -112,7 +103,7 @@ def stack_blocks(tree: Any) -> Any:
 
 
 def _stack(*leaves):
-  """Leaves numpy's arrays on the host."""
+  """numpy arrays stay on the host."""
   return (np if isinstance(leaves[0], np.ndarray) else jnp).stack(leaves)
 
 

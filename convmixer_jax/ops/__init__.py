@@ -3,6 +3,7 @@
 from convmixer_jax.ops.batch_norm import ACTIVATIONS as ACTIVATIONS
 from convmixer_jax.ops.batch_norm import AVERAGES as AVERAGES
 from convmixer_jax.ops.batch_norm import BatchNorm as BatchNorm
+from convmixer_jax.ops.batch_norm import Convolution as Convolution
 from convmixer_jax.ops.batch_norm import STATISTICS as STATISTICS
 from convmixer_jax.ops.depthwise import depthwise_conv as depthwise_conv
 from convmixer_jax.ops.native import chosen as chosen

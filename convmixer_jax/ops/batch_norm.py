@@ -1,10 +1,13 @@
-"""Bias, activation, BatchNorm and residual: what follows a convolution.
+"""A convolution's bias, activation, BatchNorm and residual, as one operation.
 
 BatchNorm has PyTorch's constants, and statistics over groups of the batch.
 """
 
+from collections.abc import Callable
 import functools
 import math
+from typing import Any
+from typing import Protocol
 
 import flax.linen as nn
 import jax
@@ -23,25 +26,40 @@ def _gelu(x):
   return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
 
 
-# Names, in a compiled program, of what may need communication: sums over groups
-# of images, in the forward and in the backward pass, and means over the groups.
+# Named scopes of what may need communication between devices: sums over groups
+# of images, in both passes, and means over the groups. `plan` looks for them.
 STATISTICS = "statistics"
 AVERAGES = "running_averages"
 
-# In the order that native.cc knows.
+# The order is native.cc's.
 ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
 
 
+class Convolution(Protocol):
+  """A layer whose convolution is left to the norm that follows it."""
+
+  def operands(
+    self, x: jax.Array
+  ) -> tuple[Callable[..., jax.Array], jax.Array, jax.Array, jax.Array]:
+    """Returns operation, x, kernel and bias.
+
+    The layer's result is operation(x, kernel, implementation=...) + bias.
+    """
+    ...
+
+
 class BatchNorm(nn.Module):
-  """normalize(activation(x + bias)) + residual, over batch and space.
+  """normalize(activation(conv(x))) + residual, over batch and space.
 
-  Unlike linen's: the running variance is the unbiased one, n / (n - 1), and the
-  batch may be cut into groups of consecutive images that each have their own
-  statistics, as the paper's ten GPUs with 64 images each did. The running
-  averages then move by the mean of the groups' statistics. Where every group
-  lies on one device, the normalisation needs no communication.
+  It differs from linen's in two ways. The running variance is the unbiased one,
+  n / (n - 1). And the batch may be cut into groups of consecutive images that
+  each have their own statistics, as on the paper's ten GPUs with 64 images
+  each; the running averages then move by the mean of the groups' statistics.
+  Where every group lies on one device, the normalisation needs no
+  communication.
 
-  For its backward pass it keeps x, and computes the activation anew.
+  The backward pass keeps the convolution's result and recomputes the
+  activation. At inference the convolution's last store does everything else.
 
   Attributes:
     group_size: images per group; 0 means the whole batch, on however many
@@ -62,45 +80,48 @@ class BatchNorm(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: jax.Array | functools.partial[jax.Array],
+    x: jax.Array,
     train: bool,
     *,
-    bias: jax.Array | None = None,
+    conv: Convolution | None = None,
     residual: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns [B, H, W, C], of x's dtype; all else is computed in float32.
+    """Returns [B, H', W', D], of x's dtype; sums are computed in float32.
 
     Args:
-      x: [B, H, W, C], or the call that gives it, into which all of this goes
-        at inference: a functools.partial of `depthwise_conv` or
-        `pointwise_conv` with x and kernel, run by this module's
-        `implementation`.
-      train: normalise by the statistics of x, and move the running ones.
-      bias: [C], of the layer before.
-      residual: [B, H, W, C].
+      x: [B, H, W, C].
+      train: normalise by batch statistics, and update the running ones.
+      conv: the layer before, [B, H, W, C] -> [B, H', W', D]; None: there is
+        none, and D = C.
+      residual: [B, H', W', D].
+
+    Raises:
+      ValueError: the batch is not a multiple of `group_size`.
     """
-    if train and callable(x):
-      x = x(implementation=self.implementation)
-    image, kernel = x.args if callable(x) else (x, x)
-    batch, channels = image.shape[0], kernel.shape[-1]
+    operation = None
+    if conv is None:
+      kernel, bias = x, jnp.zeros(x.shape[-1])
+    else:
+      operation, x, kernel, bias = conv.operands(x)
+      if train or operation not in _FUSED:
+        x = operation(x, kernel, implementation=self.implementation)
+        operation = None
+    batch, channels = x.shape[0], kernel.shape[-1]
     scale = self.param("scale", nn.initializers.ones, (channels,))
     offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-    if bias is None:
-      bias = jnp.zeros(channels)
     bias, scale, offset = map(_float, (bias, scale, offset))
     if residual is not None:
-      residual = residual.astype(image.dtype)
+      residual = residual.astype(x.dtype)
     static = (self.implementation or "auto", self.activation)
 
     if not train:
       scale *= jax.lax.rsqrt(_float(running_var.value) + self.epsilon)
       offset -= _float(running_mean.value) * scale
-      if callable(x):
-        return _conv_affine(
-          static, x.func, *x.args, bias, scale, offset, residual
-        )
+      if operation is not None:
+        args = x, kernel, bias, scale, offset, residual
+        return _conv_affine(static, operation, *args)
       by_image = lambda v: jnp.broadcast_to(v, (batch, channels))
       scale, offset = by_image(scale), by_image(offset)
       return _affine(static, x, bias, scale, offset, residual)
@@ -149,24 +170,28 @@ _affine.defvjp(_affine_forward, _affine_backward)
 
 # --- The same of a convolution, in one pass; scale, offset: [C].
 
-_WITHIN = {depthwise_conv: "depthwise_norm", pointwise_conv: "pointwise_norm"}
+# Operation -> its name, with all of this in its last store, in native.cc.
+_FUSED: dict[Any, str] = {
+  depthwise_conv: "depthwise_norm",
+  pointwise_conv: "pointwise_norm",
+}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _conv_affine(static, conv, x, kernel, bias, scale, offset, residual):
+def _conv_affine(static, operation, x, kernel, bias, scale, offset, residual):
   implementation, activation = static
   has_residual = residual is not None
   args = x, kernel, bias, scale, offset, residual if has_residual else x
   native_call = functools.partial(
     native.call,
-    _WITHIN[conv],
+    _FUSED[operation],
     activation=[*ACTIVATIONS].index(activation),
     has_residual=has_residual,
   )
 
   def plain(*args):
     args = args if has_residual else (*args[:-1], None)
-    return [_affine_of_conv(static, conv, *args)]
+    return [_affine_of_conv(static, operation, *args)]
 
   (y,) = native.dispatch(
     implementation, *args, native=native_call, shift=plain, xla=plain
@@ -174,9 +199,11 @@ def _conv_affine(static, conv, x, kernel, bias, scale, offset, residual):
   return y
 
 
-def _affine_of_conv(static, conv, x, kernel, bias, scale, offset, residual):
+def _affine_of_conv(
+  static, operation, x, kernel, bias, scale, offset, residual
+):
   """The same in two passes, which can be differentiated."""
-  y = conv(x, kernel, implementation=static[0])
+  y = operation(x, kernel, implementation=static[0])
   scale, offset = (
     jnp.broadcast_to(v, (y.shape[0], y.shape[-1])) for v in (scale, offset)
   )
@@ -184,10 +211,10 @@ def _affine_of_conv(static, conv, x, kernel, bias, scale, offset, residual):
 
 
 _conv_affine.defvjp(
-  lambda static, conv, *args: jax.vjp(
-    functools.partial(_affine_of_conv, static, conv), *args
+  lambda static, operation, *args: jax.vjp(
+    functools.partial(_affine_of_conv, static, operation), *args
   ),
-  lambda static, conv, vjp, grad: vjp(grad),
+  lambda static, operation, vjp, grad: vjp(grad),
 )
 
 
@@ -237,14 +264,16 @@ def _groups_backward(static, group, epsilon, kept, grads):
   grad_sums = _grad_sums(static, x, bias, by_image(mean), grad)
   with jax.named_scope(STATISTICS):
     sums, products = (_by_group(v, group).sum(1) for v in grad_sums)
-  # With a = act(x + bias) and â = (a - mean) * inverse, the gradient of a is
-  # inverse * scale * (grad - mean of grad - â * mean of grad * â).
+  # Of a = act(x + bias) and the normalised â = (a - mean) * inverse, with means
+  # over the n values of a group, the gradient is
+  #   inverse * scale * (grad - mean(grad) - â * mean(grad * â))
+  #   = p * grad + q * a + r.
   n = group * x.shape[1] * x.shape[2]
-  steep = inverse * scale
-  slope = -steep * jnp.square(inverse) * products / n
-  level = -steep * sums / n - slope * mean
+  p = inverse * scale
+  q = -p * jnp.square(inverse) * products / n
+  r = -p * sums / n - q * mean
   grad_x, grad_bias = _input_grad(
-    static, x, bias, by_image(steep), by_image(slope), by_image(level), grad
+    static, x, bias, by_image(p), by_image(q), by_image(r), grad
   )
   grad_scale = (inverse * products).sum(0)
   grad_residual = grad if has_residual else None
@@ -313,17 +342,16 @@ def _grad_sums(static, x, bias, mean, grad):
   return _dispatch(static, "grad_sums", plain, x, bias, mean, grad)
 
 
-def _input_grad(static, x, bias, scale, slope, level, grad):
-  """(grad * scale + a * slope + level) * act'(x + bias), and its sums [B, C].
+def _input_grad(static, x, bias, p, q, r, grad):
+  """(p * grad + q * a + r) * act'(x + bias), and its sums [B, C].
 
-  a is act(x + bias); scale, slope and level are [B, C].
+  a is act(x + bias); p, q and r are [B, C].
   """
 
-  def plain(act, x, bias, scale, slope, level, grad):
+  def plain(act, x, bias, p, q, r, grad):
     a, vjp = jax.vjp(act, _float(x) + bias)
-    scale, slope, level = (v[:, None, None] for v in (scale, slope, level))
-    (grad_x,) = vjp(_float(grad) * scale + a * slope + level)
+    p, q, r = (v[:, None, None] for v in (p, q, r))
+    (grad_x,) = vjp(_float(grad) * p + a * q + r)
     return grad_x.astype(x.dtype), grad_x.sum((1, 2))
 
-  args = x, bias, scale, slope, level, grad
-  return _dispatch(static, "input_grad", plain, *args)
+  return _dispatch(static, "input_grad", plain, x, bias, p, q, r, grad)

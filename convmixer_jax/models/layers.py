@@ -1,0 +1,167 @@
+"""Layers that model families share.
+
+A convolution is an argument of the norm that follows it:
+
+  x = norm(name="a_norm")(x, train, conv=Conv(dim, (3, 3), ..., name="a"))
+
+is norm(activation(convolution(x) + bias)). So the norm can fuse all of it at
+inference (see `ops.BatchNorm`), and x is always an array.
+"""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from convmixer_jax import ops
+
+# What timm trains and evaluates with where a model says nothing else. mean and
+# std are of ImageNet's channels, in units of 255.
+IMAGENET = {
+  "image_size": 224,
+  "crop_pct": 0.875,
+  "mean": (0.485, 0.456, 0.406),
+  "std": (0.229, 0.224, 0.225),
+}
+
+Operands = tuple[Callable[..., jax.Array], jax.Array, jax.Array, jax.Array]
+
+
+def torch_uniform(fan_in: int) -> nn.initializers.Initializer:
+  """PyTorch's default for kernels and biases: uniform in +-1/sqrt(fan_in)."""
+
+  def init(key, shape, dtype=jnp.float32):
+    bound = 1 / math.sqrt(fan_in)
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
+  """A linear layer that starts as PyTorch's does."""
+  init = torch_uniform(fan_in)
+  return nn.Dense(features, kernel_init=init, bias_init=init, **kwargs)
+
+
+class Conv(nn.Module):
+  """A convolution with `nn.Conv`'s attributes, parameters and shapes.
+
+  Weights start as PyTorch's do. Two kinds are supported:
+
+    depthwise  feature_group_count = features = C, any square kernel, stride 1,
+               SAME; even kernels pad one more row and column at the bottom and
+               right. Computed by `ops.depthwise_conv`.
+    patches    strides = kernel_size, VALID: rows and columns that do not fill a
+               patch are dropped.
+
+  Attributes:
+    features: output channels.
+    kernel_size: two equal sides.
+    strides: 1, or the side of a patch.
+    padding: 'SAME' for depthwise, 'VALID' for patches.
+    feature_group_count: 1 or `features`.
+    dtype: of the computation; parameters are float32.
+  """
+
+  features: int
+  kernel_size: tuple[int, int]
+  strides: int = 1
+  padding: str = "SAME"
+  feature_group_count: int = 1
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def operands(self, x: jax.Array) -> Operands:
+    """Returns operation, x, kernel and bias; see `ops.Convolution`."""
+    k, groups = self.kernel_size[0], self.feature_group_count
+    shape = (*self.kernel_size, x.shape[-1] // groups, self.features)
+    init = torch_uniform(k * k * shape[2])
+    kernel = self.param("kernel", init, shape).astype(self.dtype)
+    bias = self.param("bias", init, (self.features,))
+    x = x.astype(self.dtype)
+    match (self.strides, self.padding, groups):
+      case (1, "SAME", self.features) if shape[2] == 1:
+        return ops.depthwise_conv, x, kernel[:, :, 0, :], bias
+      case (s, "VALID", 1) if self.kernel_size == (s, s):
+        return _patches, x, kernel, bias
+    raise ValueError(f"{self}: neither depthwise nor of patches")
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H', W', features]."""
+    operation, x, kernel, bias = self.operands(x)
+    return operation(x, kernel) + bias.astype(self.dtype)
+
+
+def _patches(x, kernel, *, implementation=None):
+  """One product for each patch; XLA's own on every platform."""
+  del implementation
+  return lax.conv_general_dilated(
+    x,
+    kernel,
+    window_strides=kernel.shape[:2],
+    padding="VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+
+
+class PointwiseConv(nn.Module):
+  """A 1 x 1 convolution with `nn.Dense`'s attributes, parameters and shapes.
+
+  Weights start as PyTorch's do.
+
+  Attributes:
+    features: output channels.
+    dtype: of the computation; parameters are float32.
+  """
+
+  features: int
+  dtype: Any = jnp.float32
+
+  @nn.compact
+  def operands(self, x: jax.Array) -> Operands:
+    """Returns operation, x, kernel and bias; see `ops.Convolution`."""
+    init = torch_uniform(x.shape[-1])
+    kernel = self.param("kernel", init, (x.shape[-1], self.features))
+    bias = self.param("bias", init, (self.features,))
+    x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+    return ops.pointwise_conv, x, kernel, bias
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """[B, H, W, C] -> [B, H, W, features]."""
+    operation, x, kernel, bias = self.operands(x)
+    return operation(x, kernel) + bias.astype(self.dtype)
+
+
+class LayerNorm(nn.LayerNorm):
+  """norm(activation(conv(x))) + residual over the channels of each location.
+
+  Called like `ops.BatchNorm`, in whose place it can stand.
+  """
+
+  epsilon: float = 1e-5
+  activation: str = "identity"
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    x: jax.Array,
+    train: bool,
+    *,
+    conv: ops.Convolution | None = None,
+    residual: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns [B, H', W', D]; see `ops.BatchNorm` for the arguments."""
+    del train
+    bias = 0.0
+    if conv is not None:
+      operation, x, kernel, bias = conv.operands(x)
+      x = operation(x, kernel, implementation=self.implementation)
+    dtype = x.dtype
+    x = ops.ACTIVATIONS[self.activation](x.astype(jnp.float32) + bias)
+    y = super().__call__(x).astype(dtype)
+    return y if residual is None else y + residual
