@@ -15,96 +15,39 @@ paper_wd1e-2: the same with the weight decay with which an independent run
 reached 95.89 %. keras: Keras's example, 10 epochs, 82.71 %.
 """
 
-from ml_collections import config_dict
+from convmixer_jax import config as config_lib
 
 VARIANTS = ("script", "script100", "paper", "paper_wd1e-2", "keras")
 
 
-def get_config(variant: str = "script") -> config_dict.ConfigDict:
+def get_config(variant: str = "script"):
   if variant not in VARIANTS:
     raise ValueError(f"configs/cifar10.py:{variant}: has {', '.join(VARIANTS)}")
-  config = config_dict.ConfigDict()
-
-  config.model = config_dict.ConfigDict(
-    {
-      "name": "convmixer_256_8",
-      "dim": config_dict.placeholder(int),
-      "depth": config_dict.placeholder(int),
-      "patch_size": config_dict.placeholder(int),
-      "kernel_size": config_dict.placeholder(int),
-      "activation": config_dict.placeholder(str),
-      "norm": config_dict.placeholder(str),
-      "depthwise_residual": config_dict.placeholder(bool),
-      "pointwise_residual": config_dict.placeholder(bool),
-      "bn_group_size": config_dict.placeholder(int),
-      "scan": config_dict.placeholder(bool),
-      "remat": config_dict.placeholder(str),
-      "dtype": config_dict.placeholder(str),
-    }
-  )
+  config = config_lib.defaults()
+  config.model.name = "convmixer_256_8"
   config.model.patch_size = 2
   config.model.kernel_size = 5
 
-  config.data = config_dict.ConfigDict(
-    {
-      "name": "cifar10",  # As TFDS has it.
-      "dir": config_dict.placeholder(str),
-      "image_size": 32,
-      "train_split": "train",
-      "eval_split": "test",
-      "mean": (0.4914, 0.4822, 0.4465),
-      "std": (0.2471, 0.2435, 0.2616),
-      "crop_pct": 1.0,
-      "num_workers": 0,
-      "max_unreadable": 0,
-    }
-  )
+  config.data.name = "cifar10"  # As TFDS has it.
+  config.data.image_size = 32
+  config.data.mean = (0.4914, 0.4822, 0.4465)
+  config.data.std = (0.2471, 0.2435, 0.2616)
 
-  config.augment = config_dict.ConfigDict(
-    {
-      "flip": True,
-      "crop_scale": (1.0, 1.0),
-      "crop_ratio": (1.0, 1.0),
-      "interpolation": "bilinear",  # torchvision's default.
-      "randaugment": "torchvision-n2-m12",
-      "color_jitter": 0.0,
-      "mixup_alpha": 0.0,
-      "cutmix_alpha": 0.0,
-      "cutmix_prob": 0.5,
-      "mix_group_size": 0,
-      "erase_prob": 0.0,
-      "erase_mode": "const",  # The next three are torchvision's defaults.
-      "erase_area": (0.02, 0.33),
-      "erase_aspect": (0.3, 3.3),
-      "label_smoothing": 0.0,
-    }
-  )
+  config.augment.randaugment = "torchvision-n2-m12"
+  config.augment.erase_mode = "const"  # torchvision's defaults, also these two.
+  config.augment.erase_area = (0.02, 0.33)
+  config.augment.erase_aspect = (0.3, 3.3)
 
-  config.optim = config_dict.ConfigDict(
-    {
-      "learning_rate": 0.05,
-      "schedule": "onecycle",
-      "warmup_epochs": 0.0,
-      "weight_decay": 0.005,
-      "decay_all": True,  # The script hands AdamW all parameters alike.
-      "eps": 1e-8,  # PyTorch's default.
-      "betas": (0.9, 0.999),
-      "clip_norm": 0.0,  # The script's default is not to clip.
-    }
-  )
+  config.optim.learning_rate = 0.05
+  config.optim.schedule = "onecycle"
+  config.optim.weight_decay = 0.005
+  config.optim.decay_all = True  # The script hands AdamW all parameters alike.
+  config.optim.eps = 1e-8  # PyTorch's default.
+  config.optim.clip_norm = 0.0  # The script's default is not to clip.
 
-  config.ema_decay = 0.0
   config.epochs = 25
   config.batch_size = 512
-  config.accum_steps = 1
-  config.seed = 0
-  config.deterministic = False
   config.log_every = 20
-  config.eval_every = 98  # An epoch.
-  config.save_every = 98
-  config.init_from = config_dict.placeholder(str)
-  config.freeze = ()
-  config.backbone_lr_scale = 1.0
 
   if variant == "script100":
     config.augment.color_jitter = 0.2
@@ -142,16 +85,14 @@ def _paper(config):
   config.epochs = 200
   config.batch_size = 64  # The independent run's; the paper names none.
   config.log_every = 50
-  config.eval_every = 782  # An epoch.
-  config.save_every = 782
 
 
 def _keras(config):
-  """As keras.io/examples/vision/convmixer has it, but for Keras's BatchNorm.
+  """keras.io/examples/vision/convmixer, with our BatchNorm.
 
-  That has momentum 0.99 and eps 1e-3. The example's RandomCrop(32, 32) of
-  images of 32 pixels changes nothing. It keeps a tenth of the training images
-  to choose the best epoch; here they are left out and the last one counts.
+  Keras's has momentum 0.99 and eps 1e-3. The example's RandomCrop(32, 32) does
+  not change images of 32 pixels. It keeps a tenth of the training images to
+  choose the best epoch; here they are left out, and the last epoch counts.
   """
   config.data.train_split = "train[10%:]"
   config.data.mean = (0.0, 0.0, 0.0)
@@ -164,5 +105,3 @@ def _keras(config):
   config.epochs = 10
   config.batch_size = 128
   config.log_every = 50
-  config.eval_every = 352  # An epoch.
-  config.save_every = 352

@@ -12,7 +12,7 @@ Data: TFDS's imagenet2012 as ArrayRecord, or with --config.data.name=folder
 --config.data.dir=DIR --config.data.eval_split=val the usual folders of JPEGs.
 """
 
-from ml_collections import config_dict
+from convmixer_jax import config as config_lib
 
 # variant -> (model, epochs). The epochs of 1024_20 are not established: those
 # of 1536_20 are taken.
@@ -23,93 +23,50 @@ VARIANTS = {
 }
 
 
-def get_config(variant: str = "1536_20") -> config_dict.ConfigDict:
+def get_config(variant: str = "1536_20"):
   if variant not in VARIANTS:
     raise ValueError(
       f"configs/imagenet.py:{variant}: has {', '.join(VARIANTS)}"
     )
-  name, epochs = VARIANTS[variant]
-  config = config_dict.ConfigDict()
-
-  config.model = config_dict.ConfigDict(
-    {
-      "name": name,
-      "dim": config_dict.placeholder(int),
-      "depth": config_dict.placeholder(int),
-      "patch_size": config_dict.placeholder(int),
-      "kernel_size": config_dict.placeholder(int),
-      "activation": config_dict.placeholder(str),
-      "norm": config_dict.placeholder(str),
-      "depthwise_residual": config_dict.placeholder(bool),
-      "pointwise_residual": config_dict.placeholder(bool),
-      "bn_group_size": config_dict.placeholder(int),
-      "scan": config_dict.placeholder(bool),
-      "remat": config_dict.placeholder(str),
-      "dtype": config_dict.placeholder(str),
-    }
-  )
+  config = config_lib.defaults()
+  config.model.name, config.epochs = VARIANTS[variant]
   config.model.dtype = "bfloat16"  # The authors: fp16 with loss scaling.
   config.model.bn_group_size = 64  # A GPU of the authors' ten.
 
-  config.data = config_dict.ConfigDict(
-    {
-      "name": "imagenet2012",
-      "dir": config_dict.placeholder(str),
-      "image_size": 224,
-      "train_split": "train",
-      "eval_split": "validation",
-      # timm's model: ImageNet's mean and standard deviation.
-      "mean": (0.485, 0.456, 0.406),
-      "std": (0.229, 0.224, 0.225),
-      "crop_pct": 0.96,  # Evaluation: short side 233, centre 224.
-      "num_workers": 16,
-      "max_unreadable": 0,
-    }
-  )
+  config.data.name = "imagenet2012"
+  config.data.image_size = 224
+  config.data.eval_split = "validation"
+  config.data.mean = (0.485, 0.456, 0.406)  # timm's model: ImageNet's own.
+  config.data.std = (0.229, 0.224, 0.225)
+  config.data.crop_pct = 0.96  # timm's model: short side 233, centre 224.
+  config.data.num_workers = 16
 
-  config.augment = config_dict.ConfigDict(
-    {
-      "flip": True,  # Default.
-      "crop_scale": (0.08, 1.0),  # Default, and the next two.
-      "crop_ratio": (3 / 4, 4 / 3),
-      "interpolation": "random",
-      "randaugment": "rand-m9-mstd0.5-inc1",  # Command.
-      "color_jitter": 0.0,  # timm turns it off under RandAugment.
-      "mixup_alpha": 0.5,  # Command.
-      "cutmix_alpha": 0.5,  # Command.
-      "cutmix_prob": 0.5,  # Default.
-      "mix_group_size": 64,  # A GPU's images are mixed among themselves.
-      "erase_prob": 0.25,  # Command.
-      "erase_mode": "pixel",  # Command.
-      "erase_area": (0.02, 1 / 3),  # Default.
-      "erase_aspect": (0.3, 1 / 0.3),  # Default.
-      "label_smoothing": 0.1,  # Default.
-    }
+  config.augment.crop_scale = (0.08, 1.0)  # Default, and the next two.
+  config.augment.crop_ratio = (3 / 4, 4 / 3)
+  config.augment.interpolation = "random"
+  config.augment.randaugment = "rand-m9-mstd0.5-inc1"  # Command.
+  config.augment.color_jitter = 0.0  # timm turns it off under RandAugment.
+  config.augment.mixup_alpha = 0.5  # Command.
+  config.augment.cutmix_alpha = 0.5  # Command.
+  config.augment.cutmix_prob = 0.5  # Default.
+  config.augment.mix_group_size = (
+    64  # Images of a GPU are mixed with each other.
   )
+  config.augment.erase_prob = 0.25  # Command.
+  config.augment.erase_mode = "pixel"  # Command.
+  config.augment.erase_area = (0.02, 1 / 3)  # Default.
+  config.augment.erase_aspect = (0.3, 1 / 0.3)  # Default.
+  config.augment.label_smoothing = 0.1  # Default.
 
-  config.optim = config_dict.ConfigDict(
-    {
-      "learning_rate": 0.01,  # Command; absolute.
-      "schedule": "onecycle",  # The authors' addition to timm.
-      "warmup_epochs": 0.0,
-      "weight_decay": 2e-5,  # Default.
-      "decay_all": False,  # Default: no bias, no norm's parameters.
-      "eps": 1e-3,  # Command.
-      "betas": (0.9, 0.999),  # Default.
-      "clip_norm": 1.0,  # Command.
-    }
-  )
+  config.optim.learning_rate = 0.01  # Command; absolute.
+  config.optim.schedule = "onecycle"  # The authors' addition to timm.
+  config.optim.weight_decay = 2e-5  # Default.
+  config.optim.decay_all = False  # Default: no bias, no norm's parameter.
+  config.optim.eps = 1e-3  # Command.
+  config.optim.betas = (0.9, 0.999)  # Default.
+  config.optim.clip_norm = 1.0  # Command.
 
-  config.ema_decay = 0.0
-  config.epochs = epochs  # Command: 150; the authors' repository: 300.
+  # Epochs: 150 in the command, 300 in the authors' repository.
   config.batch_size = 640  # Command: ten GPUs with 64 images each.
-  config.accum_steps = 1
-  config.seed = 0
-  config.deterministic = False
   config.log_every = 50
-  config.eval_every = 2002  # An epoch.
-  config.save_every = 2002
-  config.init_from = config_dict.placeholder(str)
-  config.freeze = ()
-  config.backbone_lr_scale = 1.0
   return config

@@ -1,20 +1,36 @@
-"""What a config must hold: every field, its values, and how fields fit."""
+"""Every field of a config: default, accepted values and meaning; checks."""
 
 from collections.abc import Callable
 from collections.abc import Mapping
 import runpy
 from typing import Any
+from typing import NamedTuple
 
 import ml_collections
+from ml_collections import config_dict
 
 from convmixer_jax import augment
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax.errors import UserError
-from convmixer_jax.models import convmixer
 from convmixer_jax.models import stack
 
-Rule = tuple[str, Callable[[Any], bool]]  # (what is accepted, test)
+
+class Rule(NamedTuple):
+  """Which values a field accepts."""
+
+  text: str  # For people; follows "must be".
+  accepts: Callable[[Any], bool]
+  type: type  # Of a value that is not None.
+
+
+class Field(NamedTuple):
+  """A field of a config: its default, accepted values and meaning."""
+
+  default: Any
+  rule: Rule
+  help: str
+
 
 _LARGEST = 1e30  # Neither infinity nor nan, in float32 too.
 
@@ -23,114 +39,182 @@ def _integer(low: int, high: int = 2**32 - 1) -> Rule:
   test = lambda v: (
     isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
   )
-  return f"an integer of at least {low}, at most {high}", test
+  return Rule(f"an integer from {low} to {high}", test, int)
 
 
 def _number(low: float, high: float = _LARGEST) -> Rule:
   test = lambda v: (
     isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
   )
-  if high == _LARGEST:
-    return f"a number of at least {low}", test
-  return f"a number from {low} to {high}", test
+  bounds = f"from {low} to {high}" if high < _LARGEST else f"of at least {low}"
+  return Rule(f"a number {bounds}", test, float)
 
 
 def _numbers(count: int, low: float, high: float = _LARGEST) -> Rule:
-  text, test = _number(low, high)
-  return (
+  text, test, _ = _number(low, high)
+  return Rule(
     f"{count} values, each {text}",
     lambda v: (
       isinstance(v, (tuple, list)) and len(v) == count and all(map(test, v))
     ),
+    tuple,
   )
 
 
 def _ascending(rule: Rule) -> Rule:
-  text, test = rule
-  return f"{text}, ascending", lambda v: test(v) and list(v) == sorted(v)
+  text, test, _ = rule
+  ascending = lambda v: test(v) and list(v) == sorted(v)
+  return Rule(f"{text}, ascending", ascending, tuple)
 
 
 def _choice(*names: str) -> Rule:
   test = lambda v: isinstance(v, str) and v in names
-  return f"one of {', '.join(names)}", test
+  text = f"one of {', '.join(names)}" if names[1:] else names[0]
+  return Rule(text, test, str)
 
 
 def _optional(rule: Rule) -> Rule:
-  text, test = rule
-  return f"{text}, or None", lambda v: v is None or test(v)
+  text, test, kind = rule
+  return Rule(f"{text}, or None", lambda v: v is None or test(v), kind)
 
 
-_TEXT: Rule = ("a string", lambda v: isinstance(v, str) and bool(v))
-_BOOL: Rule = ("true or false", lambda v: isinstance(v, bool))
-_NAMES: Rule = (
+_TEXT = Rule("a string", lambda v: isinstance(v, str) and bool(v), str)
+_BOOL = Rule("true or false", lambda v: isinstance(v, bool), bool)
+_POLICY = Rule("a policy, or empty", lambda v: isinstance(v, str), str)
+_NAMES = Rule(
   "a tuple of strings",
   lambda v: isinstance(v, (tuple, list)) and all(isinstance(x, str) for x in v),
+  tuple,
 )
 
-# Every config has exactly these.
-FIELDS: dict[str, Rule] = {
-  "model.name": _TEXT,
-  "model.dim": _optional(_integer(1, 2**16)),
-  "model.depth": _optional(_integer(1, 1000)),
-  "model.patch_size": _optional(_integer(1, 1000)),
-  "model.kernel_size": _optional(_integer(1, 1000)),
-  "model.activation": _optional(_choice("gelu", "relu")),
-  "model.norm": _optional(_choice(*convmixer.NORMS)),
-  "model.depthwise_residual": _optional(_BOOL),
-  "model.pointwise_residual": _optional(_BOOL),
-  "model.bn_group_size": _optional(_integer(0)),
-  "model.scan": _optional(_BOOL),
-  "model.remat": _optional(_choice(*stack.REMAT_POLICIES)),
-  "model.dtype": _optional(_choice("float32", "bfloat16")),
-  "data.name": _TEXT,
-  "data.dir": _optional(_TEXT),
-  "data.image_size": _integer(1, 10_000),
-  "data.train_split": _TEXT,
-  "data.eval_split": _TEXT,
-  "data.mean": _numbers(3, 0, 1),
-  "data.std": _numbers(3, 1e-3, 1),
-  "data.crop_pct": _number(0.1, 1),
-  "data.num_workers": _integer(0, 1000),
-  "data.max_unreadable": _integer(0),
-  "augment.flip": _BOOL,
-  "augment.crop_scale": _ascending(_numbers(2, 0.01, 1)),
-  "augment.crop_ratio": _ascending(_numbers(2, 0.01, 100)),
-  "augment.interpolation": _choice("bilinear", "bicubic", "random"),
-  "augment.randaugment": ("a policy, or empty", lambda v: isinstance(v, str)),
-  "augment.color_jitter": _number(0, 1),
-  "augment.mixup_alpha": _number(0),
-  "augment.cutmix_alpha": _number(0),
-  "augment.cutmix_prob": _number(0, 1),
-  "augment.mix_group_size": _integer(0),
-  "augment.erase_prob": _number(0, 1),
-  "augment.erase_mode": _choice("pixel", "const"),
-  "augment.erase_area": _ascending(_numbers(2, 0.001, 1)),
-  "augment.erase_aspect": _ascending(_numbers(2, 0.01, 100)),
-  "augment.label_smoothing": _number(0, 0.999),
-  "optim.learning_rate": _number(0),
-  "optim.schedule": _choice(*optim.SCHEDULES),
-  "optim.warmup_epochs": _number(0),
-  "optim.weight_decay": _number(0),
-  "optim.decay_all": _BOOL,
-  "optim.eps": _number(1e-12),
-  "optim.betas": _numbers(2, 0, 0.999999),
-  "optim.clip_norm": _number(0),
-  "ema_decay": _number(0, 0.999999),
-  "epochs": _integer(1, 10**6),
-  "batch_size": _integer(1, 10**6),
-  "accum_steps": _integer(1),
-  "seed": _integer(0),  # At most 2**32 - 1: jax drops higher bits.
-  "deterministic": _BOOL,
-  "log_every": _integer(1),
-  "eval_every": _integer(1),
-  "save_every": _integer(1),
-  "init_from": _optional(_TEXT),
-  "freeze": _NAMES,
-  "backbone_lr_scale": _number(0),
-}
 
-# Those that leave the numbers of a run as they are, scan and remat but for
-# rounding: a resumed run may differ.
+# Every config has exactly these fields. Those of `model` are the attributes of
+# all families together; None is the variant's own value.
+# fmt: off
+FIELDS: dict[str, Field] = {
+  "model.name": Field("convmixer_256_8", _TEXT,
+    "Variant; a key of models.VARIANTS."),
+  "model.dim": Field(None, _optional(_integer(1, 2**16)),
+    "Width of every block."),
+  "model.depth": Field(None, _optional(_integer(1, 1000)),
+    "Number of blocks."),
+  "model.patch_size": Field(None, _optional(_integer(1, 1000)),
+    "Side of a patch, and stride of the stem, in pixels."),
+  "model.kernel_size": Field(None, _optional(_integer(1, 1000)),
+    "Side of the depthwise kernels."),
+  "model.activation": Field(None, _optional(_choice("gelu", "relu")),
+    "Activation after every convolution."),
+  "model.norm": Field(None, _optional(_choice("batch", "layer")),
+    "BatchNorm, or LayerNorm over the channels of each location."),
+  "model.depthwise_residual": Field(None, _optional(_BOOL),
+    "Residual connection around the depthwise stage."),
+  "model.pointwise_residual": Field(None, _optional(_BOOL),
+    "Residual connection around the pointwise stage."),
+  "model.bn_group_size": Field(None, _optional(_integer(0)),
+    "Images that share BatchNorm statistics (the paper: 64); 0: whole batch."),
+  "model.scan": Field(None, _optional(_BOOL),
+    "Run the blocks under one scan: compiles faster, equal up to rounding."),
+  "model.remat": Field(None, _optional(_choice(*stack.REMAT_POLICIES)),
+    "Recompute each block in the backward pass: less memory, more time."),
+  "model.dtype": Field(None, _optional(_choice("float32", "bfloat16")),
+    "Type of the computation. Parameters are float32."),
+  "data.name": Field("cifar10", _TEXT,
+    "A TFDS data set, or digits, or folder (DIR/SPLIT/CLASS/*.jpg)."),
+  "data.dir": Field(None, _optional(_TEXT),
+    "Root of the folder, or of TFDS's data (None: ~/tensorflow_datasets)."),
+  "data.image_size": Field(32, _integer(1, 10_000),
+    "Side of the images in pixels."),
+  "data.train_split": Field("train", _TEXT,
+    "Training images, as a TFDS slice: train[:98%]."),
+  "data.eval_split": Field("test", _TEXT,
+    "Images to score, as a TFDS slice: train[98%:]."),
+  "data.mean": Field((0.5, 0.5, 0.5), _numbers(3, 0, 1),
+    "Mean of each channel, subtracted; pixels are from 0 to 1."),
+  "data.std": Field((0.5, 0.5, 0.5), _numbers(3, 1e-3, 1),
+    "Standard deviation of each channel, divided by."),
+  "data.crop_pct": Field(1.0, _number(0.1, 1),
+    "Evaluation: side of the centre crop over the image's shorter side."),
+  "data.num_workers": Field(0, _integer(0, 1000),
+    "Processes that decode image files; 0 uses threads."),
+  "data.max_unreadable": Field(0, _integer(0),
+    "Unreadable image files that are tolerated; a warning names each."),
+  "augment.flip": Field(True, _BOOL,
+    "Mirror half of the images, left to right."),
+  "augment.crop_scale": Field((1.0, 1.0), _ascending(_numbers(2, 0.01, 1)),
+    "Area of the random crop, as a fraction of the image."),
+  "augment.crop_ratio": Field((1.0, 1.0), _ascending(_numbers(2, 0.01, 100)),
+    "Width over height of the random crop."),
+  "augment.interpolation": Field("bilinear",
+    _choice("bilinear", "bicubic", "random"),
+    "How crops are resized; random draws one of the two for each image."),
+  "augment.randaugment": Field("", _POLICY,
+    "rand-m9-mstd0.5-inc1 (timm's), torchvision-n2-m12, or empty for none."),
+  "augment.color_jitter": Field(0.0, _number(0, 1),
+    "Largest change of brightness, contrast and saturation."),
+  "augment.mixup_alpha": Field(0.0, _number(0),
+    "Mixup's Beta(alpha, alpha); 0 is off."),
+  "augment.cutmix_alpha": Field(0.0, _number(0),
+    "CutMix's Beta(alpha, alpha); 0 is off."),
+  "augment.cutmix_prob": Field(0.5, _number(0, 1),
+    "Probability of CutMix instead of mixup where both are on."),
+  "augment.mix_group_size": Field(0, _integer(0),
+    "Images mixed among themselves with one draw; 0: the whole batch."),
+  "augment.erase_prob": Field(0.0, _number(0, 1),
+    "Probability that a rectangle of the image is erased."),
+  "augment.erase_mode": Field("pixel", _choice("pixel", "const"),
+    "Fill it with noise for each pixel, or with 0, the mean colour."),
+  "augment.erase_area": Field((0.02, 1 / 3), _ascending(_numbers(2, 0.001, 1)),
+    "Its area, as a fraction of the image."),
+  "augment.erase_aspect": Field((0.3, 1 / 0.3),
+    _ascending(_numbers(2, 0.01, 100)),
+    "Its aspect ratio."),
+  "augment.label_smoothing": Field(0.0, _number(0, 0.999),
+    "Share of the target that is spread over all classes."),
+  "optim.learning_rate": Field(0.01, _number(0),
+    "Peak learning rate, absolute: not scaled by the batch size."),
+  "optim.schedule": Field("onecycle", _choice(*optim.SCHEDULES),
+    "Learning rate over time; see optim.make_schedule."),
+  "optim.warmup_epochs": Field(0.0, _number(0),
+    "Epochs of linear warm-up; not for onecycle, which has its own."),
+  "optim.weight_decay": Field(0.0, _number(0),
+    "AdamW's decoupled decay, multiplied by the learning rate."),
+  "optim.decay_all": Field(False, _BOOL,
+    "Decay biases and norms too, not only kernels."),
+  "optim.eps": Field(1e-8, _number(1e-12),
+    "AdamW's eps."),
+  "optim.betas": Field((0.9, 0.999), _numbers(2, 0, 0.999999),
+    "AdamW's decay of the first and second moments."),
+  "optim.clip_norm": Field(0.0, _number(0),
+    "Largest norm of the gradient; 0 does not clip."),
+  "ema_decay": Field(0.0, _number(0, 0.999999),
+    "Evaluate a moving average of the weights with this decay; 0 is off."),
+  "epochs": Field(100, _integer(1, 10**6),
+    "Passes over the training images."),
+  "batch_size": Field(64, _integer(1, 10**6),
+    "Images per step, over all devices."),
+  "accum_steps": Field(1, _integer(1),
+    "Microbatches that a step is cut into, whose gradients are averaged."),
+  "seed": Field(0, _integer(0),
+    "Of weights, order of images and augmentation."),
+  "deterministic": Field(False, _BOOL,
+    "Bit-exact on GPUs too, by XLA's flag; slower."),
+  "log_every": Field(50, _integer(1),
+    "Steps between two records of the loss."),
+  "eval_every": Field(None, _optional(_integer(1)),
+    "Steps between two evaluations; None is once an epoch."),
+  "save_every": Field(None, _optional(_integer(1)),
+    "Steps between two checkpoints; None is once an epoch."),
+  "init_from": Field(None, _optional(_TEXT),
+    "Weights to start from: a workdir, a file, or hf-hub:OWNER/NAME."),
+  "freeze": Field((), _NAMES,
+    "Parameters that stay fixed, by prefix: ('stem', 'block_0/depthwise')."),
+  "backbone_lr_scale": Field(1.0, _number(0),
+    "Factor on the learning rate of all but the head."),
+}
+# fmt: on
+
+# Fields that may change when a run resumes: they do not change its numbers (scan
+# and remat only by rounding).
 FREE_FIELDS = (
   "model.scan",
   "model.remat",
@@ -140,6 +224,30 @@ FREE_FIELDS = (
   "eval_every",
   "save_every",
 )
+
+
+def defaults() -> ml_collections.ConfigDict:
+  """A config with the default of every field."""
+  nested = {}
+  for name, field in FIELDS.items():
+    section, _, leaf = name.rpartition(".")
+    values = nested.setdefault(section, {}) if section else nested
+    missing = config_dict.placeholder(field.rule.type)
+    values[leaf] = missing if field.default is None else field.default
+  return config_dict.ConfigDict(nested)
+
+
+def markdown() -> str:
+  """docs/config.md, which `make docs` writes."""
+  head = (
+    "# Config fields\n\nEvery field is a flag: `--config.model.dim=512`. `make"
+    " docs` writes this page from `convmixer_jax/config.py`.\n\n"
+    "| field | accepts | default | meaning |\n|---|---|---|---|\n"
+  )
+  return head + "".join(
+    f"| `{name}` | {rule.text} | `{default!r}` | {meaning} |\n"
+    for name, (default, rule, meaning) in FIELDS.items()
+  )
 
 
 def load_file(name: str) -> ml_collections.ConfigDict:
@@ -165,11 +273,11 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_values(values: Mapping[str, Any], where: str) -> None:
-  """Refuses values that no config may have.
+  """Checks each value by itself.
 
   Args:
     values: flat, some or all of `FIELDS`.
-    where: they are from, for the message.
+    where: prefix of the message: where they are from.
 
   Raises:
     UserError: naming the field, its value and what is accepted.
@@ -177,9 +285,9 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
   for name, value in values.items():
     if name not in FIELDS:
       raise UserError(f"{where}{name}={_shown(value)}: no such field")
-    text, test = FIELDS[name]
-    if not test(value):
-      raise UserError(f"{where}{name}={_shown(value)}: must be {text}")
+    rule = FIELDS[name].rule
+    if not rule.accepts(value):
+      raise UserError(f"{where}{name}={_shown(value)}: must be {rule.text}")
 
 
 def _shown(value):
@@ -190,12 +298,12 @@ def _shown(value):
 
 
 def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
-  """Refuses a config that cannot train, before anything is written.
+  """Checks that a run with this config can start.
 
   Args:
     config: of a run.
-    num_devices: over all processes, to divide batches among; None: to evaluate,
-      which pads them.
+    num_devices: over all processes; the batch size must be a multiple. None: to
+      evaluate, which pads batches.
 
   Raises:
     UserError: naming the field, its value and what is accepted.
@@ -203,15 +311,12 @@ def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
   values = flatten(config)
   for name in FIELDS:
     if name not in values:
-      raise UserError(f"config.{name}: missing; must be {FIELDS[name][0]}")
+      raise UserError(
+        f"config.{name}: missing; must be {FIELDS[name].rule.text}"
+      )
   check_values(values, "config.")
 
-  model = models.create_model(**config.model)
-  if model.patch_size > config.data.image_size:
-    raise UserError(
-      f"config.model.patch_size={model.patch_size}: larger than"
-      f" data.image_size={config.data.image_size}"
-    )
+  models.create_model(**config.model).check(config.data.image_size)
   if config.augment.randaugment:
     augment.parse(config.augment.randaugment)
   warmup = config.optim.warmup_epochs

@@ -21,14 +21,9 @@ from convmixer_jax import models
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-# timm's module -> ours; within a block, and outside.
-_IN_BLOCK = {
-  "0.fn.0": "depthwise",
-  "0.fn.2": "depthwise_norm",
-  "1": "pointwise",
-  "3": "pointwise_norm",
-}
-_OUTSIDE = {"stem.0": "stem", "stem.2": "stem_norm", "head": "head"}
+# A row of a family's TORCH_NAMES is (timm's module, ours, kind of layer). The
+# kind says what the leaves are called, and how tensors are turned: from
+# PyTorch's [out, in, ...] to ours, and back.
 _NORM_LEAVES = {
   "weight": ("params", "scale"),
   "bias": ("params", "bias"),
@@ -36,82 +31,110 @@ _NORM_LEAVES = {
   "running_var": ("batch_stats", "var"),
 }
 _LAYER_LEAVES = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
+_KERNELS = {
+  "conv": (
+    lambda x: x.transpose(2, 3, 1, 0),
+    lambda x: x.transpose(3, 2, 0, 1),
+  ),
+  "pointwise": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
+  "linear": (lambda x: x.T, lambda x: x.T),
+}
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-  """A state_dict to our variables.
+  """Converts a PyTorch model's state_dict to our variables.
 
   Args:
-    state_dict: name -> array (or CPU tensor), of timm's ConvMixer or of the
-      nn.Sequential in the paper and in the authors' CIFAR-10 script.
+    state_dict: name -> array (or CPU tensor), of timm's model of any family, or
+      of the nn.Sequential in the paper and in the authors' CIFAR-10 script.
 
   Returns:
     {'params', 'batch_stats'} of numpy arrays, for an unrolled model.
 
   Raises:
-    UserError: a name that no ConvMixer has.
+    UserError: a name that the family lacks, or a tensor that does not fit it.
   """
+  names = [k for k in state_dict if not k.endswith(".num_batches_tracked")]
+  # The family is the one that knows most of the names.
+  candidates = [
+    (family, {name: _to_ours(family, name) for name in names})
+    for family in models.FAMILIES
+  ]
+  family, found = max(
+    candidates, key=lambda c: sum(path is not None for path in c[1].values())
+  )
   flat = {}
-  for name, value in state_dict.items():
-    module, _, leaf = name.rpartition(".")
-    if leaf == "num_batches_tracked":  # Unused with a fixed momentum.
-      continue
-    module = _from_sequential(module)
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", module)
-    if block:
-      path = (f"block_{block[1]}", _IN_BLOCK.get(block[2], ""))
-    else:
-      path = (_OUTSIDE.get(module, ""),)
-    leaves = _NORM_LEAVES if path[-1].endswith("_norm") else _LAYER_LEAVES
-    if not path[-1] or leaf not in leaves:
-      raise UserError(f"{name}: not a tensor of timm's ConvMixer")
-    collection, our_leaf = leaves[leaf]
-    value = np.asarray(value)
+  for name, match in found.items():
+    if match is None:
+      model = family.MODEL.__name__
+      raise UserError(f"{name}: not a tensor of timm's {model}")
+    path, kind = match
+    value = np.asarray(state_dict[name])
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise UserError(f"{name}: of {value.dtype}, not floating-point")
-    if path[-1] == "pointwise" and leaf == "weight":
-      if value.shape[2:] != (1, 1):
+    if path[-1] == "kernel":
+      if kind == "pointwise" and value.shape[2:] != (1, 1):
         raise UserError(f"{name}: {value.shape} is no 1 x 1 convolution's")
-      value = value[:, :, 0, 0]
-    if value.ndim == 4:  # [out, in, k, k] -> [k, k, in, out]
-      value = value.transpose(2, 3, 1, 0)
-    elif value.ndim == 2:
-      value = value.T
-    flat[(collection, *path, our_leaf)] = value
+      try:
+        value = _KERNELS[kind][0](value)
+      except (ValueError, IndexError) as e:
+        raise UserError(f"{name}: {value.shape} is no {kind} kernel's") from e
+    flat[path] = value
   return traverse_util.unflatten_dict(flat)
 
 
-def _from_sequential(module):
-  """'3.0.fn.0' -> 'blocks.0.0.fn.0': stem 0 to 2, blocks from 3 on, head."""
-  index, _, rest = module.partition(".")
-  if not re.fullmatch("[0-9]{1,9}", index):
-    return module
-  if rest:
-    return f"blocks.{int(index) - 3}.{rest}"
-  return f"stem.{index}" if int(index) < 3 else "head"
+def _to_ours(family, name):
+  """Our path of a timm tensor, and the kind of its layer; None if unknown.
+
+  'blocks.2.1.weight' -> ('params', 'block_2', 'pointwise', 'kernel'),
+  'pointwise'.
+  """
+  module, _, leaf = name.rpartition(".")
+  module = family.timm_module(module)
+  for theirs, ours, kind in family.TORCH_NAMES:
+    path = _renamed(module, theirs, ours)
+    leaves = _NORM_LEAVES if kind == "norm" else _LAYER_LEAVES
+    if path and leaf in leaves:
+      collection, our_leaf = leaves[leaf]
+      return (collection, *path.split("/"), our_leaf), kind
+  return None
+
+
+def _renamed(name, pattern, target):
+  """'a.2.b', 'a.{i}.b', 'x_{i}' -> 'x_2'; None if the pattern does not fit."""
+  regex = re.escape(pattern).replace(r"\{i\}", r"(\d+)")
+  match = re.fullmatch(regex, name)
+  return match and target.replace("{i}", *(match.groups() or ("",)))
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  """Our variables, scanned or not, to timm's state_dict: the inverse."""
-  theirs = {ours: name for name, ours in (_IN_BLOCK | _OUTSIDE).items()}
-  leaves = {
-    ours: name for name, ours in (_NORM_LEAVES | _LAYER_LEAVES).items()
-  } | {("params", "scale"): "weight"}
-  state_dict = {}
+  """Converts our variables, scanned or not, to timm's state_dict.
+
+  Raises:
+    UserError: they are of no family.
+  """
   variables = models.unstack_blocks(variables)
+  known = models.infer(variables["params"])
+  if known is None:
+    raise UserError("not the variables of a known model")
+  rows = known[0].TORCH_NAMES
+  state_dict = {}
   for path, value in traverse_util.flatten_dict(variables).items():
     collection, *modules, leaf = path
-    module = theirs[modules[-1]]
-    if modules[0].startswith("block_"):
-      module = f"blocks.{modules[0].removeprefix('block_')}.{module}"
+    found = [
+      (module, kind)
+      for theirs, ours, kind in rows
+      if (module := _renamed("/".join(modules), ours, theirs))
+    ]
+    if not found:
+      raise UserError(f"{'/'.join(path)}: timm's model has no such tensor")
+    module, kind = found[0]
+    leaves = _NORM_LEAVES if kind == "norm" else _LAYER_LEAVES
+    names = {ours: name for name, ours in leaves.items()}
     value = np.asarray(value)
-    if value.ndim == 4:
-      value = value.transpose(3, 2, 0, 1)
-    elif value.ndim == 2:
-      value = value.T
-    if modules[-1] == "pointwise" and leaf == "kernel":
-      value = value[:, :, None, None]
-    state_dict[f"{module}.{leaves[collection, leaf]}"] = value
+    if leaf == "kernel":
+      value = _KERNELS[kind][1](value)
+    state_dict[f"{module}.{names[collection, leaf]}"] = value
   return state_dict
 
 
