@@ -3,7 +3,7 @@
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 RUN := .venv/bin/python -m
 
-.PHONY: train test test-slow lint bench clean .venv
+.PHONY: train test test-slow lint bench docs clean .venv
 
 ## train: the quick start; a minute or so on two cores
 train: .venv
@@ -41,6 +41,10 @@ bench: .venv/dev
 # process that finds it loads it; not made for all systems.
 	-$(RUN) pip install --disable-pip-version-check --no-deps --upgrade --target .venv/libtpu libtpu==0.0.42.1
 	@touch $@
+
+## docs: writes docs/config.md from convmixer_jax/config.py
+docs: .venv
+	.venv/bin/python -c "from convmixer_jax import config; print(config.markdown(), end='')" > docs/config.md
 
 clean:
 	rm -rf .venv

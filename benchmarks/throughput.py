@@ -174,7 +174,7 @@ def make_work(mode, model, batch, size):
     arrays |= {"x": x, "labels": labels}
     images = jnp.asarray(x)
     tx = make_optimizer(variables["params"])
-    flops = batch * models.forward_flops(model, size)
+    flops = batch * models.flops(model, size)
     if mode == "infer":
       apply = jax.jit(lambda v, x: model.apply(v, x, train=False))
       variables = jax.device_put(variables)

@@ -213,8 +213,8 @@ FIELDS: dict[str, Field] = {
 }
 # fmt: on
 
-# Fields that may change when a run resumes: they do not change its numbers (scan
-# and remat only by rounding).
+# Fields that may change when a run resumes. They do not change its numbers
+# (scan and remat: up to rounding).
 FREE_FIELDS = (
   "model.scan",
   "model.remat",

@@ -1,14 +1,20 @@
-"""Exact metrics: every image of the split counted once."""
+"""Exact metrics: every image of a split is counted once."""
 
 from collections.abc import Callable
-from collections.abc import Iterable
-import functools
+import os
+from typing import Any
 
 import jax
-from jax.sharding import Mesh
+import ml_collections
 import numpy as np
 
+from convmixer_jax import checkpoint
+from convmixer_jax import config as config_lib
+from convmixer_jax import logger
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import sharding
+from convmixer_jax import weights
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
@@ -16,65 +22,42 @@ from convmixer_jax.step import TrainState
 
 
 def make_evaluate(
-  eval_step: Callable,
-  source: sources.Source,
-  mesh: Mesh,
-  state: TrainState,
-  *,
-  batch_size: int,
-  image_size: int,
-  crop_pct: float,
-  num_workers: int,
-  max_unreadable: int = 0,
-  progress: Callable[[Iterable, int], Iterable] = lambda items, total: items,
+  recipe: recipe_lib.Recipe, source: sources.Source, state: TrainState
 ) -> Callable[..., dict[str, float] | None]:
-  """Returns the function that scores a state on all of `source`.
+  """Compiles the function that scores a state on all images of `source`.
 
   Args:
-    eval_step: from `make_eval_step`; compiled here.
-    source: the split.
-    mesh: the devices.
-    state: one as those that will be scored.
-    batch_size: rounded up to a multiple of the number of devices.
-    image_size: side of the images in pixels.
-    crop_pct: see `decode.eval_image`.
-    num_workers: see `stream.eval_batches`.
-    max_unreadable: likewise.
-    progress: wraps the batches, given their number; a progress bar.
+    recipe: of the run. Its batch size is rounded up to a multiple of the number
+      of devices.
+    source: the split to score.
+    state: one like those that will be scored.
 
   Returns:
     (state, stopped=never) -> top1 and top5 in percent, loss in nats, and count,
-    the number of images. It raises RuntimeError if that is not the size of the
-    split, but for unreadable ones. `stopped` is asked before each batch; once
-    it says so, the result is None.
+    the number of images. It raises an error unless every readable image was
+    counted. `stopped` is called before each batch; once it returns true, the
+    result is None.
   """
-  batch_size = -(-batch_size // mesh.size) * mesh.size
-  rows = sharding.local_rows(mesh, batch_size)
-  like = functools.partial(
-    jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(mesh)
-  )
-  batch = {
-    "image": like((batch_size, image_size, image_size, 3), np.uint8),
-    "label": like((batch_size,), np.int32),
-    "mask": like((batch_size,), bool),
-  }
-  jitted = jax.jit(eval_step, out_shardings=sharding.replicated(mesh))
-  compiled = jitted.lower(state, batch).compile()
+  data, mesh = recipe.config.data, recipe.mesh
+  batch_size = -(-recipe.config.batch_size // mesh.size) * mesh.size
+  batch = recipe.batch_shapes(batch_size)
+  batch["mask"] = batch["label"].update(dtype=np.dtype(bool))
+  eval_step = recipe.eval_step.lower(state, batch).compile()
 
   def evaluate(state: TrainState, stopped: Callable = lambda: False):
     batches = stream.eval_batches(
       source,
       batch_size=batch_size,
-      rows=rows,
-      image_size=image_size,
-      crop_pct=crop_pct,
-      num_workers=num_workers,
-      max_unreadable=max_unreadable,
+      rows=sharding.local_rows(mesh, batch_size),
+      image_size=data.image_size,
+      crop_pct=data.crop_pct,
+      num_workers=data.num_workers,
+      max_unreadable=data.max_unreadable,
       stopped=stopped,
     )
     sums = []
-    for batch in progress(batches, -(-len(source) // batch_size)):
-      sums.append(compiled(state, sharding.to_global(mesh, batch, batch_size)))
+    for batch in logger.progress(batches, -(-len(source) // batch_size)):
+      sums.append(eval_step(state, sharding.to_global(mesh, batch, batch_size)))
     if stopped():
       return None
     total = jax.tree.map(
@@ -83,7 +66,7 @@ def make_evaluate(
     missing = len(source) - total["count"]
     if not total["count"]:
       raise UserError("data.eval_split: none of its images can be decoded")
-    if not 0 <= missing <= max_unreadable * jax.process_count():
+    if not 0 <= missing <= data.max_unreadable * jax.process_count():
       raise RuntimeError(
         f"scored {total['count']:.0f} of {len(source)} images: a bug"
       )
@@ -95,3 +78,47 @@ def make_evaluate(
     }
 
   return evaluate
+
+
+def evaluate_checkpoint(
+  config: ml_collections.ConfigDict, workdir: str | os.PathLike
+) -> dict[str, Any]:
+  """Scores weights on `config.data.eval_split`.
+
+  The weights are those of the newest checkpoint in `workdir`, or if there is
+  none those that `config.init_from` names.
+
+  Returns:
+    step, None for `init_from`, and what `make_evaluate`'s function returns.
+
+  Raises:
+    UserError: invalid config or workdir, or no weights.
+  """
+  config_lib.check(config, num_devices=None)
+  # What the weights were trained for is fixed; how they are scored is free.
+  fixed = ("model.", "data.image_size", "data.mean", "data.std")
+  free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
+  free += config_lib.FREE_FIELDS
+  if changes := workdir_lib.changes(config, workdir, free):
+    raise UserError(
+      f"{workdir} holds a run of another config: {'; '.join(changes)}"
+    )
+  step = checkpoint.latest_step(workdir)
+  if step is None and config.init_from is None:
+    raise UserError(
+      f"--workdir={workdir}: holds no checkpoints, and config.init_from names"
+      " no weights"
+    )
+  data = config.data
+  source = sources.open_source(
+    data.name, data.dir, data.eval_split, data.image_size
+  )
+  recipe = recipe_lib.build(config, source)
+  model, shapes = recipe.model, recipe.shapes
+  if step is None:
+    variables = weights.load_init_from(config.init_from, model, shapes)
+  else:
+    variables = weights.match(weights.load(workdir), shapes, str(workdir))
+  variables = jax.device_put(variables, sharding.replicated(recipe.mesh))
+  state = TrainState(step=step, opt_state=(), **variables)
+  return make_evaluate(recipe, source, state)(state) | {"step": step}

@@ -2,21 +2,21 @@
 
   python -m convmixer_jax.export --weights runs/cifar10 --out exported
   python -m convmixer_jax.export --weights convmixer_768_32.safetensors \\
-      --out exported --format stablehlo
+      --out exported
 
 DIR/model.stablehlo takes uint8 RGB images [batch, size, size, 3] of any batch,
 normalises them, and gives logits [batch, classes], on CPU, CUDA, ROCm and TPU:
 
   jax.export.deserialize(open("exported/model.stablehlo", "rb").read()).call(x)
 
-DIR/model.json has the image size, how to resize, and the classes' names. The
-file is read back and compared with the model before the command ends. There is
-no ONNX: its one maintained converter, jax2onnx, refuses the checkpoint library
-that this project is tested with.
+DIR/model.json has the image size, how to resize, and the names of the classes.
+The file is read back and compared with the model before the command ends. There
+is no ONNX: jax2onnx, its one maintained converter, needs an older version of
+the checkpoint library.
 
-The activation lies between a convolution and its BatchNorm, and the next
-convolution pads with zeros: so only the last BatchNorm can be folded, exactly,
-into the head. The others become one multiplication and one addition.
+A BatchNorm cannot be folded into a convolution's weights here: the activation
+lies between them, and the next convolution pads with zeros. Its weights are
+constants, which XLA turns into one scale and one shift.
 """
 
 from collections.abc import Callable
@@ -38,8 +38,6 @@ from convmixer_jax import cli
 from convmixer_jax import ops
 from convmixer_jax import weights
 from convmixer_jax.errors import UserError
-from convmixer_jax.models import ConvMixer
-from convmixer_jax.models import unstack_blocks
 
 _FLAGS = flags.FlagValues()
 _WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
@@ -47,13 +45,6 @@ _OUT = flags.DEFINE_string(
   "out",
   None,
   "The folder to write: --out exported.",
-  flag_values=_FLAGS,
-)
-_FORMAT = flags.DEFINE_enum(
-  "format",
-  "stablehlo",
-  ["stablehlo"],
-  "What to write: --format stablehlo.",
   flag_values=_FLAGS,
 )
 # Largest relative difference of logits, float32.
@@ -92,60 +83,26 @@ def main() -> None:
 
 
 def inference_function(
-  model: ConvMixer,
+  model: nn.Module,
   variables: Any,
   mean: Sequence[float],
   std: Sequence[float],
 ) -> Callable[[jax.Array], jax.Array]:
-  """Returns uint8 images [B, S, S, 3] -> logits, with BatchNorms folded.
+  """Returns uint8 images [B, S, S, 3] -> logits, in plain XLA.
 
   Args:
-    model: unrolled or scanned.
-    variables: its params and batch_stats.
+    model: unbound.
+    variables: its params and batch_stats; they become constants.
     mean: see `augment.make_normalize`.
     std: likewise.
   """
-  model, variables = model.clone(scan=False), unstack_blocks(variables)
   normalize = augment.make_normalize(mean, std)
-  params: Any = jax.tree.map(np.asarray, variables["params"])
-  affine = {}  # Path of a BatchNorm -> scale and shift.
-  for path, norm in _norms(params, variables["batch_stats"]):
-    scale = norm["scale"] / np.sqrt(norm["var"] + 1e-5)
-    affine[path] = scale, norm["bias"] - norm["mean"] * scale
-  last = (f"block_{model.depth - 1}", "pointwise_norm")
-  if last in affine and not model.pointwise_residual:
-    scale, shift = affine.pop(last)
-    head = params["head"]
-    bias = head["bias"] + shift @ head["kernel"]
-    head = {"kernel": scale[:, None] * head["kernel"], "bias": bias}
-    params = params | {"head": head}
-
-  def intercept(call, args, kwargs, context):
-    norm = context.module
-    if not isinstance(norm, ops.BatchNorm):
-      return call(*args, **kwargs)
-    x = args[0]() if callable(args[0]) else args[0]
-    y = ops.ACTIVATIONS[norm.activation](x + kwargs["bias"])
-    if norm.path in affine:
-      scale, shift = affine[norm.path]
-      y = y * scale + shift
-    return y if kwargs["residual"] is None else y + kwargs["residual"]
 
   def function(images):
-    with nn.intercept_methods(intercept), ops.portable():
-      variables = {"params": params}
-      return jnp.asarray(model.apply(variables, normalize(images), train=False))
+    with ops.portable():
+      return model.apply(variables, normalize(images), train=False)
 
   return function
-
-
-def _norms(params, batch_stats, path=()):
-  """Yields each BatchNorm's path, and its scale, bias, mean and var."""
-  for name, stats in batch_stats.items():
-    if "mean" in stats:
-      yield (*path, name), params[name] | stats
-    else:
-      yield from _norms(params[name], stats, (*path, name))
 
 
 def write_stablehlo(

@@ -28,6 +28,7 @@ import jax
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import distributed
+from convmixer_jax import evaluate
 from convmixer_jax import logger
 from convmixer_jax import train
 from convmixer_jax.errors import UserError
@@ -127,7 +128,7 @@ def _run(config, workdir):
       config, workdir, accept_changes=_ACCEPT_CHANGES.value
     )
     return
-  metrics = train.evaluate_checkpoint(config, workdir)
+  metrics = evaluate.evaluate_checkpoint(config, workdir)
   if jax.process_index() == 0:
     step = metrics["step"]
     source = config.init_from if step is None else f"step {step}"

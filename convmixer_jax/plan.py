@@ -45,9 +45,8 @@ from convmixer_jax import hlo
 from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import ops
-from convmixer_jax import sharding
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import step as step_lib
-from convmixer_jax import train
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 
@@ -298,7 +297,7 @@ def plan(
     "memory_bytes": needed,
     "memory_split_bytes": memory,
     "flops": flops,
-    "model_flops": 3 * models.forward_flops(model, size) * batch_size // count,
+    "model_flops": 3 * models.flops(model, size) * batch_size // count,
     "bytes": program and program.bytes(),
     "collectives": program and _by_cause(program.collectives()),
   }
@@ -317,17 +316,18 @@ def trace_step(
     which lowers for the devices.
   """
   config_lib.check(config, len(devices))
-  mesh = sharding.make_mesh(devices)
-  model, shapes = train.make_model(config, data.num_classes)
-  tx, _ = train.make_optimizer(config, shapes, data.size)
-  state = jax.eval_shape(lambda: train.init_state(config, model, tx, mesh))
-  batch = train.batch_shapes(config, mesh)
-  crop = data.in_memory(config.data.image_size)
-  step = train.jit_update(config, model, tx, mesh, crop=crop)
+  recipe = recipe_lib.build(config, data, devices)
+  state = jax.eval_shape(recipe.init_state)
+  batch = recipe.batch_shapes()
   seed = jax.ShapeDtypeStruct((), np.uint32)
   on_cpu = devices[0].platform == "cpu"
   with contextlib.nullcontext() if on_cpu else ops.portable():
-    return model, state, batch, step.trace(seed, state, batch)
+    return (
+      recipe.model,
+      state,
+      batch,
+      recipe.train_step.trace(seed, state, batch),
+    )
 
 
 def _num_bytes(tree):

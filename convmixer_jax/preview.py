@@ -1,11 +1,11 @@
-"""Draws training images as the model sees them, with labels after mixing.
+"""Draws training images as the model gets them, with their mixed labels.
 
   python -m convmixer_jax.preview --config configs/cifar10.py --out sheet.png
   python -m convmixer_jax.preview --config configs/imagenet.py \\
       --out sheet.png --step 2002 --num 36 --config.data.dir=/data
 
-These are the first images of the batch that a run of this config, with the same
-seed and overrides, trains on at that step: the same crops, the same noise.
+The images are the first of the batch on which a run with the same config trains
+at that step, with the same crops and the same noise.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,11 @@ import numpy as np
 from PIL import Image
 from PIL import ImageDraw
 
-from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
-from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -32,25 +31,25 @@ _CONFIG = cli.define_config(_FLAGS)
 _OUT = flags.DEFINE_string(
   "out",
   None,
-  "The picture to write, PNG by its name: --out sheet.png.",
+  "File to write; its suffix is the format: --out sheet.png.",
   flag_values=_FLAGS,
 )
 _STEP = flags.DEFINE_integer(
   "step",
   0,
-  "Updates done before the batch that is drawn: --step 1000.",
+  "Updates done before that batch: --step 1000.",
   lower_bound=0,
   flag_values=_FLAGS,
 )
 _NUM = flags.DEFINE_integer(
   "num",
   64,
-  "How many images of the batch: --num 36.",
+  "Number of images: --num 36.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
 
-CELL = 128  # Least side of an image on the sheet, in pixels.
+CELL = 128  # Smallest side of an image on the sheet, in pixels.
 LINE = 12  # Height of a line of text.
 
 
@@ -80,36 +79,19 @@ def training_images(
     float [B, K] probabilities; the K names of the classes.
   """
   config_lib.check(config, num_devices=1)
-  data, batch_size = config.data, config.batch_size
+  data = config.data
   source = sources.open_source(
     data.name, data.dir, data.train_split, data.image_size
   )
-  batch = next(
-    stream.train_batches(
-      source,
-      seed=config.seed,
-      batch_size=batch_size,
-      rows=np.arange(batch_size),
-      start=step,
-      stop=step + 1,
-      image_size=data.image_size,
-      max_unreadable=data.max_unreadable,
-      scale=config.augment.crop_scale,
-      ratio=config.augment.crop_ratio,
-      interpolation=config.augment.interpolation,
-    )
+  recipe = recipe_lib.build(config, source, jax.devices()[:1])
+  images, targets = jax.jit(step_lib.augmented, static_argnums=(0, 2, 3))(
+    recipe.augment,
+    next(recipe.train_batches(step, step + 1)),
+    source.num_classes,
+    config.augment.label_smoothing,
+    config.seed,
+    step,
   )
-  targets = step_lib.soft_targets(
-    batch["label"], source.num_classes, config.augment.label_smoothing
-  )
-  augment_fn = augment.make_augment(
-    config.augment,
-    mean=data.mean,
-    std=data.std,
-    crop=isinstance(source, sources.InMemory),
-  )
-  key = jax.random.fold_in(jax.random.key(config.seed), step)
-  images, targets = jax.jit(augment_fn)(key, batch["image"], targets)
   images = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
   return images, np.asarray(targets), source.class_names
 
@@ -117,10 +99,10 @@ def training_images(
 def contact_sheet(
   images: np.ndarray, targets: np.ndarray, names
 ) -> Image.Image:
-  """A grid of images with their two likeliest labels below.
+  """Draws a grid of images, each with its two likeliest labels.
 
   Args:
-    images: [N, S, S, 3]; what is outside [0, 255] is clipped.
+    images: [N, S, S, 3]; clipped to [0, 255].
     targets: [N, K] probabilities.
     names: of the K classes.
   """

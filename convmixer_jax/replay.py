@@ -1,15 +1,16 @@
-"""Does one step of a run again, from the nearest checkpoint before it.
+"""Repeats one step of a run, from the nearest checkpoint before it.
 
   python -m convmixer_jax.replay --workdir runs/cifar10 --step 4700
   python -m convmixer_jax.replay --workdir runs/cifar10 --step 4700 --json
 
-The images and the randomness of a step depend on (seed, step) alone, so this is
-the step that was done, to the bit on the same machine: for a loss that leapt,
-or is no number. Prints its metrics, the norm of the gradient of every layer
-before clipping, and which images were in its batch. Writes nothing.
+Use it to find out why a loss jumped or became NaN. The images and the
+randomness of a step depend on (seed, step) alone, so on the same machine the
+result is bit-equal to the run's. Prints the step's metrics, the gradient norm
+of every layer before clipping, and the images of its batch. Writes nothing.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import json
 import os
 from typing import Any
@@ -25,8 +26,8 @@ from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import sharding
-from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
@@ -34,12 +35,15 @@ from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Of the run: --workdir runs/cifar10.", flag_values=_FLAGS
+  "workdir",
+  None,
+  "The run's folder: --workdir runs/cifar10.",
+  flag_values=_FLAGS,
 )
 _STEP = flags.DEFINE_integer(
   "step",
   None,
-  "The update, counted from 1 as everywhere: --step 4700.",
+  "The update to repeat, counted from 1: --step 4700.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
@@ -65,18 +69,18 @@ def main() -> None:
 
 
 def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
-  """Does the steps from the last checkpoint before `step` up to it again.
+  """Repeats the steps from the last checkpoint before `step` up to it.
 
   Args:
-    workdir: of the run; nothing is written there.
+    workdir: of the run; it is not changed.
     step: 1 is the first update.
 
   Returns:
-    step; start, that of the checkpoint, 0 for the run's beginning; metrics and
-    layers, by name; images, see `stream.image_ids`.
+    step; start, the checkpoint's step, or 0; metrics and layers, by name;
+    images, see `stream.image_ids`.
 
   Raises:
-    UserError: there is no such run or step, or not all that it needs.
+    UserError: there is no such run or step, or its data are missing.
   """
   config = workdir_lib.load_config(workdir)
   config_lib.check(config, jax.device_count())
@@ -84,13 +88,10 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   source = sources.open_source(
     data.name, data.dir, data.train_split, data.image_size
   )
-  total = -(-config.epochs * len(source) // config.batch_size)
-  if step > total:
-    raise UserError(f"--step={step}: the run has {total}")
-  model, shapes = train.make_model(config, source.num_classes)
-  tx, _ = train.make_optimizer(config, shapes, len(source))
-  mesh = sharding.make_mesh()
-  state = train.init_state(config, model, tx, mesh)
+  recipe = recipe_lib.build(config, source)
+  if step > recipe.total_steps:
+    raise UserError(f"--step={step}: the run has {recipe.total_steps}")
+  state = recipe.init_state()
   saved = checkpoint.restore(workdir, state, before=step)
   if saved is None and config.init_from is not None:
     raise UserError(
@@ -100,16 +101,15 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   state = saved or state
   start = int(state.step)
 
-  tx = _with_layer_norms(tx)
-  layers = jax.eval_shape(_layer_norms, shapes["params"])
+  layers = jax.eval_shape(_layer_norms, recipe.shapes["params"])
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), layers)
   state = state.replace(opt_state=(state.opt_state, zeros))
-  train_step = train.jit_step(config, model, tx, mesh, crop=train.crops(source))
+  recipe = dataclasses.replace(recipe, tx=_with_layer_norms(recipe.tx))
   metrics = {}
-  batches = train.train_batches(config, source, mesh, start, step)
+  batches = recipe.train_batches(start, step)
   for batch in logger.progress(batches, step - start, "replaying"):
-    batch = sharding.to_global(mesh, batch, config.batch_size)
-    state, metrics = train_step(state, batch)
+    batch = sharding.to_global(recipe.mesh, batch, config.batch_size)
+    state, metrics = recipe.train_step(recipe.seed, state, batch)
   _, layers = state.opt_state
   as_numbers = lambda tree: {k: float(v) for k, v in sorted(tree.items())}
   return {
@@ -126,7 +126,7 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
 def _with_layer_norms(
   tx: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
-  """The same updates; its state is tx's, and the norms of what came in."""
+  """Also keeps the gradient's norms in the state: (tx's state, norms)."""
 
   def update(grads, state, params):
     updates, inner = tx.update(grads, state[0], params)
@@ -138,7 +138,7 @@ def _with_layer_norms(
 
 
 def _layer_norms(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
-  """The norm of each layer's arrays together, by the layer's name."""
+  """Layer's name -> norm of its arrays together."""
   layers = {}
   flat = flax.traverse_util.flatten_dict(models.unstack_blocks(tree))
   for (*layer, leaf), value in flat.items():

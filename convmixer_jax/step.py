@@ -19,15 +19,15 @@ Augment = Callable[
 
 @flax.struct.dataclass
 class TrainState:
-  """All that a run carries from step to step; nothing random is stored.
+  """What a run carries from step to step; nothing random is stored.
 
   Attributes:
     step: int32, the number of updates done.
     params: parameters, float32.
     batch_stats: running statistics of BatchNorm; empty without it.
     opt_state: the optimiser's.
-    ema: exponential moving averages of the two trees before, {'params': ...,
-      'batch_stats': ...}, which evaluation uses in their place; {} if off.
+    ema: moving averages, {'params', 'batch_stats'}, which evaluation uses
+      instead; {} if off.
   """
 
   step: jax.Array
@@ -67,9 +67,28 @@ def soft_targets(
   return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  """[B, K] logits and probabilities -> [B] losses in nats."""
-  return optax.softmax_cross_entropy(logits, targets)
+def augmented(
+  augment: Augment,
+  batch: Batch,
+  num_classes: int,
+  label_smoothing: float,
+  seed: int | jax.Array,
+  step: int | jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """A batch as the model gets it after `step` updates.
+
+  The randomness is a function of (seed, step) alone, so a resumed run repeats
+  what an unbroken one does.
+
+  Returns:
+    Float images [B, H, W, C], and targets [B, K].
+  """
+  targets = batch["label"]
+  if targets.ndim == 1:
+    targets = soft_targets(targets, num_classes, label_smoothing)
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  with jax.named_scope("augment"):
+    return augment(key, batch["image"], targets)
 
 
 def make_train_step(
@@ -88,8 +107,7 @@ def make_train_step(
   Args:
     model: called with `train=True` on augmented images.
     tx: the optimiser.
-    augment: the random part, on the device; see `Augment`. Its key depends on
-      (seed, step) alone, so a resumed run repeats what a whole one does.
+    augment: the random part, on the device; see `augmented`.
     seed: of the augmentation.
     label_smoothing: see `soft_targets`.
     accum_steps: the batch is cut into so many equal microbatches of consecutive
@@ -109,7 +127,7 @@ def make_train_step(
       variables, images, train=True, mutable=["batch_stats"]
     )
     with jax.named_scope("metrics"):
-      loss = cross_entropy(logits, targets).mean()
+      loss = optax.softmax_cross_entropy(logits, targets).mean()
       hits = logits.argmax(-1) == targets.argmax(-1)
       metrics = {"loss": loss, "top1": 100 * hits.mean(dtype=jnp.float32)}
     return loss, (updated.get("batch_stats", {}), metrics)
@@ -123,12 +141,9 @@ def make_train_step(
     return jax.lax.with_sharding_constraint(x, batch_sharding.update(spec=spec))
 
   def train_step(state, batch):
-    targets = batch["label"]
-    if targets.ndim == 1:
-      targets = soft_targets(targets, model.num_classes, label_smoothing)
-    key = jax.random.fold_in(jax.random.key(seed), state.step)
-    with jax.named_scope("augment"):
-      images, targets = augment(key, batch["image"], targets)
+    images, targets = augmented(
+      augment, batch, model.num_classes, label_smoothing, seed, state.step
+    )
 
     def gradients(images, targets):
       grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(

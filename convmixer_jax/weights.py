@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import os
 from pathlib import Path
 import sys
+import types
 from typing import Any
 
 from flax import traverse_util
@@ -19,14 +20,14 @@ from convmixer_jax.errors import UserError
 
 
 def load(where: str | os.PathLike) -> dict[str, Any]:
-  """Reads {'params', 'batch_stats'} of numpy arrays, as an unrolled model has.
+  """Reads {'params', 'batch_stats'} of an unrolled model, as numpy arrays.
 
   Args:
-    where: a workdir, of which the newest checkpoint is taken, or what
-      `interop.load` takes.
+    where: a workdir, whose newest checkpoint is read, or what `interop.load`
+      accepts.
 
   Raises:
-    UserError: nothing of the kind is there.
+    UserError: no weights are there, or they cannot be read.
   """
   where = os.path.expanduser(where)
   if not os.path.isdir(where):
@@ -40,27 +41,27 @@ def load(where: str | os.PathLike) -> dict[str, Any]:
   return checkpoint.load_variables(where)
 
 
-def fit(
+def match(
   loaded: Mapping[str, Any],
   wanted: Mapping[str, Any],
   name: str,
   *,
   new_head: bool = False,
 ) -> dict[str, Any]:
-  """Checks that variables are those of a model, one by one.
+  """Checks variables against a model's, tensor by tensor.
 
   Args:
     loaded: from `load`, so of an unrolled model.
-    wanted: the model's, arrays or shapes; it may be a scanned one.
-    name: of `loaded`, for messages.
-    new_head: keep `wanted`'s head where `loaded`'s is missing or of another
-      shape, and say so.
+    wanted: the model's variables, arrays or shapes; it may be a scanned one.
+    name: where `loaded` is from, for messages.
+    new_head: take the head from `wanted`, and say so, if `loaded` has none or
+      one of another shape.
 
   Returns:
     {'params', 'batch_stats'}, named as in `wanted`.
 
   Raises:
-    UserError: naming a tensor that is missing, unknown or of another shape.
+    UserError: a tensor is missing, unknown or of another shape.
   """
   has = traverse_util.flatten_dict(loaded, sep="/")
   fresh = traverse_util.flatten_dict(wanted, sep="/")
@@ -92,65 +93,77 @@ def fit(
   return {"batch_stats": {}} | fitted
 
 
-def architecture(variables: Mapping[str, Any], name: str) -> dict[str, Any]:
-  """What the tensors tell of an unrolled ConvMixer.
+def load_init_from(
+  init_from: str,
+  model: nn.Module,
+  wanted: Mapping[str, Any],
+  *,
+  new_head: bool = False,
+) -> dict[str, Any]:
+  """Loads the weights that `config.init_from` names; see `match`."""
+  name = os.path.expanduser(init_from)
+  try:
+    loaded = load(name)
+    matched = match(loaded, wanted, name, new_head=new_head)
+  except UserError as e:
+    raise UserError(f"config.init_from={e}") from e
+  if not os.path.isdir(name):
+    _warn_of_other_arguments(loaded, model, name)
+  return matched
+
+
+def architecture(
+  variables: Mapping[str, Any], name: str
+) -> tuple[types.ModuleType, dict[str, Any]]:
+  """The family of an unrolled model, and what its tensors tell of it.
 
   Args:
     variables: from `load`.
-    name: of them, for the message.
+    name: where they are from, for the message.
 
   Returns:
-    dim, depth, patch_size, kernel_size, and num_classes, None without a head.
+    A module of `models.FAMILIES`, and arguments of its model. num_classes is
+    None where there is no head.
 
   Raises:
-    UserError: they are not a ConvMixer's, or of a size that no config may have.
+    UserError: no family has such tensors, or a size is out of range.
   """
-  params = variables.get("params", {})
-  head = params.get("head")
-  try:
-    patch, _, _, dim = params["stem"]["kernel"].shape
-    kernel, *_ = params["block_0"]["depthwise"]["kernel"].shape
-    classes = head["kernel"].shape[-1] if head else None
-  except (KeyError, ValueError, IndexError) as e:
-    raise UserError(f"{name}: not a ConvMixer's weights") from e
-  found = {
-    "dim": dim,
-    "depth": sum(module.startswith("block_") for module in params),
-    "patch_size": patch,
-    "kernel_size": kernel,
-  }
-  config_lib.check_values(
-    {f"model.{k}": v for k, v in found.items()}, f"{name}: "
-  )
-  return found | {"num_classes": classes}
+  known = models.infer(variables.get("params", {}))
+  if known is None:
+    families = " or ".join(f.MODEL.__name__ for f in models.FAMILIES)
+    raise UserError(f"{name}: not the weights of a {families}")
+  sizes = {f"model.{k}": v for k, v in known[1].items() if k != "num_classes"}
+  config_lib.check_values(sizes, f"{name}: ")
+  return known
 
 
-def warn_of_activation(
-  variables: Mapping[str, Any], model: nn.Module, name: str
-) -> None:
-  """Warns where published weights meet the activation that is not theirs.
-
-  No tensor tells: the 768/32 of the paper has ReLU, the others have GELU.
-  """
-  variant = _variant(architecture(variables, name))
-  if variant is None:
-    return
-  theirs = models.create_model(variant).activation
-  if model.activation != theirs:
-    print(
-      f"warning: {name}: looks like {variant}, which was trained with {theirs};"
-      f" the model has {model.activation}",
-      file=sys.stderr,
-    )
-
-
-def _variant(found):
-  """The name in VARIANTS of such an architecture, or None."""
-  for name, fields in models.VARIANTS.items():
-    if all(found[field] == fields[field] for field in
-           ("dim", "depth", "patch_size", "kernel_size")):  # fmt: skip
+def _variant(family, found):
+  """The name of the published variant with such arguments, or None."""
+  for name, arguments in family.VARIANTS.items():
+    if all(found[k] == v for k, v in arguments.items() if k in found):
       return name
   return None
+
+
+def _warn_of_other_arguments(variables, model, name):
+  """Warns if the model differs from the published one that has these shapes.
+
+  No tensor tells the activation: the paper's 768/32 has ReLU, others GELU.
+  """
+  family, found = architecture(variables, name)
+  variant = _variant(family, found)
+  if variant is None or not isinstance(model, family.MODEL):
+    return
+  published = models.create_model(variant)
+  untold = {k for v in family.VARIANTS.values() for k in v} - found.keys()
+  for field in sorted(untold):
+    theirs, ours = getattr(published, field), getattr(model, field)
+    if theirs != ours:
+      print(
+        f"warning: {name}: looks like {variant}, which was trained with"
+        f" {field}={theirs}; the model has {field}={ours}",
+        file=sys.stderr,
+      )
 
 
 def load_model(
@@ -159,55 +172,50 @@ def load_model(
   """Builds the model that weights belong to.
 
   Args:
-    where: see `load`. A workdir's config says what its model is; of a file,
-      the tensors do, and the variant of that size says the activation.
-    model_name: a key of `models.VARIANTS`, instead.
+    where: see `load`. A workdir's config says what its model is. Of a file,
+      tensors tell the sizes, and the published variant of that size the rest.
+    model_name: a key of `models.VARIANTS`, for a file.
 
   Returns:
-    The model, unrolled; its variables; and how its images are made: image_size,
-    crop_pct, mean, std, and class_names or None.
+    The model, unrolled; its variables; and how its images are prepared:
+    image_size, crop_pct, mean, std, and class_names or None.
 
   Raises:
-    UserError: no such weights, or they are not those of `model_name`.
+    UserError: no such weights, or they do not belong to `model_name`.
   """
   variables = load(where)
-  data = {
-    "image_size": 224,  # As timm has it for the published three.
-    "crop_pct": 0.96,
-    "mean": (0.485, 0.456, 0.406),
-    "std": (0.229, 0.224, 0.225),
-  }
+  family, found = architecture(variables, where)
+  classes = found["num_classes"]
   folder = Path(where).expanduser()
   if folder.is_dir():
     if model_name is not None:
       raise UserError(f"--model={model_name}: {where} says what its model is")
     config = config_lib.flatten(workdir_lib.read_config(folder))
-    wanted = [f"data.{name}" for name in data] + ["model.name"]
-    wanted += [name for name in config if name.startswith("model.")]
-    config = {name: config.get(name) for name in wanted}
-    config_lib.check_values(config, f"{folder / 'config.json'}: ")
-    data = {name: config[f"data.{name}"] for name in data}
-    classes = architecture(variables, where)["num_classes"]
-    overrides = {
-      name.removeprefix("model."): value
-      for name, value in config.items()
-      if name.startswith("model.")
-    }
-    model = models.create_model(
-      num_classes=classes, **overrides | {"scan": False}
+    of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}
+    data = of("data", family.preprocessing(None))
+    arguments = of(
+      "model",
+      ["name"] + [k[6:] for k in config if k.startswith("model.")],
     )
+    config_lib.check_values(
+      {f"data.{k}": v for k, v in data.items()}
+      | {f"model.{k}": v for k, v in arguments.items()},
+      f"{folder / 'config.json'}: ",
+    )
+    model = models.create_model(**arguments | {"num_classes": classes})
+    model = models.unrolled(model)
   else:
-    found = architecture(variables, where)
-    classes = found["num_classes"]
     if classes is None:
-      raise UserError(f"{where}: has no head, so it tells no classes")
-    name = model_name or _variant(found)
+      raise UserError(f"{where}: has no head, so its classes are unknown")
+    name = model_name or _variant(family, found)
+    data = family.preprocessing(name)
     if name is None:
-      model = models.ConvMixer(**found)
+      model = family.MODEL(**found)
     else:
       model = models.create_model(name, num_classes=classes)
-    warn_of_activation(variables, model, where)
-  variables = fit(variables, models.variable_shapes(model), where)
+    _warn_of_other_arguments(variables, model, where)
+  wanted = models.variable_shapes(model, data["image_size"])
+  variables = match(variables, wanted, where)
   return model, variables, data | {"class_names": _class_names(folder, classes)}
 
 

@@ -257,7 +257,7 @@ def _pictures(results) -> Iterator[Picture]:
     _scatter(
       results,
       "FLOP an image",
-      lambda cell: models.forward_flops(cell.model(), size(cell)),
+      lambda cell: models.flops(cell.model(), size(cell)),
     ),
   )
 

@@ -270,7 +270,7 @@ def _dry_run(runs):
   total = 0.0
   for run in runs:
     config, model = run.cell.resolve(run.seed), run.cell.model()
-    flops = models.forward_flops(model, config.data.image_size)
+    flops = models.flops(model, config.data.image_size)
     images = config.epochs * _TRAINING_IMAGES[config.data.name]
     hours = 3 * flops * images / speed / 3600
     total += hours * (run.status != "finished")
@@ -299,7 +299,7 @@ _TRAINING_IMAGES = {
 
 def _measured_speed(runs):
   """FLOP/s of a training step, three forward passes, of the smallest cell."""
-  cost = lambda cell: models.forward_flops(
+  cost = lambda cell: models.flops(
     cell.model(), cell.resolve(0).data.image_size
   )
   cell = min((run.cell for run in runs), key=cost)

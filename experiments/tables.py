@@ -181,7 +181,7 @@ def row(result: Result) -> tuple[str, ...]:
   return (
     cell.name,
     f"{sweeps.count_parameters(model):,}",
-    f"{models.forward_flops(model, size) / 1e9:.3g}",
+    f"{models.flops(model, size) / 1e9:.3g}",
     f"{statistics.median(rates):.0f}" if rates else "",
     ours,
     paper,

@@ -206,6 +206,17 @@ def cifar10_absent():
   return ""
 
 
+class Layer:
+  """`ops.Convolution` with given arrays; by default it only adds a bias."""
+
+  def __init__(self, bias, kernel=None, operation=None):
+    self.bias, self.kernel = bias, bias if kernel is None else kernel
+    self.operation = operation or (lambda x, kernel, implementation: x)
+
+  def operands(self, x):
+    return self.operation, x, self.kernel, self.bias
+
+
 def tiny_model(**overrides):
   fields = {"dim": 8, "depth": 2, "patch_size": 2, "kernel_size": 3}
   return models.ConvMixer(**{**fields, "num_classes": 10, **overrides})

@@ -70,7 +70,7 @@ def test_an_ablation_changes_its_switch_alone():
 
 def test_flops():
   model = models.create_model("convmixer_1536_20")
-  assert models.forward_flops(model, 224) / 1e9 == pytest.approx(102, abs=0.5)
+  assert models.flops(model, 224) / 1e9 == pytest.approx(102, abs=0.5)
 
 
 def test_what_is_not_established_is_unknown():

@@ -18,6 +18,7 @@ import pytest
 
 from convmixer_jax import checkpoint
 from convmixer_jax import logger
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import replay
 from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
@@ -336,17 +337,15 @@ def fill(path):
 
 def before_step(monkeypatch, step, act):
   """Calls `act` while the batch of that update is being made."""
-  batches = train.train_batches
+  batches = recipe_lib.Recipe.train_batches
 
-  def acting(config, source, mesh, start, *args):
-    for done, batch in enumerate(
-      batches(config, source, mesh, start, *args), start
-    ):
+  def acting(self, start, *args):
+    for done, batch in enumerate(batches(self, start, *args), start):
       if done + 1 == step:
         act()
       yield batch
 
-  monkeypatch.setattr(train, "train_batches", acting)
+  monkeypatch.setattr(recipe_lib.Recipe, "train_batches", acting)
 
 
 @pytest.mark.slow

@@ -43,7 +43,7 @@ from convmixer_jax import logger
 from convmixer_jax import main
 from convmixer_jax import models
 from convmixer_jax import predict
-from convmixer_jax import sharding
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import weights
@@ -271,7 +271,7 @@ GOOD = FIELDS.flatmap(  # As far as the field alone tells.
       [
         v
         for v in POOL
-        if config_lib.FIELDS[field][1](v)
+        if config_lib.FIELDS[field].rule.accepts(v)
         and not (field == "model.depth" and v and v > 8)  # Slow to trace.
       ]
     ),
@@ -318,17 +318,17 @@ class NothingComputes:
 def trace(monkeypatch):
   """Calls main as far as the workdir, then traces a step: argv -> shapes."""
   begun = types.SimpleNamespace()
-  jit_step = train.jit_step
+  build = recipe_lib.build
 
-  def keep_step(config, *args, **options):
-    begun.config, begun.step = config, jit_step(config, *args, **options)
-    return begun.step
+  def keep_recipe(config, *args):
+    begun.config, begun.recipe = config, build(config, *args)
+    return begun.recipe
 
   def stop(*workdir):
     raise Traced
 
-  monkeypatch.setattr(train, "jax", NothingComputes())
-  monkeypatch.setattr(train, "jit_step", keep_step)
+  monkeypatch.setattr(recipe_lib, "jax", NothingComputes())
+  monkeypatch.setattr(recipe_lib, "build", keep_recipe)
   monkeypatch.setattr(workdir_lib, "locked", stop)
   init_state = step_lib.init_state
 
@@ -347,15 +347,10 @@ def trace(monkeypatch):
     with contextlib.suppress(Traced):
       main.main()
       return None  # --mode=eval
-    size, batch = begun.config.data.image_size, begun.config.batch_size
-    shape = jax.ShapeDtypeStruct
+    recipe, shape = begun.recipe, jax.ShapeDtypeStruct
     state = jax.tree.map(lambda x: shape(x.shape, x.dtype), begun.state)
-    new_state, metrics = begun.step(
-      state,
-      {
-        "image": shape((batch, size, size, 3), np.uint8),
-        "label": shape((batch,), np.int32),
-      },
+    new_state, metrics = recipe.train_step(
+      np.uint32(0), state, recipe.batch_shapes()
     )
     assert jax.tree.map(np.shape, new_state) == jax.tree.map(np.shape, state)
     assert metrics["loss"].shape == ()
@@ -1259,9 +1254,8 @@ def test_what_is_no_file_of_weights(kind, folder):
 def run(tmp_path_factory):
   """The workdir of a run of two steps, each saved, in which nothing moved."""
   workdir = tmp_path_factory.mktemp("run") / "whole"
-  model, shapes = train.make_model(RUN, 10)
-  tx, _ = train.make_optimizer(RUN, shapes, 64)
-  state = train.init_state(RUN, model, tx, sharding.make_mesh())
+  data = sources.Description(64, 10, (8, 8, 3), 8)
+  state = recipe_lib.build(RUN, data).init_state()
   log = logger.Logger(workdir, RUN.to_json(), first_step=0, total_steps=2,
                       batch_size=32, active=True)  # fmt: skip
   log.classes([str(i) for i in range(10)])
@@ -1325,7 +1319,9 @@ def test_checkpoints_hold_no_pickle(run, monkeypatch):
     _, variables, _ = weights.load_model(str(run))
     checkpointer = checkpoint.Checkpointer(run)
     shapes = jax.tree.map(np.zeros_like, variables)
-    assert weights.fit(weights.load(run), shapes, "run").keys() == shapes.keys()
+    assert (
+      weights.match(weights.load(run), shapes, "run").keys() == shapes.keys()
+    )
     checkpointer.close()
 
 

@@ -160,8 +160,7 @@ def test_a_scanned_model_starts_with_the_unrolled_ones_values():
   [
     (True, None),
     (False, "nothing_saveable"),
-    (True, "dots_saveable"),
-    (True, "dots_with_no_batch_dims_saveable"),
+    (True, "nothing_saveable"),
   ],
 )
 def test_scan_and_remat_compute_the_same(scan, remat):
@@ -194,7 +193,7 @@ def test_scan_and_remat_compute_the_same(scan, remat):
 
 
 def test_remat_saves_memory():
-  """Of 48 blocks the gradient keeps their inputs, or their products too."""
+  """Of 48 blocks the gradient keeps only their inputs."""
   images = jnp.zeros((4, 32, 32, 3))
   model = common.tiny_model(depth=48, scan=True)
   shapes = models.variable_shapes(model)
@@ -208,11 +207,7 @@ def test_remat_saves_memory():
     compiled = jax.jit(jax.grad(loss)).lower(variables["params"]).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 
-  everything, inputs, products = map(
-    temporary, (None, "nothing_saveable", "dots_saveable")
-  )
-  assert inputs < products < everything
-  assert inputs < everything / 3
+  assert temporary("nothing_saveable") < temporary(None) / 3
 
 
 def test_init_is_pytorchs():

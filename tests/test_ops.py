@@ -1,7 +1,6 @@
 """The operations against float64, and the library that some of them are in."""
 
 from concurrent import futures
-import functools
 import os
 import shutil
 import subprocess
@@ -353,7 +352,7 @@ def test_batch_norm_and_its_gradients(implementation, train, activation, dtype):
       {"params": params, "batch_stats": stats},
       x,
       train,
-      bias=bias,
+      conv=common.Layer(bias),
       residual=residual,
       mutable=["batch_stats"],
     )[0]
@@ -409,9 +408,9 @@ def test_norm_within_a_convolution(
   def ours(x, kernel, bias, scale, offset, residual=None):
     return module.apply(
       {"params": {"scale": scale, "bias": offset}, "batch_stats": stats},
-      functools.partial(conv, x, kernel),
+      x,
       False,
-      bias=bias,
+      conv=common.Layer(bias, kernel, conv),
       residual=residual,
     )
 
@@ -451,8 +450,8 @@ def test_norm_within_a_convolution_of_several_devices_and_vmap(conv):
 
   @jax.jit
   def apply(x):
-    call = functools.partial(conv, x, kernel)
-    return module.apply(variables, call, False, bias=bias)
+    layer = common.Layer(bias, kernel, conv)
+    return module.apply(variables, x, False, conv=layer)
 
   one_by_one = jnp.stack([apply(images) for images in x])
   common.assert_close(jax.jit(jax.vmap(apply))(x), one_by_one, 2e-6)
@@ -477,7 +476,7 @@ def test_batch_norm_of_mixed_dtypes_and_vmap():
       variables,
       x,
       True,
-      bias=bias,
+      conv=common.Layer(bias),
       residual=residual,
       mutable=["batch_stats"],
     )

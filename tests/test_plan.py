@@ -104,7 +104,7 @@ def test_flops():
 
   once = flops()
   model = models.create_model(num_classes=10, **config.model)
-  forward = config.batch_size * models.forward_flops(model, 8)
+  forward = config.batch_size * models.flops(model, 8)
   assert once == pytest.approx(3 * forward, rel=0.01)
   assert flops(scan=True) == once
   assert flops(remat="nothing_saveable") == pytest.approx(4 * forward, rel=0.02)

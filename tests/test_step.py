@@ -9,6 +9,7 @@ from convmixer_jax import augment
 from convmixer_jax import evaluate
 from convmixer_jax import models
 from convmixer_jax import optim
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
@@ -133,9 +134,23 @@ class Scores:
 
   def apply(self, variables, images, train):
     assert not train
-    guess = images[:, 0, 0, 0].astype(int)
+    guess = jnp.round(images[:, 0, 0, 0]).astype(int)
     # Classes after the guess, cyclically, get ever lower scores.
     return -((jnp.arange(7) - guess[:, None]) % 7).astype(jnp.float32)
+
+
+def make_score(source, state, batch_size, devices):
+  config = common.digits_config(
+    **{
+      "batch_size": batch_size,
+      "data.image_size": 2,
+      "data.mean": (0.0,) * 3,
+      "data.std": (1 / 255,) * 3,  # Pixels stay as they are.
+    }
+  )
+  mesh = sharding.make_mesh(jax.devices()[:devices])
+  recipe = recipe_lib.Recipe(config, source, mesh, Scores(), None, None, None)
+  return evaluate.make_evaluate(recipe, source, state)
 
 
 # 3, 8 and 20 do not divide 45; 64 exceeds it.
@@ -149,16 +164,7 @@ def test_every_image_counts_once(batch_size, devices):
   images[:, 0, 0, 0] = guesses
   source = sources.InMemory(images, labels, [str(i) for i in range(7)])
   state = step_lib.TrainState(jnp.zeros(()), {}, {}, ())
-  score = evaluate.make_evaluate(
-    step_lib.make_eval_step(Scores(), lambda images: images),
-    source,
-    sharding.make_mesh(jax.devices()[:devices]),
-    state,
-    batch_size=batch_size,
-    image_size=2,
-    crop_pct=1.0,
-    num_workers=0,
-  )
+  score = make_score(source, state, batch_size, devices)
   metrics = score(state)
   distance = (labels - guesses) % 7
   losses = distance + np.log(np.exp(-np.arange(7)).sum())
@@ -180,16 +186,7 @@ def test_a_lost_image_is_an_error(monkeypatch):
     lambda *a, **k: (b for b in list(batches(*a, **k))[:-1]),
   )
   state = step_lib.TrainState(jnp.zeros(()), {}, {}, ())
-  score = evaluate.make_evaluate(
-    step_lib.make_eval_step(Scores(), lambda images: images),
-    source,
-    sharding.make_mesh(jax.devices()[:1]),
-    state,
-    batch_size=4,
-    image_size=2,
-    crop_pct=1.0,
-    num_workers=0,
-  )
+  score = make_score(source, state, 4, 1)
   with pytest.raises(RuntimeError, match="8 of 9"):
     score(state)
 

@@ -14,13 +14,15 @@ import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
 from convmixer_jax import checkpoint
+from convmixer_jax import evaluate
 from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import ops
-from convmixer_jax import sharding
+from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import weights
+from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
@@ -203,7 +205,8 @@ def test_the_loop_moves_only_what_it_means_to(
   jax's guard sees what goes to a CPU device. What comes from it needs no
   transfer there, so here nothing but jax.device_get may make an array a number.
   """
-  batches, device_get = train.train_batches, jax.device_get
+  batches = recipe_lib.Recipe.train_batches
+  device_get = jax.device_get
   x = jax.device_put(np.float32(1))
   read, running, meant = type(x)._value, [], []
   stack = contextlib.ExitStack()
@@ -224,7 +227,7 @@ def test_the_loop_moves_only_what_it_means_to(
     assert meant or not running, "an array was read"
     return read.fget(self)
 
-  monkeypatch.setattr(train, "train_batches", guarded)
+  monkeypatch.setattr(recipe_lib.Recipe, "train_batches", guarded)
   monkeypatch.setattr(jax, "device_get", get)
   monkeypatch.setattr(type(x), "_value", property(checked))
   preempted = lambda self, step: mistake(x) and False
@@ -238,20 +241,15 @@ def test_the_loop_moves_only_what_it_means_to(
 
 def test_seeds_share_a_compiled_program():
   """So that all runs of a sweep's cell but the first start from the cache."""
-  model, mesh = common.tiny_model(), sharding.make_mesh(jax.devices()[:1])
-  tx = common.adamw(models.variable_shapes(model)["params"])
-  init = lambda: step_lib.init_state(jax.random.key(0), model, tx, 8)
-  batch = {
-    "image": jax.ShapeDtypeStruct((32, 8, 8, 3), np.uint8),
-    "label": jax.ShapeDtypeStruct((32,), np.int32),
-  }
 
   def program(**overrides):
+    data = sources.Description(64, 10, (8, 8, 3), 8)
     config = common.digits_config(**overrides)
-    step = train.jit_step(config, model, tx, mesh, crop=True)
-    (seed,) = step.args
-    assert seed == config.seed
-    return step.func.lower(seed, jax.eval_shape(init), batch).as_text()
+    recipe = recipe_lib.build(config, data, jax.devices()[:1])
+    assert recipe.seed == config.seed
+    state = jax.eval_shape(recipe.init_state)
+    lowered = recipe.train_step.lower(recipe.seed, state, recipe.batch_shapes())
+    return lowered.as_text()
 
   assert program(seed=0) == program(seed=1)
   assert program() != program(**{"augment.flip": True})
@@ -270,7 +268,7 @@ def test_a_crash_is_recorded(tmp_path, monkeypatch):
     yield from ()
     raise OSError("disk on fire")
 
-  monkeypatch.setattr(train.stream, "train_batches", broken)
+  monkeypatch.setattr(recipe_lib.stream, "train_batches", broken)
   with pytest.raises(OSError, match="disk on fire"):
     train_digits(tmp_path)
   (start,) = json.loads((tmp_path / "run.json").read_text())["starts"]
@@ -310,7 +308,7 @@ def test_layer_norm_trains_resumes_and_evaluates(tmp_path):
   config = common.digits_config(**overrides)
   state = train.train_and_evaluate(config, tmp_path)
   assert same_state(train.train_and_evaluate(config, tmp_path), state)
-  metrics = train.evaluate_checkpoint(config, tmp_path)
+  metrics = evaluate.evaluate_checkpoint(config, tmp_path)
   assert metrics["top1"] == records(tmp_path)[-1]["top1"]
 
 
@@ -318,12 +316,12 @@ def test_evaluation_refuses_another_model(unbroken):
   config = common.digits_config(**TEN_STEPS)
   config.model.activation = "relu"
   with pytest.raises(UserError, match=r"model\.activation is None there"):
-    train.evaluate_checkpoint(config, unbroken[0])
+    evaluate.evaluate_checkpoint(config, unbroken[0])
   # Where and how it is scored is free.
   config = common.digits_config(**TEN_STEPS)
   config.data.eval_split = "train[:7]+test[:4]"
   config.batch_size, config.accum_steps = 5, 3
-  assert train.evaluate_checkpoint(config, unbroken[0])["count"] == 11
+  assert evaluate.evaluate_checkpoint(config, unbroken[0])["count"] == 11
 
 
 @pytest.mark.slow
@@ -386,7 +384,7 @@ def test_encoded_images_train(photos, tmp_path):
   assert int(state.step) == 5  # ceil(2 * 33 / 16)
   assert state.params["head"]["bias"].shape == (3,)
   assert records(tmp_path / "run")[-1]["count"] == 33
-  metrics = train.evaluate_checkpoint(config, tmp_path / "run")
+  metrics = evaluate.evaluate_checkpoint(config, tmp_path / "run")
   assert metrics["count"] == 33
   assert metrics["top1"] == records(tmp_path / "run")[-1]["top1"]
 
@@ -408,7 +406,7 @@ def test_a_run_with_moving_averages_resumes_and_evaluates(tmp_path):
   shutil.rmtree(tmp_path / "broken" / "checkpoints" / "10")
   assert same_state(train_digits(tmp_path / "broken", **recipe), state)
   config = common.digits_config(**TEN_STEPS, **recipe)
-  metrics = train.evaluate_checkpoint(config, tmp_path / "whole")
+  metrics = evaluate.evaluate_checkpoint(config, tmp_path / "whole")
   last = records(tmp_path / "whole")[-1]
   assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-6)
   loaded = checkpoint.load_variables(tmp_path / "whole")
@@ -463,7 +461,7 @@ def test_a_run_goes_on_with_scan_switched(tmp_path, scan):
   assert common.tree_error(ours, whole) <= 2e-5
   # Scored, loaded and tuned from either way.
   config = common.digits_config(**TEN_STEPS, **settings, **plain)
-  metrics = train.evaluate_checkpoint(config, tmp_path)
+  metrics = evaluate.evaluate_checkpoint(config, tmp_path)
   last = records(tmp_path)[-1]
   assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-5)
   model, variables, _ = weights.load_model(str(tmp_path))

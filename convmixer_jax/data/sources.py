@@ -41,7 +41,13 @@ class InMemory:
   labels: np.ndarray
   class_names: Sequence[str]
 
+  in_memory = True
+
   def __len__(self) -> int:
+    return len(self.labels)
+
+  @property
+  def size(self) -> int:
     return len(self.labels)
 
   @property
@@ -59,6 +65,7 @@ class Encoded:
   read: Any
   size: int
   class_names: Sequence[str]
+  in_memory = False
 
   def __len__(self) -> int:
     return self.size
@@ -106,20 +113,22 @@ class Description:
   """What is known of a split without its images.
 
   Attributes:
-    size: number of images; None if unknown, as is
-    num_classes: number of classes.
+    size: number of images; None if unknown.
+    num_classes: number of classes; None if unknown.
     shape: of all images, or with None where they differ.
+    image_size: side to which they would be resized.
   """
 
   size: int | None
   num_classes: int | None
   shape: tuple[int | None, ...]
+  image_size: int
 
-  def in_memory(self, image_size: int) -> bool:
-    """Whether `open_source` would hold it in memory, for such images."""
-    size = self.size or 0
-    small = size * image_size**2 * 3 <= IN_MEMORY_BYTES
-    return None not in self.shape and small
+  @property
+  def in_memory(self) -> bool:
+    """Whether `open_source` would return an `InMemory`."""
+    num_bytes = (self.size or 0) * self.image_size**2 * 3
+    return None not in self.shape and num_bytes <= IN_MEMORY_BYTES
 
 
 def describe(
@@ -138,11 +147,11 @@ def describe(
   """
   here = directory is not None and os.path.isdir(os.path.expanduser(directory))
   if name == "folder" and not here:
-    return Description(None, None, (None, None, 3))
+    return Description(None, None, (None, None, 3), image_size)
   if name in ("digits", "folder"):
     source = open_source(name, directory, split, image_size)
     shape = (None, None, 3) if name == "folder" else (8, 8, 3)
-    return Description(len(source), source.num_classes, shape)
+    return Description(len(source), source.num_classes, shape, image_size)
   builder, image, label = _builder(name, directory if here else None)
   lengths = {k: v.num_examples for k, v in builder.info.splits.items()}
   lengths = lengths or SIZES.get(builder.name, {})
@@ -151,6 +160,7 @@ def describe(
     sum(len(rows) for _, rows in _slice(split, lengths)) if lengths else None,
     features[label].num_classes,
     features[image].shape,
+    image_size,
   )
 
 
@@ -292,7 +302,7 @@ def _tfds(name, directory, split, image_size):
   size = len(source)
   classes = builder.info.features[label].names
   shape = builder.info.features[image].shape
-  if not Description(size, len(classes), shape).in_memory(image_size):
+  if not Description(size, len(classes), shape, image_size).in_memory:
     return Encoded(read, size, classes)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)

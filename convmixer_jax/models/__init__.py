@@ -81,6 +81,11 @@ def family_of(model: nn.Module) -> types.ModuleType:
   return next(f for f in FAMILIES if isinstance(model, f.MODEL))
 
 
+def unrolled(model: nn.Module) -> nn.Module:
+  """The same model with its blocks one by one, if its family can scan them."""
+  return model.clone(scan=False) if getattr(model, "scan", False) else model
+
+
 def flops(model: nn.Module, image_size: int) -> int:
   """Floating-point operations of one image's forward pass."""
   return family_of(model).flops(model, image_size)

@@ -1,0 +1,215 @@
+"""What a run is made of: `build` turns a config into model, steps and batches.
+
+Training, evaluation, plan, replay, preview and benchmarks all start here.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import ml_collections
+import numpy as np
+import optax
+
+from convmixer_jax import augment
+from convmixer_jax import models
+from convmixer_jax import optim
+from convmixer_jax import sharding
+from convmixer_jax import step as step_lib
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """The parts of a run. Nothing is computed before it is asked for.
+
+  Attributes:
+    config: of the run.
+    data: the training images, or what is known of them.
+    mesh: the devices, which share each batch.
+    model: unbound.
+    shapes: {'params', 'batch_stats'}, of the model's variables.
+    tx: the optimiser.
+    schedule: updates done -> learning rate of the next.
+  """
+
+  config: ml_collections.ConfigDict
+  data: sources.Source | sources.Description
+  mesh: jax.sharding.Mesh
+  model: nn.Module
+  shapes: Any
+  tx: optax.GradientTransformation
+  schedule: optax.Schedule
+
+  @property
+  def steps_per_epoch(self) -> float:
+    """Not whole in general: batches cross epochs, and no image is dropped."""
+    return self.data.size / self.config.batch_size
+
+  @property
+  def total_steps(self) -> int:
+    """Updates in the whole run."""
+    return -(-self.config.epochs * self.data.size // self.config.batch_size)
+
+  def is_due(self, step: int, every: int | None) -> bool:
+    """Whether something is done after `step` updates; the last step always is.
+
+    Args:
+      step: at least 1.
+      every: steps between two times; None: at the end of each epoch.
+    """
+    if every is None:
+      size, batch_size = self.data.size, self.config.batch_size
+      epoch = lambda step: step * batch_size // size
+      due = epoch(step) > epoch(step - 1)
+    else:
+      due = step % every == 0
+    return due or step == self.total_steps
+
+  @property
+  def augment(self) -> step_lib.Augment:
+    """Augmentation on the device. Crops are the host's where it decodes."""
+    data = self.config.data
+    return augment.make_augment(
+      self.config.augment,
+      mean=data.mean,
+      std=data.std,
+      crop=self.data.in_memory,
+    )
+
+  @property
+  def seed(self) -> jax.Array:
+    """First argument of `train_step`: all seeds share one compiled program."""
+    seed = np.uint32(self.config.seed)
+    return jax.device_put(seed, sharding.replicated(self.mesh))
+
+  @functools.cached_property
+  def train_step(self) -> Any:
+    """Jitted (seed, state, batch) -> (state, metrics); donates the state."""
+    config = self.config
+    replicated = sharding.replicated(self.mesh)
+    batch_sharding = sharding.batch_sharding(self.mesh)
+
+    def update(seed, state, batch):
+      train_step = step_lib.make_train_step(
+        self.model,
+        self.tx,
+        self.augment,
+        seed=seed,
+        label_smoothing=config.augment.label_smoothing,
+        accum_steps=config.accum_steps,
+        ema_decay=config.ema_decay,
+        batch_sharding=batch_sharding,
+      )
+      return train_step(state, batch)
+
+    return jax.jit(
+      update,
+      in_shardings=(replicated, replicated, batch_sharding),
+      out_shardings=replicated,
+      donate_argnames="state",
+      compiler_options=(
+        {"xla_gpu_deterministic_ops": True} if config.deterministic else None
+      ),
+    )
+
+  @functools.cached_property
+  def eval_step(self) -> Any:
+    """Jitted (state, batch) -> sums; see `step.make_eval_step`."""
+    data = self.config.data
+    eval_step = step_lib.make_eval_step(
+      self.model, augment.make_normalize(data.mean, data.std)
+    )
+    return jax.jit(eval_step, out_shardings=sharding.replicated(self.mesh))
+
+  def init_state(self) -> step_lib.TrainState:
+    """The state of step 0, on all devices."""
+    config = self.config
+    init = lambda key: step_lib.init_state(
+      key, self.model, self.tx, config.data.image_size, config.ema_decay > 0
+    )
+    init = jax.jit(init, out_shardings=sharding.replicated(self.mesh))
+    return init(jax.random.key(config.seed))
+
+  def batch_shapes(
+    self, batch_size: int | None = None
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch, image uint8 [B, S, S, 3] and label int32 [B], as shapes."""
+    batch_size = batch_size or self.config.batch_size
+    size = self.config.data.image_size
+    like = functools.partial(
+      jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
+    )
+    return {
+      "image": like((batch_size, size, size, 3), np.uint8),
+      "label": like((batch_size,), np.int32),
+    }
+
+  def train_batches(
+    self,
+    start: int,
+    stop: int,
+    stopped: Callable[[], object] = lambda: False,
+  ) -> Iterator[stream.Batch]:
+    """This process's part of the batches of steps start, ..., stop - 1.
+
+    `self.data` must be a source. See `stream.train_batches`.
+    """
+    config, data = self.config, self.config.data
+    return stream.train_batches(
+      self.data,
+      seed=config.seed,
+      batch_size=config.batch_size,
+      rows=sharding.local_rows(self.mesh, config.batch_size),
+      start=start,
+      stop=stop,
+      image_size=data.image_size,
+      num_workers=data.num_workers,
+      max_unreadable=data.max_unreadable,
+      stopped=stopped,
+      scale=config.augment.crop_scale,
+      ratio=config.augment.crop_ratio,
+      interpolation=config.augment.interpolation,
+    )
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  data: sources.Source | sources.Description,
+  devices: Sequence[Any] | None = None,
+) -> Recipe:
+  """Builds a run's parts.
+
+  Args:
+    config: of the run; see `config.check`, which is not called here.
+    data: the training images, or only what is known of them.
+    devices: None is all devices of all processes; they need not exist (see
+      `plan.open_topology`) as long as nothing is computed.
+
+  Raises:
+    UserError: `config.freeze` names no parameter.
+  """
+  model = models.create_model(num_classes=data.num_classes, **config.model)
+  shapes = models.variable_shapes(model, config.data.image_size)
+  schedule = optim.make_schedule(
+    config.optim.schedule,
+    config.optim.learning_rate,
+    config.epochs,
+    data.size / config.batch_size,
+    config.optim.warmup_epochs,
+  )
+  tx = optim.make_optimizer(
+    schedule,
+    shapes["params"],
+    config.optim,
+    freeze=config.freeze,
+    backbone_lr_scale=config.backbone_lr_scale,
+  )
+  mesh = sharding.make_mesh(devices)
+  return Recipe(config, data, mesh, model, shapes, tx, schedule)
