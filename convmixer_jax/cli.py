@@ -78,10 +78,16 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   module = sys.modules["__main__"]
   if {"--help", "-help", "-h"} & set(argv):
     print(module.__doc__)
+    show = lambda name, text: print(
+      f"--{name}\n{textwrap.indent(textwrap.fill(text, 74), '    ')}"
+    )
     for name in flag_values:
-      flag = flag_values[name]
-      text = textwrap.fill(flag.help, 74)
-      print(f"--{flag.name}\n{textwrap.indent(text, '    ')}")
+      show(name, flag_values[name].help)
+    if "config" in flag_values:
+      print("\nFields of a config, with their defaults:\n")
+      for name, (default, rule, meaning) in config_lib.FIELDS.items():
+        accepts = rule.text[0].upper() + rule.text[1:]
+        show(f"config.{name}={default!r}", f"{meaning} {accepts}.")
     sys.exit(0)
   overrides, path = {}, None
   for arg, following in zip(argv[1:], [*argv[2:], ""]):
@@ -120,7 +126,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
       message = ""
     for field, value in overrides.items():
       if f"--config.{field}={value}:" in message:
-        text = f"--config.{field}={value}: must be {fields[field][0]}"
+        rule = fields[field].rule
+        text = f"--config.{field}={value}: must be {rule.text}"
         raise UserError(text) from e
     # The last line says what is wrong; those before it are the traceback that
     # ml_collections puts into its message.

@@ -9,12 +9,12 @@
   python -m convmixer_jax.main --config configs/imagenet.py --mode eval \\
       --workdir runs/published --config.init_from=convmixer_1536_20.safetensors
 
-Any field of a config is a flag: --config.epochs=9 --config.model.depth=4.
-Running the same command again goes on where the workdir was left.
+Every field of a config is a flag: --config.epochs=9 --config.model.depth=4.
+Rerun the same command to resume.
 
-Exit codes: 0 finished; 1 failed, with a traceback; 2 a mistake in what was
-given; 75 (--distributed) another process is gone or never came; 128 + the
-signal's number (143 for SIGTERM) stopped, and the state is saved.
+Exit codes: 0 finished; 1 failed, with a traceback; 2 a mistake in the flags,
+config or files; 75 (--distributed) another process ended or did not start;
+128 plus the signal's number (143 for SIGTERM) stopped, and the state is saved.
 """
 
 import contextlib
@@ -38,59 +38,59 @@ _CONFIG = cli.define_config(_FLAGS)
 _WORKDIR = flags.DEFINE_string(
   "workdir",
   None,
-  "Where checkpoints, metrics and logs go, and where a run goes on from:"
-  " --workdir runs/mine. Default: runs/ and the config's name.",
+  "Folder for checkpoints, metrics and logs. If it holds a run, that run is"
+  " resumed: --workdir runs/mine. Default: runs/ and the config's name.",
   flag_values=_FLAGS,
 )
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval"],
-  "--mode train trains, and evaluates on the way; --mode eval scores the"
-  " workdir's newest checkpoint, or where it has none --config.init_from, and"
-  " prints a line and a JSON object.",
+  "--mode train trains and evaluates. --mode eval evaluates the workdir's newest"
+  " checkpoint, or --config.init_from if it has none, and prints a line and a"
+  " JSON object.",
   flag_values=_FLAGS,
 )
 _DISTRIBUTED = flags.DEFINE_bool(
   "distributed",
   False,
   "Run as one of several processes, one on each host, all started with the"
-  " same command: --distributed. TPU pods, Slurm and Kubernetes are found"
-  " out; elsewhere give the next three flags too.",
+  " same command: --distributed. TPU pods, Slurm and Kubernetes are detected;"
+  " elsewhere pass the next three flags too.",
   flag_values=_FLAGS,
 )
 _COORDINATOR = flags.DEFINE_string(
   "coordinator",
   None,
-  "With --distributed: address of process 0, --coordinator 10.0.0.1:1234.",
+  "With --distributed: address of process 0: --coordinator 10.0.0.1:1234.",
   flag_values=_FLAGS,
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes",
   None,
-  "With --distributed: how many there are, --num_processes 4.",
+  "With --distributed: number of processes: --num_processes 4.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
 _PROCESS_ID = flags.DEFINE_integer(
   "process_id",
   None,
-  "With --distributed: which this one is, --process_id 0.",
+  "With --distributed: index of this process, from 0: --process_id 0.",
   lower_bound=0,
   flag_values=_FLAGS,
 )
 _ACCEPT_CHANGES = flags.DEFINE_bool(
   "accept_changes",
   False,
-  "Go on in a workdir that holds a run of another config; what changed is"
+  "Resume although the workdir holds a run of another config. The changes are"
   " recorded in its run.json: --accept_changes.",
   flag_values=_FLAGS,
 )
 _TIMEOUT = flags.DEFINE_integer(
   "timeout",
   60,
-  "With --distributed: seconds after which processes that have not come, or"
-  " are silent, are given up, and all end: --timeout 300. Default: 60.",
+  "With --distributed: seconds after which all processes end because one has"
+  " not started or does not respond: --timeout 300. Default: 60.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
@@ -98,7 +98,12 @@ _TIMEOUT = flags.DEFINE_integer(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config = cli.given(_CONFIG)
+  if _CONFIG.value is None:
+    raise UserError(
+      "--config is missing; try python -m convmixer_jax.main --config"
+      " configs/digits.py, which takes seconds, or --help"
+    )
+  config = _CONFIG.value
   workdir = os.path.expanduser(_WORKDIR.value or _default_workdir())
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):
