@@ -86,8 +86,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     if "config" in flag_values:
       print("\nFields of a config, with their defaults:\n")
       for name, (default, rule, meaning) in config_lib.FIELDS.items():
-        accepts = rule.text[0].upper() + rule.text[1:]
-        show(f"config.{name}={default!r}", f"{meaning} {accepts}.")
+        show(f"config.{name}={default!r}", f"{meaning} Accepts {rule.text}.")
     sys.exit(0)
   overrides, path = {}, None
   for arg, following in zip(argv[1:], [*argv[2:], ""]):

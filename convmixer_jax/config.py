@@ -39,7 +39,7 @@ def _integer(low: int, high: int = 2**32 - 1) -> Rule:
   test = lambda v: (
     isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
   )
-  return Rule(f"an integer from {low} to {high}", test, int)
+  return Rule(f"an integer of at least {low}, at most {high}", test, int)
 
 
 def _number(low: float, high: float = _LARGEST) -> Rule:

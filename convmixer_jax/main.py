@@ -46,9 +46,9 @@ _MODE = flags.DEFINE_enum(
   "mode",
   "train",
   ["train", "eval"],
-  "--mode train trains and evaluates. --mode eval evaluates the workdir's newest"
-  " checkpoint, or --config.init_from if it has none, and prints a line and a"
-  " JSON object.",
+  "--mode train trains and evaluates. --mode eval evaluates the newest"
+  " checkpoint of the workdir, or --config.init_from if it has none, and prints"
+  " a line and a JSON object.",
   flag_values=_FLAGS,
 )
 _DISTRIBUTED = flags.DEFINE_bool(

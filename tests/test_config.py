@@ -133,7 +133,7 @@ def test_flatten():
 # Command lines, and what the one line of error must say.
 DIGITS = "--config=configs/digits.py"
 MISTAKES = [
-    ([], "--config: must be given"),
+    ([], "--config is missing; try"),
     (["--config=configs/none.py"], "configs/none.py"),
     (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
     ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field"),
@@ -198,7 +198,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     ),
     ("convmixer_jax.preview", "config out step num"),
     ("convmixer_jax.predict", "weights model top batch_size json"),
-    ("convmixer_jax.export", "weights model out format"),
+    ("convmixer_jax.export", "weights model out"),
     ("examples.segmentation", "weights out steps"),
     ("experiments.run", "root only dry_run jobs"),
     (

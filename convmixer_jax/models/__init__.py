@@ -3,9 +3,9 @@
 A family is a module of this package with these names, and the only way in which
 the rest of the code knows its models:
 
-  MODEL              a linen module with attribute `num_classes`, called
-                     (images [B, H, W, C], train) -> logits [B, num_classes],
-                     and `check(image_size)`, which raises UserError
+  MODEL              a linen module with attributes `num_classes` and `dtype`,
+                     called (images [B, H, W, C], train) -> logits [B, K], and
+                     `check(image_size)`, which raises UserError
   VARIANTS           name -> arguments of MODEL; timm's names where it has them
   preprocessing      name or None -> image_size, crop_pct, mean and std that
                      published weights expect
