@@ -942,7 +942,7 @@ pickle loads|pickle Unpickler|shutil rmtree|pathlib Path|webbrowser open
 types CodeType|types FunctionType|ctypes CDLL|sys exit|sys modules|pty spawn
 code interact|pdb run|socket socket|multiprocessing Process|marshal loads
 copyreg _reconstructor|copyreg __newobj__|copyreg add_extension|timeit timeit
-convmixer_jax.interop load|convmixer_jax.interop _Inert|atexit register
+convmixer_jax.interop load|convmixer_jax.torch_pickle _Inert|atexit register
 convmixer_jax.interop os.system|antigravity x|this x| |a. b|.. x|x\\u00e9 y
 """.replace("\n", "|").strip("|").split("|")).map(
   lambda text: Name(*text.split(" ", 1))
