@@ -9,13 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convmixer_jax import ops
-
-REMAT_POLICIES = (
-  "nothing_saveable",
-  "dots_saveable",
-  "dots_with_no_batch_dims_saveable",
-)
+REMAT_POLICIES = ("nothing_saveable",)
 
 
 def rematerialized(block: type[nn.Module], policy: str, scan: bool) -> Any:
@@ -26,12 +20,7 @@ def rematerialized(block: type[nn.Module], policy: str, scan: bool) -> Any:
     policy: what is kept for the backward pass; one of `REMAT_POLICIES`.
     scan: whether it will be scanned.
   """
-  policies = jax.checkpoint_policies
-  saveable = getattr(policies, policy)
-  if policy.startswith("dots"):  # They cannot look into our products.
-    saveable = policies.save_from_both_policies(
-      saveable, policies.save_only_these_names(ops.PRODUCT)
-    )
+  saveable = getattr(jax.checkpoint_policies, policy)
   return nn.remat(
     block, policy=saveable, prevent_cse=not scan, static_argnums=(2,)
   )
