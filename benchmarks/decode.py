@@ -57,7 +57,7 @@ def main() -> None:
     data = photos[seed % len(photos)]
     size = Image.open(io.BytesIO(data)).size
     rng = np.random.default_rng(seed)
-    jobs.append((data, seed, decode._random_box(*size, rng, **law)))
+    jobs.append((data, seed, decode.random_box(*size, rng, **law)))
 
   def ours(data, seed, box):
     del box

@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
 from convmixer_jax.errors import UserError
-from convmixer_jax.ops import native
+from convmixer_jax.ops import build
 
 _LINGER = 10.0  # Seconds that a process may take to end.
 _CACHE_BYTES = 2**30  # What was used longest ago goes first.
@@ -167,13 +167,13 @@ def keep_compiled() -> None:
   """
   if jax.config.jax_compilation_cache_dir is not None:
     return
-  if (cache := native.cache_folder()) is None:
+  if (cache := build.cache_folder()) is None:
     return
   try:
     cores = len(os.sched_getaffinity(0))
   except AttributeError:  # Not Linux.
     cores = os.cpu_count()
-  kind = hashlib.sha256(native.cpu().encode()).hexdigest()[:8]
+  kind = hashlib.sha256(build.cpu().encode()).hexdigest()[:8]
   folder = cache / "xla" / f"{kind}-{cores}"
   jax.config.update("jax_compilation_cache_dir", str(folder))
   jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)

@@ -1,23 +1,18 @@
 """Weights of PyTorch's ConvMixers: their files, and their names to ours."""
 
 from collections.abc import Mapping
-import functools
-import io
 import logging
-import math
 import os
-import pickle
 import re
 from typing import Any
-import zipfile
 
 from flax import traverse_util
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import safetensors.numpy
 
 from convmixer_jax import models
+from convmixer_jax import torch_pickle
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
@@ -140,70 +135,46 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 # --- Files.
 
-# Storage classes of PyTorch -> numpy's dtypes.
-_STORAGES = {
-  "FloatStorage": np.dtype("<f4"),
-  "DoubleStorage": np.dtype("<f8"),
-  "HalfStorage": np.dtype("<f2"),
-  "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-  "LongStorage": np.dtype("<i8"),
-  "IntStorage": np.dtype("<i4"),
-  "ShortStorage": np.dtype("<i2"),
-  "CharStorage": np.dtype("i1"),
-  "ByteStorage": np.dtype("u1"),
-  "BoolStorage": np.dtype("?"),
-}
-# What training checkpoints hold beside tensors, and nobody needs.
-_INERT = {
-  ("argparse", "Namespace"),
-  ("numpy", "dtype"),
-  ("numpy.core.multiarray", "scalar"),
-  ("numpy._core.multiarray", "scalar"),
-  ("_codecs", "encode"),
-  ("torch", "device"),
-  ("torch", "Size"),
-}
-_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
-
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
-  """Reads the tensors of a file, without running anything that it may carry.
+  """Reads the tensors in a file. Never executes code that the file holds.
 
   Args:
-    path: a .safetensors file, a PyTorch checkpoint (.pth, .pth.tar, of today's
-      zip format or the one before torch 1.6), or hf-hub:OWNER/NAME for the
-      model.safetensors of a model on the Hugging Face Hub.
+    path: a .safetensors file, a PyTorch checkpoint (.pth or .pth.tar, in the
+      current zip format or the one before torch 1.6), or hf-hub:OWNER/NAME for
+      the model.safetensors of a model on the Hugging Face Hub.
 
   Returns:
-    Name -> array. Of a training checkpoint: the moving averages if it has them,
-    or else the weights, without the prefix `module.`.
+    name -> array, without the prefix `module.`. Of a training checkpoint, the
+    moving averages of the weights if it has them, otherwise the weights.
 
   Raises:
-    UserError: no such file, or not one of these.
+    UserError: the file does not exist, is damaged or of another format.
   """
   path = os.fspath(path)
   if path.startswith("hf-hub:"):
     path = _download(path)
   try:
-    if os.path.exists(path) and not os.path.isfile(path):  # A FIFO would wait.
+    # Opening a FIFO would wait for a writer.
+    if os.path.exists(path) and not os.path.isfile(path):
       raise UserError(f"{path}: not a file")
     with open(path, "rb") as file:
       start = file.read(9)
-    if start[:4] == b"PK\x03\x04":
-      found = _load_zip(path)
-    elif start[:1] == b"\x80":
-      found = _load_legacy(path)
-    elif start[8:] == b"{":
+    # safetensors first: the length of its header may look like the others.
+    if start[8:] == b"{":
       found = safetensors.numpy.load_file(path)
+    elif start[:4] == b"PK\x03\x04":
+      found = torch_pickle.load_zip(path)
+    elif start[:1] == b"\x80":
+      found = torch_pickle.load_legacy(path)
     else:
       raise UserError(f"{path}: neither a PyTorch checkpoint nor safetensors")
   except OSError as e:
     raise UserError(f"{path}: {e.strerror or e}") from e
   except UserError:
     raise
-  except Exception as e:  # A damaged file may lead to anything.
-    reason = first_line(e)
-    raise UserError(f"{path}: damaged or cut short: {reason}") from e
+  except Exception as e:  # A damaged file may raise anything.
+    raise UserError(f"{path}: damaged or cut short: {first_line(e)}") from e
   for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
     if isinstance(found, dict) and isinstance(found.get(name), dict):
       found = found[name]
@@ -212,9 +183,11 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     raise UserError(f"{path}: holds a {type(found).__name__}, not tensors")
   for name, value in found.items():
     if not isinstance(name, str):
-      raise UserError(f"{path}: {name!r} is no name of a tensor")
+      raise UserError(f"{path}: {name!r} is not the name of a tensor")
     if not isinstance(value, np.ndarray):
-      raise UserError(f"{path}: {name} is a {type(value).__name__}, no tensor")
+      raise UserError(
+        f"{path}: {name} is a {type(value).__name__}, not a tensor"
+      )
   return {name.removeprefix("module."): x for name, x in found.items()}
 
 
@@ -226,166 +199,4 @@ def _download(path):
   try:
     return huggingface_hub.hf_hub_download(repository, "model.safetensors")
   except Exception as e:  # No network, no such model, no permission.
-    reason = first_line(e)
-    raise UserError(f"{path}: cannot be downloaded: {reason}") from e
-
-
-class _Inert:
-  """Stands for an object that is not a tensor; remembers nothing."""
-
-  def __init__(self, *args):
-    del args
-
-
-def _refuse(unpickler):
-  raise ValueError("what PyTorch does not write")
-
-
-# Not among them: sets, which would hash whatever they hold, and what reserves
-# memory for more than the file has.
-_OPCODES = [
-  "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE",
-  "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING",
-  "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINUNICODE",
-  "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
-  "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
-  "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL",
-  "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
-]  # fmt: skip
-
-
-class _Unpickler(pickle._Unpickler):
-  """Admits tensors; everything else that is not plain data is refused.
-
-  Python's own, not C's: its opcodes can be taken away, and its memo is a dict,
-  where C's reserves 64 GiB for an index of four bytes.
-  """
-
-  dispatch = dict.fromkeys(range(256), _refuse) | {
-    op: pickle._Unpickler.dispatch[op]
-    for op in (getattr(pickle, name)[0] for name in _OPCODES)
-  }
-
-  def __init__(self, file, name, storage):
-    super().__init__(file)
-    self._name, self._storage = name, storage
-
-  def find_class(self, module, name):
-    if (module, name) == ("collections", "OrderedDict"):
-      return lambda: {}
-    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return _rebuild_tensor
-    if (module, name) == ("torch._utils", "_rebuild_parameter"):
-      return lambda data, *_: data
-    if module in ("torch", "torch.storage") and name in _STORAGES:
-      return name  # A string: nothing that a pickle can call or change.
-    if (module, name) in _INERT:
-      return _Inert
-    raise UserError(
-      f"{self._name}: holds {module}.{name}; only tensors are read"
-    )
-
-  def _set_items(self):
-    """To a dict alone, and of keys that are quickly hashed."""
-    keys, values = self.stack[::2], self.stack[1::2]
-    target = self.metastack[-1][-1]
-    plain = (str, int, float, bytes, type(None))
-    if type(target) is not dict or not all(isinstance(k, plain) for k in keys):
-      raise ValueError("a dict with keys that are not plain")
-    self.pop_mark()
-    target.update(zip(keys, values))
-
-  def _set_item(self):
-    items = self.stack[-2:]
-    del self.stack[-2:]
-    self.load_mark()
-    self.stack += items
-    self._set_items()
-
-  def _drop_state(self):
-    """Of what is no tensor; a class or a function could be changed by it."""
-    self.stack.pop()
-
-  dispatch[pickle.SETITEMS[0]] = _set_items
-  dispatch[pickle.SETITEM[0]] = _set_item
-  dispatch[pickle.BUILD[0]] = _drop_state
-
-  def persistent_load(self, pid):
-    kind, name, key, _, size, *_ = pid
-    if not all(isinstance(x, str) for x in (kind, name, key)) or (
-      not isinstance(size, int)
-    ):
-      raise ValueError("a storage that is none of PyTorch's")
-    if kind != "storage" or name not in _STORAGES:
-      raise UserError(f"{self._name}: holds a {kind} of {name}")
-    return self._storage(_STORAGES[name], key, size)
-
-
-def _rebuild_tensor(storage, offset, shape, strides, *_):
-  """A view into `storage`, checked to lie inside and to be no larger."""
-  numbers = (offset, *shape, *strides)
-  if len(shape) != len(strides) or not all(
-    isinstance(n, int) and 0 <= n < 2**48 for n in numbers
-  ):
-    raise ValueError("a tensor of a size that cannot be")
-  last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
-  if 0 not in shape and max(last + 1, math.prod(shape)) > len(storage):
-    raise ValueError("a tensor beyond its data")
-  return np.lib.stride_tricks.as_strided(
-    storage[offset:], shape, [s * storage.itemsize for s in strides]
-  )
-
-
-def _load_zip(path):
-  with zipfile.ZipFile(path) as archive:
-    entries = archive.infolist()
-    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
-      raise ValueError("compressed, which PyTorch's files are not")
-    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
-      raise ValueError("entries that are larger than the file")
-    names = archive.namelist()
-    found = [name for name in names if name.endswith("/data.pkl")]
-    if len(found) != 1:
-      raise ValueError(f"{len(found)} entries named data.pkl")
-    (pickled,) = found
-    root = pickled.removesuffix("data.pkl")
-    if root + "byteorder" in names:
-      order = archive.read(root + "byteorder")
-      if order != b"little":
-        raise ValueError(f"of {order.decode()}-endian numbers")
-
-    def storage(dtype, key, size):
-      array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
-      if len(array) != size:
-        raise ValueError(f"{len(array)} numbers where {size} should be")
-      return array
-
-    storage = functools.cache(storage)
-    return _Unpickler(io.BytesIO(archive.read(pickled)), path, storage).load()
-
-
-def _load_legacy(path):
-  storages, limit = {}, os.path.getsize(path)
-
-  def storage(dtype, key, size):
-    if size * dtype.itemsize > limit:
-      raise ValueError("more numbers than the file has room for")
-    return storages.setdefault(key, np.zeros(size, dtype))
-
-  with open(path, "rb") as file:
-    unpickle = lambda: _Unpickler(file, path, storage).load()
-    if unpickle() != _LEGACY_MAGIC:
-      raise UserError(f"{path}: a pickle, but not PyTorch's")
-    unpickle()  # Version of the format.
-    unpickle()  # Byte order and sizes, of little-endian machines.
-    found = unpickle()
-    for key in unpickle():
-      if not isinstance(key, str):
-        raise ValueError("a storage without a name")
-      array = storages[key]
-      size = int.from_bytes(file.read(8), "little")
-      if size != len(array):
-        raise ValueError(f"{size} numbers where {len(array)} should be")
-      data = np.frombuffer(file.read(array.nbytes), array.dtype)
-      array[:] = data.reshape(size)
-  return found
+    raise UserError(f"{path}: cannot be downloaded: {first_line(e)}") from e

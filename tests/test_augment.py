@@ -54,7 +54,7 @@ def test_crop_is_pillows(interpolation):
     )
   )
   box_key, _ = jax.random.split(key)
-  boxes = geometry._random_boxes(
+  boxes = geometry.random_boxes(
     box_key, len(PHOTOS), 32, 48, options["scale"], options["ratio"]
   )
   resample = Image.Resampling[interpolation.upper()]
@@ -97,7 +97,7 @@ def test_random_interpolation_is_either():
 def test_boxes_follow_their_law():
   top, left, height, width = map(
     np.asarray,
-    geometry._random_boxes(
+    geometry.random_boxes(
       jax.random.key(0), 4000, 450, 450, (0.08, 1.0), (3 / 4, 4 / 3)
     ),
   )
@@ -122,7 +122,7 @@ def test_areas_and_ratios_are_uniform_and_log_uniform():
   """Of boxes all of which fit, so that no try is thrown away."""
   top, left, height, width = map(
     np.asarray,
-    geometry._random_boxes(
+    geometry.random_boxes(
       jax.random.key(1), 4000, 2000, 2000, (0.1, 0.5), (3 / 4, 4 / 3)
     ),
   )
@@ -137,7 +137,7 @@ def test_areas_and_ratios_are_uniform_and_log_uniform():
 
 def test_impossible_boxes_fall_back_to_the_centre():
   """No 4:1 box of the whole area fits: the widest allowed one, centred."""
-  top, left, height, width = geometry._random_boxes(
+  top, left, height, width = geometry.random_boxes(
     jax.random.key(0), 3, 40, 40, (1.0, 1.0), (4.0, 4.0)
   )
   assert np.all(width == 40)
@@ -347,9 +347,9 @@ def test_parse():
     ("rand-m9-inc0", "'inc0'"),
     ("rand-m9-inc1-inc1", "'inc1': .* once each"),
     ("rand-m9-q4-inc1", "'q4'"),
-    ("rand-m99-inc1", "'m99': m is from 0 to 30"),
-    ("rand-m9-n2.5-inc1", "'n2.5': n is whole"),
-    ("rand-m9-inc1:Rotate,Blur", "'Blur': the operations are AutoContrast"),
+    ("rand-m99-inc1", "'m99': m must be 0 to 30"),
+    ("rand-m9-n2.5-inc1", "'n2.5': n must be an integer"),
+    ("rand-m9-inc1:Rotate,Blur", "'Blur': must be one of AutoContrast"),
     ("rand-m9-inc1:", "''"),
     ("torchvision-m31", "'m31'"),
     ("torchvision-mstd1-m9", "'mstd1'"),

@@ -23,7 +23,7 @@ from convmixer_jax import replay
 from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
-from convmixer_jax.data import stream
+from convmixer_jax.data import workers
 from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
@@ -247,20 +247,20 @@ def photos(folder):
 @pytest.mark.parametrize(
   ("signum", "message"),
   [
-    (signal.SIGKILL, r"process \d+, which decodes, ended with exit code -9"),
-    (signal.SIGSTOP, r"no batch came in 4 s .*process \d+, T \(stopped\)"),
+    (signal.SIGKILL, r"^Data worker \d+ exited with code -9 \(-9: out of"),
+    (signal.SIGSTOP, r"^No batch was loaded in 4 s \(worker \d+, T \(sto"),
   ],
 )
 def test_a_worker_that_is_killed_or_stuck_is_named(
   photos, monkeypatch, signum, message
 ):
-  monkeypatch.setattr(stream, "PATIENCE", 4.0)
+  monkeypatch.setattr(workers, "PATIENCE", 4.0)
   before = set(multiprocessing.active_children())
   stopped = []
   batches = common.decode_for_ever(photos, stopped=lambda: stopped)
-  monkeypatch.setattr(stream, "PATIENCE", 60.0)  # It takes a while to start.
+  monkeypatch.setattr(workers, "PATIENCE", 60.0)  # It takes a while to start.
   next(batches)
-  monkeypatch.setattr(stream, "PATIENCE", 4.0)
+  monkeypatch.setattr(workers, "PATIENCE", 4.0)
   (worker,) = set(multiprocessing.active_children()) - before
   os.kill(worker.pid, signum)
   with pytest.raises(UserError, match=message):
@@ -280,8 +280,7 @@ def test_a_worker_that_dies_with_a_lock_is_not_waited_for(folder, tmp_path):
   assert process.returncode == 2, err
   assert out.startswith("a batch\n")
   assert re.match(
-    r"error: data: process \d+, which decodes, ended with exit code -9; was"
-    r" memory short\?\n",
+    r"error: Data worker \d+ exited with code -9 \(-9: out of memory; .*\n",
     err,
   )
 

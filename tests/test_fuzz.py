@@ -220,7 +220,7 @@ WORDS = st.one_of(
     ["digits", "folder", "cifar10", "train", "test", "train[:1%]",
     "train[:50%]+test", "val", "gelu", "relu", "batch", "layer", "float32",
     "bfloat16", "cosine", "constant", "const", "random", "bicubic",
-    "nothing_saveable", "dots_saveable", "convmixer_128_4", "convmixer_256_8",
+    "nothing_saveable", "convmixer_128_4", "convmixer_256_8",
     "rand-m9-inc1", "rand-m9-inc1:Rotate", "torchvision-n2-m12", "head",
     "stem", "block_0", "None", "true", "false", "train[-1:]", "train[5:2]",
     "train[:200%]", "train[::2]", "train[abs:]", "train[:1e3]", "hf-hub:.",
@@ -255,7 +255,7 @@ POOL = (
   False, None, "", "digits", "folder", "no_such_set", "train", "test[:5]",
   "train[:1%]", "train[-1:]", "test+train[5:9]", "head", "gelu", "relu",
   "batch",
-  "layer", "dots_saveable", "nothing_saveable", "bfloat16", "float32", "random",
+  "layer", "nothing_saveable", "bfloat16", "float32", "random",
   "convmixer_1536_20", "bicubic", "bilinear", "rand-m9-mstd0.5-inc1", "pixel",
   "torchvision-n2-m12", "rand-m9-inc1:Rotate", "const", "cosine", "onecycle",
   "constant", "convmixer_128_4", (), (0.001, 1.0), (1.0, 1.0), (0.02, 0.02),
@@ -937,7 +937,7 @@ pickle loads|pickle Unpickler|shutil rmtree|pathlib Path|webbrowser open
 types CodeType|types FunctionType|ctypes CDLL|sys exit|sys modules|pty spawn
 code interact|pdb run|socket socket|multiprocessing Process|marshal loads
 copyreg _reconstructor|copyreg __newobj__|copyreg add_extension|timeit timeit
-convmixer_jax.interop load|convmixer_jax.interop _Inert|atexit register
+convmixer_jax.interop load|convmixer_jax.torch_pickle _Inert|atexit register
 convmixer_jax.interop os.system|antigravity x|this x| |a. b|.. x|x\\u00e9 y
 """.replace("\n", "|").strip("|").split("|")).map(
   lambda text: Name(*text.split(" ", 1))

@@ -2,6 +2,7 @@
 
 from concurrent import futures
 import os
+from pathlib import Path
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,7 @@ import scipy.special
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import sharding
+from convmixer_jax.ops import build
 from convmixer_jax.ops import native
 from tests import common
 
@@ -673,50 +675,50 @@ def test_without_a_compiler(command, tmp_path):
 def test_the_librarys_cache(monkeypatch, tmp_path):
   builds = []
 
-  def build(folder):
+  def fake_build(folder):
     builds.append(folder)
-    path = native.Path(folder) / "native.so"
+    path = Path(folder) / "native.so"
     path.write_bytes(b"a library")
     return path
 
-  monkeypatch.setattr(native, "_build", build)
-  monkeypatch.setattr(native, "_key", lambda: "key")
-  path = native._cached(tmp_path)
-  assert native._cached(tmp_path) == path
+  monkeypatch.setattr(build, "_build", fake_build)
+  monkeypatch.setattr(build, "key", lambda: "key")
+  path = build._cached(tmp_path)
+  assert build._cached(tmp_path) == path
   assert len(builds) == 1
   path.write_bytes(b"a libr")  # Cut short: built anew, once.
-  assert native._cached(tmp_path) == path
-  assert native._cached(tmp_path) == path
+  assert build._cached(tmp_path) == path
+  assert build._cached(tmp_path) == path
   assert len(builds) == 2
   assert path.read_bytes() == b"a library"
   assert list(tmp_path.iterdir()) == [path]
-  monkeypatch.setattr(native, "_key", lambda: "another")
-  assert native._cached(tmp_path) != path
+  monkeypatch.setattr(build, "key", lambda: "another")
+  assert build._cached(tmp_path) != path
 
 
 def test_where_the_library_is_cached(monkeypatch, tmp_path):
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  folder = native.cache_folder()
+  folder = build.cache_folder()
   assert folder == tmp_path / "convmixer_jax"
   folder.chmod(0o777)  # Anyone may leave a library there.
-  assert native.cache_folder() is None
+  assert build.cache_folder() is None
   folder.rmdir()
   folder.write_text("a file")
-  assert native.cache_folder() is None
+  assert build.cache_folder() is None
   monkeypatch.setenv("XDG_CACHE_HOME", "not/absolute")
-  assert native.cache_folder() is None
+  assert build.cache_folder() is None
 
 
 @needs_compiler
 def test_flags_that_a_compiler_refuses(monkeypatch, tmp_path):
-  monkeypatch.setattr(native, "_FLAGS", ("-std=c++17", "-fsyntax-only"))
-  monkeypatch.setattr(native, "_SOURCE", tmp_path / "empty.cc")
-  native._SOURCE.touch()
-  monkeypatch.setattr(native, "_TUNING", (["-march=nonsense"], []))
-  native._build(str(tmp_path))
-  monkeypatch.setattr(native, "_TUNING", (["-march=nonsense"],))
+  monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-fsyntax-only"))
+  monkeypatch.setattr(build, "_SOURCE", tmp_path / "empty.cc")
+  build._SOURCE.touch()
+  monkeypatch.setattr(build, "_TUNING", (["-march=nonsense"], []))
+  build._build(str(tmp_path))
+  monkeypatch.setattr(build, "_TUNING", (["-march=nonsense"],))
   with pytest.raises(subprocess.CalledProcessError) as e:
-    native._build(str(tmp_path))
+    build._build(str(tmp_path))
   assert "nonsense" in e.value.stderr
 
 

@@ -23,6 +23,7 @@ from convmixer_jax import evaluate
 from convmixer_jax import export
 from convmixer_jax import interop
 from convmixer_jax import models
+from convmixer_jax import torch_pickle
 from convmixer_jax import train
 from convmixer_jax import weights
 from convmixer_jax.data import decode
@@ -104,6 +105,11 @@ def test_views_and_types(tmp_path):
 def test_safetensors(tmp_path):
   safetensors.numpy.save_file(STATE, tmp_path / "weights.safetensors")
   same(interop.load(tmp_path / "weights.safetensors"))
+  # A header of 0x80 bytes: the file starts like a pickle.
+  tensors = {"a" * 67: np.zeros(3, np.float32)}
+  safetensors.numpy.save_file(tensors, tmp_path / "short")
+  assert (tmp_path / "short").read_bytes()[0] == 0x80
+  same(interop.load(tmp_path / "short"), tensors)
 
 
 class Call:
@@ -147,14 +153,14 @@ def test_a_bare_hostile_pickle_runs_nothing(tmp_path):
   with pytest.raises(UserError, match=r"holds posix\.mkdir"):
     interop.load(path)
   path.write_bytes(pickle.dumps([1, 2]))
-  with pytest.raises(UserError, match=r"a pickle, but not PyTorch's"):
+  with pytest.raises(UserError, match=r"a pickle, but not a PyTorch"):
     interop.load(path)
   assert not mark.exists()
 
 
 def test_tensors_lie_inside_their_data():
   data = np.arange(6.0)
-  rebuild = interop._rebuild_tensor
+  rebuild = torch_pickle._rebuild_tensor
   assert rebuild(data, 1, (2, 2), (2, 1)).tolist() == [[1, 2], [3, 4]]
   for offset, shape, strides in [
     (1, (6,), (1,)),
@@ -183,7 +189,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match="holds a list, not tensors"):
     interop.load(path)
   torch.save({"state_dict": {"a": 3}}, path)
-  with pytest.raises(UserError, match="a is a int, no tensor"):
+  with pytest.raises(UserError, match="a is a int, not a tensor"):
     interop.load(path)
 
 

@@ -1,4 +1,7 @@
-"""Augmentation on the device: pure functions of (key, images)."""
+"""Augmentation on the device, inside the train step.
+
+All functions are pure; what is random comes from their PRNG key.
+"""
 
 from collections.abc import Callable
 from collections.abc import Mapping
@@ -22,11 +25,13 @@ from convmixer_jax.augment.randaugment import parse as parse
 def make_normalize(
   mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[jax.Array], jax.Array]:
-  """Returns images in [0, 255], [..., C] -> float32 of zero mean, unit std.
+  """Returns a function from images to float32 of zero mean and unit variance.
+
+  It takes images [..., C] with values in [0, 255].
 
   Args:
-    mean: of each channel, in units of 255 (ImageNet's red: 0.485).
-    std: likewise.
+    mean: the channels' means, as fractions of 255 (0.485 for ImageNet's red).
+    std: the channels' standard deviations, as fractions of 255.
   """
 
   def normalize(images):
@@ -43,14 +48,18 @@ def make_augment(
   std: Sequence[float],
   crop: bool = True,
 ):
-  """Returns (key, images uint8 [B, H, W, C], targets) -> (floats, targets).
+  """Returns a function that augments and normalises a batch.
+
+  It maps (key, images uint8 [B, H, W, C], targets float [B, K]) to
+  (images float32 [B, H, W, C], targets).
 
   Args:
-    config: a config's `augment`, but for label_smoothing; see `config.FIELDS`.
-    mean: see `make_normalize`; timm's RandAugment fills with it, torchvision's
-      with black.
+    config: the config's `augment`; see `config.FIELDS`. label_smoothing is not
+      used here.
+    mean: see `make_normalize`. timm's RandAugment fills with this colour,
+      torchvision's with black.
     std: see `make_normalize`.
-    crop: False where the host has cropped.
+    crop: False if the host has cropped the images already.
   """
   normalize = make_normalize(mean, std)
   policy = parse(config["randaugment"]) if config["randaugment"] else None

@@ -1,7 +1,7 @@
-"""Operations on the values of pixels, as Pillow computes them.
+"""Operations on the colours of images, with Pillow's results to the bit.
 
-All take and return uint8 images [B, H, W, 3]; what differs from image to image
-is an array [B].
+They work on uint8 images [B, H, W, 3]. Each image has its own operation and
+factor.
 """
 
 import functools
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Each maps every value of a channel to another: a table of 256 entries.
+# Operations that map each value of a channel by a table of 256 entries.
 TABLE_OPS = (
   "AutoContrast",
   "Equalize",
@@ -20,21 +20,21 @@ TABLE_OPS = (
   "Solarize",
   "SolarizeAdd",
 )
-# Each blends the image with a degenerate form of it.
+# Operations that blend the image with a degenerate version of it.
 ENHANCE_OPS = ("Brightness", "Contrast", "Color", "Sharpness")
 
 
 def lookup(
   images: jax.Array, ops: dict[str, jax.Array], arg: jax.Array
 ) -> jax.Array:
-  """Applies to each image one of `TABLE_OPS`, or none.
+  """Applies one of `TABLE_OPS`, or none, to each image.
 
   Args:
     images: uint8 [B, H, W, 3].
-    ops: name -> bool [B], the images that it is applied to.
-    arg: [B]. Posterize: bits to keep, 0 to 8. Solarize: values from it on are
-      inverted, 0 to 256. SolarizeAdd: is added to values below 128. The others
-      have none.
+    ops: name -> bool [B], the images to which it is applied.
+    arg: [B], the operation's argument. Posterize: number of bits to keep, 0 to
+      8. Solarize: values greater than or equal to it are inverted, 0 to 256.
+      SolarizeAdd: added to values below 128. Unused by the others.
 
   Returns:
     uint8 [B, H, W, 3].
@@ -64,10 +64,10 @@ def lookup(
 
 
 def _autocontrast(images):
-  """[B, 3, 256]: stretches each channel to 0 ... 255."""
+  """Tables [B, 3, 256] that stretch each channel to the range 0 to 255."""
   low = images.min((1, 2)).astype(jnp.int32)
   high = images.max((1, 2)).astype(jnp.int32)
-  # Pillow truncates a double that is a hair below some whole numbers.
+  # Pillow truncates doubles, some of which lie just below a whole number.
   short = jnp.asarray(_autocontrast_shortfall())[low, high]
   short = (short[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
   short = short.reshape(*low.shape, 256).astype(jnp.int32)
@@ -78,10 +78,11 @@ def _autocontrast(images):
 
 @functools.cache
 def _autocontrast_shortfall():
-  """Where double precision makes Pillow's value one less than exact division.
+  """Where rounding makes Pillow's value one less than the exact quotient.
 
   Returns:
-    uint8 [256 lowest values, 256 highest values, 32]: bit v % 8 of byte v // 8.
+    uint8 [256, 256, 32], indexed by the channel's lowest and highest value. Bit
+    v % 8 of byte v // 8 is set if the result for the value v is one less.
   """
   low, high = np.mgrid[:256, :256]
   width = np.maximum(high - low, 1)
@@ -98,7 +99,7 @@ def _autocontrast_shortfall():
 
 
 def _equalize(images):
-  """[B, 3, 256]: makes each channel's histogram flat."""
+  """Tables [B, 3, 256] that make each channel's histogram uniform."""
   histogram = _histogram(images)
   last = images.max((1, 2)).astype(jnp.int32)[..., None]
   in_last = jnp.take_along_axis(histogram, last, axis=-1)
@@ -109,9 +110,9 @@ def _equalize(images):
 
 
 def _histogram(images):
-  """int32 [B, 3, 256]."""
+  """Counts the values of each channel: int32 [B, 3, 256]."""
   batch, height, _, channels = images.shape
-  # In parts: a scatter's indices take eight times the space of what it counts.
+  # In parts, because a scatter's indices take eight times the images' memory.
   parts = math.gcd(height, 8)
   parts = images.reshape(batch, parts, -1, channels).transpose(1, 0, 3, 2)
   count = jax.vmap(jax.vmap(lambda total, x: total.at[x].add(1)))
@@ -126,13 +127,14 @@ def _histogram(images):
 def enhance(
   images: jax.Array, ops: dict[str, jax.Array], factor: jax.Array
 ) -> jax.Array:
-  """Applies to each image one of `ENHANCE_OPS`, or none.
+  """Applies one of `ENHANCE_OPS`, or none, to each image.
 
   Args:
     images: uint8 [B, H, W, 3].
-    ops: name -> bool [B], the images that it is applied to.
-    factor: [B], 0 for the degenerate image (black; all of the mean grey; grey;
-      smooth), 1 for the image itself; beyond 1 extrapolates.
+    ops: name -> bool [B], the images to which it is applied.
+    factor: [B], 0 gives the degenerate image, 1 the image itself, and more
+      than 1 extrapolates. The degenerate image is black for Brightness, the
+      mean grey for Contrast, grey for Color and smoothed for Sharpness.
 
   Returns:
     uint8 [B, H, W, 3].
@@ -150,12 +152,12 @@ def enhance(
     degenerate = jnp.where(chosen, make[name](), degenerate)
   factor = factor[:, None, None, None]
   blend = degenerate + factor * (values - degenerate)
-  blended = jnp.clip(blend, 0, 255).astype(jnp.uint8)  # Truncated, as Pillow.
+  blended = jnp.clip(blend, 0, 255).astype(jnp.uint8)  # Pillow truncates too.
   return jnp.where(degenerate == values, images, blended)
 
 
 def _gray(values):
-  """int32 [B, H, W, 3] -> [B, H, W, 1], Pillow's mode L."""
+  """int32 [B, H, W, 3] -> [B, H, W, 1], as Pillow's mode L."""
   weights = jnp.array([19595, 38470, 7471])
   return ((values * weights).sum(-1, keepdims=True) + 0x8000) >> 16
 
@@ -168,7 +170,7 @@ def _mean(gray):
 
 
 def _smooth(values):
-  """Pillow's SMOOTH: 3 x 3, five times the centre; the border stays."""
+  """Pillow's SMOOTH: a 3 x 3 mean, the centre five times; keeps the border."""
   height, width = values.shape[1:3]
   if min(height, width) < 3:
     return values
@@ -183,8 +185,8 @@ def color_jitter(
 ) -> jax.Array:
   """torchvision's ColorJitter(strength, strength, strength).
 
-  Brightness, contrast and saturation, in random order, each by a factor uniform
-  in [max(0, 1 - strength), 1 + strength].
+  Changes brightness, contrast and saturation in random order. Each factor is
+  uniform in [max(0, 1 - strength), 1 + strength].
 
   Args:
     key: PRNG key.
@@ -205,7 +207,7 @@ def color_jitter(
 def jitter_draws(
   key: jax.Array, batch: int, strength: float
 ) -> tuple[jax.Array, jax.Array]:
-  """Of each image, int [B, 3] what comes when, and float [B, 3] by how much."""
+  """Per image: order of the operations, int [B, 3]; factors, float [B, 3]."""
   order_key, factor_key = jax.random.split(key)
   order = jnp.tile(jnp.arange(3), (batch, 1))
   order = jax.random.permutation(order_key, order, axis=1, independent=True)

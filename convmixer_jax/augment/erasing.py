@@ -1,4 +1,4 @@
-"""Random erasing, on normalised images."""
+"""Random erasing of normalised images."""
 
 from collections.abc import Sequence
 import math
@@ -18,15 +18,15 @@ def random_erasing(
   area: Sequence[float],
   aspect: Sequence[float],
 ) -> jax.Array:
-  """Fills a random box of some images, as timm and torchvision do.
+  """Fills a random box in some of the images, as timm and torchvision do.
 
   Args:
     key: PRNG key.
     images: float [B, H, W, C], of zero mean and unit variance.
-    prob: of erasing, for each image.
+    prob: each image's probability of being erased.
     mode: 'pixel' fills with standard normal noise, 'const' with zeros.
-    area: least and greatest area of the box, as a share of the image's.
-    aspect: least and greatest height / width of the box; log-uniform.
+    area: minimum and maximum area of the box, as a fraction of the image.
+    aspect: minimum and maximum height / width of the box; log-uniform.
 
   Returns:
     float [B, H, W, C].
@@ -43,7 +43,7 @@ def random_erasing(
   inside = (y >= 0) & (y < column(box_height))
   inside &= (x >= 0) & (x < column(box_width)) & column(erased)
   if mode == "pixel":
-    # In strips: making noise takes three times the space of the noise.
+    # In strips, because drawing noise takes three times its memory.
     strips = math.gcd(height, 8)
     shape = (batch, height // strips, *images.shape[2:])
     fill = jax.lax.map(
@@ -57,9 +57,10 @@ def random_erasing(
 
 
 def _boxes(key, batch, height, width, area, aspect):
-  """Top, left, height, width, int32 [B] each: the first of ten that fits.
+  """Returns top, left, height and width, int32 [B] each.
 
-  Where none does, height and width are zero: nothing is erased.
+  The first of ten random boxes that fits; if none fits, height and width are
+  zero and nothing is erased.
   """
   size_key, top_key, left_key = jax.random.split(key, 3)
   box_height, box_width, fits = geometry.random_sizes(
@@ -67,7 +68,7 @@ def _boxes(key, batch, height, width, area, aspect):
     batch,
     height * width,
     area,
-    (1 / aspect[1], 1 / aspect[0]),  # Of width / height.
+    (1 / aspect[1], 1 / aspect[0]),  # aspect is height / width.
     (height - 1, width - 1),
   )
   box_height, box_width = (

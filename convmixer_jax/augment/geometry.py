@@ -1,4 +1,4 @@
-"""Flip and crop, as torchvision and Pillow define them."""
+"""Flips, crops and affine transforms, as torchvision and Pillow define them."""
 
 from collections.abc import Callable
 from collections.abc import Sequence
@@ -24,23 +24,23 @@ def random_resized_crop(
 ) -> jax.Array:
   """Crops a random box out of each image and resizes it to the image's size.
 
-  Boxes as torchvision's RandomResizedCrop draws them; resampling, antialiased
-  and rounded after each of its two passes, as Pillow does it.
+  As torchvision's RandomResizedCrop. Like Pillow, it resamples with
+  antialiasing, in two passes, and rounds after each.
 
   Args:
     key: PRNG key.
     images: [B, H, W, C], values in [0, 255].
-    scale: least and greatest area of the box, as a share of the image's.
-    ratio: least and greatest width / height of the box; log-uniform.
-    interpolation: 'bilinear', 'bicubic' or 'random' (either, by a fair coin for
-      each image).
+    scale: see `random_boxes`.
+    ratio: see `random_boxes`.
+    interpolation: 'bilinear', 'bicubic' or 'random' (one of the two for each
+      image, with equal probability).
 
   Returns:
     uint8 [B, H, W, C].
   """
   batch, height, width, _ = images.shape
   box_key, filter_key = jax.random.split(key)
-  top, left, box_height, box_width = _random_boxes(
+  top, left, box_height, box_width = random_boxes(
     box_key, batch, height, width, scale, ratio
   )
   if interpolation == "random":
@@ -65,19 +65,37 @@ def random_resized_crop(
   return images.astype(jnp.uint8)
 
 
-def _random_boxes(key, batch, height, width, scale, ratio):
-  """Returns top, left, height, width, int32 [B] each.
+def random_boxes(
+  key: jax.Array,
+  batch: int,
+  height: int,
+  width: int,
+  scale: Sequence[float],
+  ratio: Sequence[float],
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Draws a box for each image as torchvision's RandomResizedCrop does.
 
-  The first of ten random boxes that fits; where none does, the largest centred
-  box whose ratio is allowed.
+  The first of ten random boxes that fits into the image; if none fits, the
+  largest centred box whose width / height lies within `ratio`.
+
+  Args:
+    key: PRNG key.
+    batch: B, the number of boxes.
+    height: of the image, in pixels.
+    width: of the image, in pixels.
+    scale: minimum and maximum area of a box, as a fraction of the image.
+    ratio: minimum and maximum width / height of a box; log-uniform.
+
+  Returns:
+    top, left, height and width in pixels, int32 [B] each.
   """
   size_key, top_key, left_key = jax.random.split(key, 3)
   box_height, box_width, fits = random_sizes(
     size_key, batch, height * width, scale, ratio, (height, width)
   )
-  most = min(max(width / height, ratio[0]), ratio[1])
-  box_height = jnp.where(fits, box_height, min(height, round(width / most)))
-  box_width = jnp.where(fits, box_width, min(width, round(height * most)))
+  nearest = min(max(width / height, ratio[0]), ratio[1])
+  box_height = jnp.where(fits, box_height, min(height, round(width / nearest)))
+  box_width = jnp.where(fits, box_width, min(width, round(height * nearest)))
 
   def place(key, room):
     return jnp.where(
@@ -95,33 +113,31 @@ def random_sizes(
   area: int,
   scale: Sequence[float],
   ratio: Sequence[float],
-  most: tuple[int, int],
-  attempts: int = 10,
+  limits: tuple[int, int],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Heights and widths of boxes, the first of ten random ones that fits.
+  """Draws ten box sizes for each image and takes the first that fits.
 
   Args:
     key: PRNG key.
-    batch: B.
-    area: of the image, in pixels.
-    scale: least and greatest area of a box, as a share of the image's.
-    ratio: least and greatest width / height of a box; log-uniform.
-    most: greatest height and width that fit, in pixels.
-    attempts: how many are drawn.
+    batch: B, the number of boxes.
+    area: area of the image, in pixels.
+    scale: see `random_boxes`.
+    ratio: see `random_boxes`.
+    limits: maximum height and width that fit, in pixels.
 
   Returns:
-    height and width, int32 [B], and bool [B], whether any fitted.
+    height and width in pixels, int32 [B] each; whether one fitted, bool [B].
   """
   area_key, ratio_key = jax.random.split(key)
   uniform = lambda key, low, high: jax.random.uniform(
-    key, (batch, attempts), minval=low, maxval=high
+    key, (batch, 10), minval=low, maxval=high
   )
   areas = uniform(area_key, *scale) * area
   ratios = jnp.exp(uniform(ratio_key, *map(math.log, ratio)))
   widths = jnp.round(jnp.sqrt(areas * ratios)).astype(jnp.int32)
   heights = jnp.round(jnp.sqrt(areas / ratios)).astype(jnp.int32)
-  fits = (heights > 0) & (heights <= most[0]) & (widths > 0)
-  fits &= widths <= most[1]
+  fits = (heights > 0) & (heights <= limits[0]) & (widths > 0)
+  fits &= widths <= limits[1]
   first = fits.argmax(1)[:, None]
   pick = lambda values: jnp.take_along_axis(values, first, axis=1)[:, 0]
   return pick(heights), pick(widths), fits.any(1)
@@ -134,17 +150,18 @@ def _resize_weights(
   kernel: Callable[[jax.Array], jax.Array],
   support: float,
 ) -> jax.Array:
-  """Pillow's resampling of `length` pixels from `start` on, to `size` pixels.
+  """Pillow's weights to resize pixels [start, start + length) to `size` pixels.
 
   Args:
     start: int [B], first pixel of the box.
-    length: int [B], pixels in the box.
-    size: pixels of the image, and of the result.
-    kernel: the filter, a function of the distance in (stretched) pixels.
+    length: int [B], number of pixels in the box.
+    size: number of pixels in the image and in the result.
+    kernel: the filter, a function of the distance; when the box is shrunk, the
+      filter is stretched by the same factor.
     support: half the width of the filter.
 
   Returns:
-    float32 [B, size (of the result), size (of the image)]; rows sum to one.
+    float32 [B, size (result), size (image)]; each row sums to one.
   """
   start, length = start[:, None, None], length[:, None, None]
   step = length / size
@@ -162,7 +179,8 @@ def _bilinear(x):
   return jnp.maximum(1 - x, 0)
 
 
-def _bicubic(x, a=-0.5):
+def _bicubic(x):
+  a = -0.5
   near = ((a + 2) * x - (a + 3)) * x * x + 1
   far = (((x - 5) * x + 8) * x - 4) * a
   return jnp.where(x < 1, near, jnp.where(x < 2, far, 0))
@@ -174,16 +192,16 @@ def affine(
   fill: Sequence[int],
   bicubic: jax.Array | None,
 ) -> jax.Array:
-  """Pillow's `Image.transform(..., AFFINE)`, by one gather of neighbours.
+  """Transforms images as Pillow's `Image.transform(..., AFFINE)`.
 
   Args:
     images: uint8 [B, H, W, 3].
-    matrix: float32 [B, 2, 3]; the result's pixel (x, y) is the image's
-      (m00 x + m01 y + m02, m10 x + m11 y + m12), where pixels' centres lie at
-      halves.
-    fill: RGB of what lies outside.
-    bicubic: bool [B], which images are resampled by Pillow's bicubic filter
-      rather than bilinearly; None takes the nearest pixel for all.
+    matrix: float32 [B, 2, 3]. Point (x, y) of the result is taken from point
+      (m00 x + m01 y + m02, m10 x + m11 y + m12) of the image. The centre of
+      pixel (i, j) is the point (i + 0.5, j + 0.5).
+    fill: RGB of pixels taken from outside the image.
+    bicubic: bool [B]: images with True are resampled by Pillow's bicubic
+      filter, the others bilinearly. None: nearest pixel for all images.
 
   Returns:
     uint8 [B, H, W, 3].
@@ -194,20 +212,23 @@ def affine(
   centre = m[:, :, 2] + 0.5 * (m[:, :, 0] + m[:, :, 1])
   limits = jnp.array([width, height]).reshape(2, 1, 1)
   if bicubic is None:
-    # Pillow's fixed point, 16 bits after the point.
+    # Pillow's fixed-point arithmetic, with 16 fractional bits.
     fixed = lambda v: jnp.floor(v * 65536 + 0.5).astype(jnp.int32)
     at = fixed(m[:, :, 0]) * x + fixed(m[:, :, 1]) * y + fixed(centre) >> 16
     first = at
   else:
     at = m[:, :, 0] * x + m[:, :, 1] * y + centre
-    at = jax.lax.optimization_barrier(at)  # Computed twice, it could differ.
+    # XLA might compute `at` twice, with different rounding.
+    at = jax.lax.optimization_barrier(at)
     first = jnp.floor(at - 0.5).astype(jnp.int32)
-  # One gather brings three channels. Beyond the edge, its pixels go on.
+  # Three channels in one integer, to gather them at once. Beyond the image, the
+  # pixels of its edge are repeated.
   shifts = jnp.array([0, 8, 16], jnp.int32)
   packed = (images.astype(jnp.int32) << shifts).sum(-1)
   packed = jnp.pad(packed, ((0, 0), (2, 2), (2, 2)), mode="edge")
   packed = packed.reshape(batch, -1)
-  # Where a pixel's first neighbour is; the others are so many entries further.
+  # The flat index of each pixel's first neighbour. The others lie at constant
+  # distances from it.
   column, row = jnp.moveaxis(jnp.clip(first, -1, limits - 1) + 2, 1, 0)
   index = row * (width + 4) + column
 
@@ -226,7 +247,7 @@ def affine(
     if bicubic is None:
       values = pixel(0, 0)
     else:
-      shifted = at - 0.5  # Pixels' centres at whole numbers.
+      shifted = at - 0.5  # Now the pixels' centres are whole numbers.
       part = shifted - jnp.floor(shifted)
       dx, dy = jnp.moveaxis(part[..., None], 1, 0)
       cubic = bicubic[:, None, None, None]
@@ -239,7 +260,7 @@ def affine(
       inside, values.astype(jnp.uint8), jnp.array(fill, jnp.uint8)
     )
 
-  # In strips: sixteen neighbours of every pixel at once take much memory.
+  # In strips, because the sixteen neighbours of all pixels take much memory.
   strips = math.gcd(height, 8)
   cut = lambda x: jnp.moveaxis(
     x.reshape(*x.shape[:-2], strips, -1, width), -3, 0
@@ -249,7 +270,10 @@ def affine(
 
 
 def _interpolate(taps, d, bicubic):
-  """Between taps[1] and taps[2]; the cubic has a = -1, as Pillow's here."""
+  """Interpolates between taps[1] and taps[2], at distance d from taps[1].
+
+  The cubic has a = -1, as in Pillow's transforms (its resize has -0.5).
+  """
   a, b, c, e = taps
   linear = b + (c - b) * d
   cubic = b + d * (c - a + d * (2 * (a - b) + c - e + d * (b - a + e - c)))

@@ -14,23 +14,23 @@ def mix(
   switch_prob: float,
   group_size: int,
 ) -> tuple[jax.Array, jax.Array]:
-  """Mixes each image with its mirror in its group: i with n - 1 - i.
+  """Mixes image i of each group of n images with image n - 1 - i.
 
   All images of a group share the choice between mixup and cutmix, the weight
-  and the box. What a box covers after clipping, not what was drawn, is its
-  weight.
+  and the box. The weight of cutmix is the area that the box covers after it was
+  clipped at the image's edges.
 
   Args:
     key: PRNG key.
     images: uint8 [B, H, W, C].
     targets: float [B, K], probabilities.
-    mixup_alpha: of the weight, which is Beta(alpha, alpha); 0: no mixup.
-    cutmix_alpha: likewise; 0: no cutmix.
-    switch_prob: of cutmix, where both are on.
-    group_size: n, divides B; 0: the whole batch is one group.
+    mixup_alpha: the weight is drawn from Beta(alpha, alpha); 0 disables mixup.
+    cutmix_alpha: the same for cutmix.
+    switch_prob: probability of cutmix, if both are enabled.
+    group_size: n, a divisor of B; 0 makes the whole batch one group.
 
   Returns:
-    uint8 [B, H, W, C] and float [B, K].
+    images, uint8 [B, H, W, C], and targets, float [B, K].
   """
   if not mixup_alpha and not cutmix_alpha:
     return images, targets
@@ -48,7 +48,7 @@ def mix(
   )
   weight = jax.nn.sigmoid(first - second)  # Beta(alpha, alpha).
 
-  # The box: of the image's shape, its centre anywhere, clipped at the edges.
+  # The box has the image's aspect ratio and its centre anywhere in the image.
   side = jnp.sqrt(1 - weight)
   y_low, y_high = _interval(y_key, side, height)
   x_low, x_high = _interval(x_key, side, width)
@@ -75,22 +75,23 @@ def mix(
 
 
 def _interval(key, side, length):
-  """Ends of an interval of side * length pixels in [0, length]; int32 [G]."""
+  """Start and end of a random interval of side * length pixels: int32 [G]."""
   half = jnp.floor(length * side).astype(jnp.int32) // 2
   centre = jax.random.randint(key, side.shape, 0, length)
   return jnp.maximum(centre - half, 0), jnp.minimum(centre + half, length)
 
 
-def _log_gamma_variate(key, alpha, attempts=16):
-  """Log of a Gamma(alpha) variate for each of alpha [G].
+def _log_gamma_variate(key, alpha):
+  """The logarithms of Gamma(alpha) variates, for alpha [G].
 
-  By Marsaglia and Tsang (2000), with a fixed number of attempts, each of which
-  is accepted with a probability above 0.95. jax.random.gamma loops until all of
-  an array are accepted, for which the devices that share it must communicate.
+  By the method of Marsaglia and Tsang (2000), with 16 attempts, each accepted
+  with a probability above 0.95. jax.random.gamma repeats until the whole array
+  is accepted. For a sharded array, this needs communication.
   """
   normal_key, uniform_key, power_key = jax.random.split(key, 3)
-  shape = (*alpha.shape, attempts)
-  d = (alpha + 1 - 1 / 3)[:, None]  # Of alpha + 1, scaled down at the end.
+  shape = (*alpha.shape, 16)
+  # A variate of alpha + 1, which the last line scales down to alpha.
+  d = (alpha + 1 - 1 / 3)[:, None]
   x = jax.random.normal(normal_key, shape)
   v = (1 + x / jnp.sqrt(9 * d)) ** 3
   log_v = jnp.log(jnp.maximum(v, 1e-30))

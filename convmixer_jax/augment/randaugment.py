@@ -1,15 +1,18 @@
-"""RandAugment in two dialects: timm's and torchvision's.
+"""RandAugment as timm and as torchvision define it.
 
 A policy is a string:
 
-  rand-m9-mstd0.5-inc1      timm's: 2 operations of 15, each applied with
-                            probability 0.5, at a magnitude from N(9, 0.5)
-                            clipped to [0, 10]; inc1: all grow with it
-  torchvision-n2-m12        torchvision's RandAugment(2, 12): 14 operations and
-                            the identity among them, always applied, of 31 bins
+  rand-m9-mstd0.5-inc1      timm: 2 of 15 operations, each applied with
+                            probability 0.5. The magnitude is drawn from
+                            N(9, 0.5) and clipped to [0, 10]. inc1: every
+                            operation gets stronger with the magnitude.
+  torchvision-n2-m12        torchvision's RandAugment(2, 12): 2 of 14
+                            operations, one of them the identity, always
+                            applied, at magnitude 12 of 0 to 30.
 
-timm's also has n (number of operations), p (probability) and mmax; both may end
-in a colon and the operations to draw from: rand-m9-inc1:Rotate,ShearX.
+timm's policies may also set n (number of operations), p (probability) and mmax
+(maximum magnitude). Both kinds may end with the operations to draw from:
+rand-m9-inc1:Rotate,ShearX.
 """
 
 from collections.abc import Callable
@@ -28,19 +31,20 @@ from convmixer_jax.errors import UserError
 
 GEOMETRIC_OPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
-# (level [B], sign [B], (height, width)) -> argument [B], of apply_ops's.
+# (level [B], sign [B], (height, width)) -> argument [B] of `apply_ops`.
 _Argument = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 
 
-def _share(most: float) -> _Argument:
-  return lambda level, sign, size: sign * level * most
+def _signed(maximum: float) -> _Argument:
+  return lambda level, sign, size: sign * level * maximum
 
 
 def _none(level, sign, size):
   return jnp.zeros_like(level)
 
 
-# A policy's operation -> (what is done, its argument). Levels are in [0, 1].
+# Name of the operation in a policy -> (operation of `apply_ops`, its argument).
+# A level is a magnitude scaled to [0, 1].
 _TIMM_ENHANCE: _Argument = lambda level, sign, size: jnp.maximum(
   0.1, 1 + sign * (level * 0.9)
 )
@@ -48,7 +52,7 @@ TIMM: Mapping[str, tuple[str, _Argument]] = {
   "AutoContrast": ("AutoContrast", _none),
   "Equalize": ("Equalize", _none),
   "Invert": ("Invert", _none),
-  "Rotate": ("Rotate", _share(30.0)),
+  "Rotate": ("Rotate", _signed(30.0)),
   "PosterizeIncreasing": (
     "Posterize",
     lambda level, sign, size: 4 - jnp.floor(level * 4),
@@ -65,8 +69,8 @@ TIMM: Mapping[str, tuple[str, _Argument]] = {
   "ContrastIncreasing": ("Contrast", _TIMM_ENHANCE),
   "BrightnessIncreasing": ("Brightness", _TIMM_ENHANCE),
   "SharpnessIncreasing": ("Sharpness", _TIMM_ENHANCE),
-  "ShearX": ("ShearX", _share(0.3)),
-  "ShearY": ("ShearY", _share(0.3)),
+  "ShearX": ("ShearX", _signed(0.3)),
+  "ShearY": ("ShearY", _signed(0.3)),
   "TranslateXRel": (
     "TranslateX",
     lambda level, sign, size: sign * level * 0.45 * size[1],
@@ -77,17 +81,17 @@ TIMM: Mapping[str, tuple[str, _Argument]] = {
   ),
 }
 _ENHANCE: _Argument = lambda level, sign, size: 1 + sign * level * 0.9
-# Whole pixels, and the other way round than timm's.
+# In whole pixels, and with the opposite sign to timm's.
 _translate = lambda side: (
   lambda level, sign, size: -sign * jnp.floor(level * (150 / 331 * size[side]))
 )
 TORCHVISION: Mapping[str, tuple[str, _Argument]] = {
   "Identity": ("Identity", _none),
-  "ShearX": ("ShearX", _share(0.3)),
-  "ShearY": ("ShearY", _share(0.3)),
+  "ShearX": ("ShearX", _signed(0.3)),
+  "ShearY": ("ShearY", _signed(0.3)),
   "TranslateX": ("TranslateX", _translate(1)),
   "TranslateY": ("TranslateY", _translate(0)),
-  "Rotate": ("Rotate", _share(30.0)),
+  "Rotate": ("Rotate", _signed(30.0)),
   "Brightness": ("Brightness", _ENHANCE),
   "Color": ("Color", _ENHANCE),
   "Contrast": ("Contrast", _ENHANCE),
@@ -98,7 +102,8 @@ TORCHVISION: Mapping[str, tuple[str, _Argument]] = {
   ),
   "Solarize": (
     "Solarize",
-    # Of a value x, x < 255 - 255 level: whole thresholds, rounded up.
+    # torchvision inverts values that are at least 255 - 255 level. Values are
+    # integers, so that the ceiling gives the same.
     lambda level, sign, size: jnp.ceil(255 - 255 * level),
   ),
   "AutoContrast": ("AutoContrast", _none),
@@ -108,17 +113,17 @@ TORCHVISION: Mapping[str, tuple[str, _Argument]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """What `parse` read.
+  """A parsed policy.
 
   Attributes:
-    ops: of the dialect; drawn uniformly, with replacement.
-    num_ops: drawn for each image.
-    prob: of applying one that was drawn.
-    mean: of the level, in [0, 1].
-    std: of the level.
-    high: highest level.
-    smooth: resample bilinearly or bicubically, by a fair coin; otherwise the
-      nearest pixel is taken.
+    ops: the operations, drawn uniformly with replacement; see `TIMM`.
+    num_ops: number of operations drawn for each image.
+    prob: probability that a drawn operation is applied.
+    mean: mean of the level, in [0, 1].
+    std: standard deviation of the level.
+    high: maximum level.
+    smooth: resample bilinearly or bicubically, with equal probability; if
+      False, take the nearest pixel.
   """
 
   ops: Mapping[str, tuple[str, _Argument]]
@@ -131,27 +136,28 @@ class Policy:
 
 
 def parse(policy: str) -> Policy:
-  """Reads a policy such as 'rand-m9-mstd0.5-inc1' or 'torchvision-n2-m12'.
+  """Parses a policy such as 'rand-m9-mstd0.5-inc1' or 'torchvision-n2-m12'.
 
   Raises:
-    UserError: naming the part that does not parse.
+    UserError: names the invalid part of the policy.
   """
   settings, colon, names = policy.partition(":")
   dialect, *parts = settings.split("-")
   if dialect not in _DIALECTS:
-    raise _error(policy, dialect, f"it starts with {' or '.join(_DIALECTS)}")
+    raise _error(policy, dialect, f"must be {' or '.join(_DIALECTS)}")
   ops, known = _DIALECTS[dialect]
   values = {}
   for part in parts:
     match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", part)
     name = match and match[1]
     if name not in known or name in values:
-      raise _error(policy, part, f"{dialect} has {', '.join(known)}, once each")
+      text = f"must be one of {', '.join(known)} with a number, once each"
+      raise _error(policy, part, text)
     value, (low, high) = float(match[2]), known[name]
     if not low <= value <= high:
-      raise _error(policy, part, f"{name} is from {low} to {high}")
+      raise _error(policy, part, f"{name} must be {low} to {high}")
     if name == "n" and value % 1:
-      raise _error(policy, part, "n is whole")
+      raise _error(policy, part, "n must be an integer")
     values[name] = value
   for name in ("m", "inc") if dialect == "rand" else ("m",):
     if name not in values:
@@ -159,7 +165,7 @@ def parse(policy: str) -> Policy:
   if colon:
     for name in names.split(","):
       if name not in ops:
-        raise _error(policy, name, f"the operations are {', '.join(ops)}")
+        raise _error(policy, name, f"must be one of {', '.join(ops)}")
     ops = {name: ops[name] for name in names.split(",")}
   timm = dialect == "rand"
   bins = 10.0 if timm else 30.0
@@ -174,7 +180,7 @@ def parse(policy: str) -> Policy:
   )
 
 
-# dialect -> (operations, setting -> range)
+# First word of a policy -> (operations, setting -> its range).
 _DIALECTS = {
   "rand": (
     TIMM,
@@ -184,7 +190,7 @@ _DIALECTS = {
       "p": (0, 1),
       "mstd": (0, 10),
       "mmax": (0, 30),
-      "inc": (1, 1),  # timm's other set, in which some shrink, is not here.
+      "inc": (1, 1),  # timm's set without inc1 is not implemented.
     },
   ),
   "torchvision": (TORCHVISION, {"m": (0, 30), "n": (1, 14)}),
@@ -198,13 +204,13 @@ def _error(policy, part, text):
 def apply_policy(
   key: jax.Array, images: jax.Array, policy: Policy, fill: Sequence[int]
 ) -> jax.Array:
-  """Applies random operations, drawn anew for each image.
+  """Applies random operations to each image.
 
   Args:
     key: PRNG key.
     images: uint8 [B, H, W, 3].
     policy: from `parse`.
-    fill: RGB of what a geometric operation brings in from outside.
+    fill: RGB of pixels that geometric operations take from outside the image.
 
   Returns:
     uint8 [B, H, W, 3].
@@ -215,7 +221,7 @@ def apply_policy(
     chosen, args, bicubic = draw(key, policy, batch, (height, width))
     return apply_ops(images, chosen, args, fill, bicubic), None
 
-  # A scan, to compile the operations once.
+  # With a scan, the operations are compiled only once.
   images, _ = jax.lax.scan(layer, images, jax.random.split(key, policy.num_ops))
   return images
 
@@ -223,7 +229,13 @@ def apply_policy(
 def draw(
   key: jax.Array, policy: Policy, batch: int, size: tuple[int, int]
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array | None]:
-  """Draws one operation for each of `batch` images of height and width `size`.
+  """Draws one operation for each image.
+
+  Args:
+    key: PRNG key.
+    policy: from `parse`.
+    batch: B, the number of images.
+    size: their height and width in pixels.
 
   Returns:
     chosen, args and bicubic; see `apply_ops`.
@@ -249,15 +261,16 @@ def apply_ops(
   fill: Sequence[int],
   bicubic: jax.Array | None,
 ) -> jax.Array:
-  """Applies to each image the operation that is chosen for it, if any is.
+  """Applies one operation, or none, to each image.
 
   Args:
     images: uint8 [B, H, W, 3].
-    chosen: operation -> bool [B]: one of `color.TABLE_OPS`,
-      `color.ENHANCE_OPS`, `GEOMETRIC_OPS` or 'Identity'.
-    args: [B]. Rotate: degrees, counter-clockwise. ShearX, ShearY: pixels per
-      pixel. TranslateX, TranslateY: pixels, to the left and up. Others: see
-      `color`.
+    chosen: operation -> bool [B], the images to which it is applied. The
+      operations are `color.TABLE_OPS`, `color.ENHANCE_OPS`, `GEOMETRIC_OPS` and
+      'Identity'.
+    args: [B], the operation's argument. Rotate: degrees, counter-clockwise.
+      ShearX, ShearY: pixels per pixel. TranslateX, TranslateY: pixels to the
+      left and up. For the others, see `color`.
     fill: see `apply_policy`.
     bicubic: see `geometry.affine`.
 

@@ -1,8 +1,8 @@
-"""Where images come from: TFDS, a folder of classes, scikit-learn's digits.
+"""Data sets: TFDS, an image folder, or scikit-learn's digits.
 
-A source has a length, `num_classes` and `class_names`, and is one of two kinds:
-`InMemory`, small images of one size as arrays, or `Encoded`, image files that
-are read and decoded one by one.
+A source has a length, `num_classes` and `class_names`. There are two kinds:
+`InMemory` holds small images of one size as arrays; `Encoded` reads image files
+one by one, to be decoded.
 """
 
 from collections.abc import Sequence
@@ -22,20 +22,20 @@ from convmixer_jax.data import decode
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-# Images in the splits of sets that TFDS counts only once they are prepared.
+# Numbers of images in splits. TFDS knows them only after preparing the data.
 SIZES = {
   "cifar10": {"train": 50_000, "test": 10_000},
   "cifar100": {"train": 50_000, "test": 10_000},
   "imagenet2012": {"train": 1_281_167, "validation": 50_000},
 }
 
-# Larger sets of small images (ImageNet at 64 pixels) are decoded on the way.
+# Larger data sets, such as ImageNet at 64 pixels, are decoded batch by batch.
 IN_MEMORY_BYTES = 2 * 2**30
 
 
 @dataclasses.dataclass(frozen=True)
 class InMemory:
-  """images: uint8 [N, S, S, 3]; labels: int32 [N]."""
+  """Decoded images, uint8 [N, S, S, 3], and their labels, int32 [N]."""
 
   images: np.ndarray
   labels: np.ndarray
@@ -57,9 +57,10 @@ class InMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-  """read(index) -> (bytes of a file, label); read.name(index); picklable.
+  """Image files that are not decoded yet, `size` of them.
 
-  `size` is the number of images.
+  read(index) returns a file's bytes and its label, read.name(index) its name.
+  `read` is picklable.
   """
 
   read: Any
@@ -86,20 +87,21 @@ def open_source(
   Args:
     name: 'digits', 'folder', or a TFDS data set ('cifar10',
       'imagenet2012', 'cifar10:3.0.2').
-    directory: the folder's root, or the TFDS data directory (None: TFDS's own
-      default, $TFDS_DATA_DIR or ~/tensorflow_datasets).
-    split: TFDS notation for every source: 'train', 'train[:90%]',
+    directory: root of the folder, or TFDS's data directory. None is TFDS's
+      default: $TFDS_DATA_DIR or ~/tensorflow_datasets.
+    split: in TFDS's notation for every source: 'train', 'train[:90%]',
       'validation', 'train[45000:]'. A folder's splits are its subfolders.
-    image_size: small images of one other size are resized to it at once.
+    image_size: height and width in pixels, to which images in memory are
+      resized.
 
   Raises:
-    UserError: naming the field of `config.data` and what is wrong with it.
+    UserError: names the invalid field of `config.data`.
   """
   if name == "digits":
     return _digits(split, image_size)
   if (
     directory is not None
-    and "://" not in directory  # A bucket, which TFDS can read.
+    and "://" not in directory  # TFDS reads buckets too.
     and not os.path.isdir(os.path.expanduser(directory))
   ):
     raise UserError(f"data.dir={directory}: no such directory")
@@ -110,7 +112,7 @@ def open_source(
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What is known of a split without its images.
+  """What is known about a split without its images.
 
   Attributes:
     size: number of images; None if unknown.
@@ -134,16 +136,10 @@ class Description:
 def describe(
   name: str, directory: str | None, split: str, image_size: int
 ) -> Description:
-  """What `open_source` would open; works where the data are not.
+  """Describes a split; its data need not be on this machine.
 
-  Args:
-    name: see `open_source`, as for the rest.
-    directory: may be missing.
-    split: as there.
-    image_size: as there.
-
-  Raises:
-    UserError: naming the field of `config.data` and what is wrong with it.
+  Arguments and errors are those of `open_source`, but `directory` need not
+  exist.
   """
   here = directory is not None and os.path.isdir(os.path.expanduser(directory))
   if name == "folder" and not here:
@@ -165,7 +161,7 @@ def describe(
 
 
 def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
-  """'train[:90%]' -> [('train', range(0, 1293))]; 'a+b' has two entries."""
+  """'train[:90%]' -> [('train', range(0, 1293))]; 'a+b' gives two entries."""
   infos = {
     name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
     for name, n in lengths.items()
@@ -190,8 +186,8 @@ def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
 
 
 def _digits(split, image_size):
-  """1,797 real handwritten digits, 8 x 8; every fifth one is held out."""
-  # Imported here: scikit-learn takes a second and nothing else needs it.
+  """1,797 real handwritten digits, 8 x 8; every fifth is in the test split."""
+  # Imported here because scikit-learn takes a second and only this needs it.
   from sklearn import datasets
 
   digits = datasets.load_digits()
@@ -208,7 +204,7 @@ def _digits(split, image_size):
   if (size := len(chosen) * image_size**2 * 3) > IN_MEMORY_BYTES:
     raise UserError(
       f"data.image_size={image_size}: the digits would take"
-      f" {size / 2**30:.1f} GiB"
+      f" {size / 2**30:.1f} GiB of memory; choose a smaller size"
     )
   return InMemory(
     np.stack(
@@ -235,18 +231,20 @@ class _FolderReader:
 
 
 def _folder(directory, split):
-  """ROOT/SPLIT/CLASS/**/*.jpeg, as torchvision's ImageFolder reads it."""
+  """Reads ROOT/SPLIT/CLASS/**/*.jpeg as torchvision's ImageFolder does."""
   if directory is None:
     raise UserError(
-      "data.dir: must be given for data.name=folder; a directory that holds"
+      "data.dir: required with data.name=folder: a directory that contains"
       " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
     )
   root = Path(directory).expanduser()
   folders = lambda path: sorted(p.name for p in path.iterdir() if p.is_dir())
   names = folders(root)
   if not names:
-    raise UserError(f"data.dir={directory}: holds no folders, one per split")
-  # A held-out split in which a class is missing keeps the labels of `train`.
+    raise UserError(
+      f"data.dir={directory}: contains no folders (one per split: train, val)"
+    )
+  # Labels are those of `train`, also in a split in which a class is missing.
   classes = folders(root / "train") if "train" in names else None
   listing = dict.fromkeys(names, ())
   for name in names:
@@ -256,7 +254,7 @@ def _folder(directory, split):
     classes = classes or here
     if unknown := sorted(set(here) - set(classes)):
       raise UserError(f"data.dir={directory}: {name} has the class"
-                      f" {unknown[0]}, which train has not")  # fmt: skip
+                      f" {unknown[0]}, which train does not have")  # fmt: skip
     files = [
       (path, label)
       for label, c in enumerate(classes)
@@ -265,7 +263,7 @@ def _folder(directory, split):
       for path in sorted(os.path.join(parent, f) for f in files)
       if path.lower().endswith(decode.SUFFIXES)
     ]
-    # In a fixed random order, so that a slice holds every class.
+    # In a fixed random order, so that a slice has images of every class.
     order = np.random.default_rng(0).permutation(len(files))
     listing[name] = [files[i] for i in order]
   ranges = _slice(split, {name: len(files) for name, files in listing.items()})
@@ -293,7 +291,7 @@ class _TfdsReader:
 
 def _tfds(name, directory, split, image_size):
   builder, image, label = _prepared_builder(name, directory)
-  # Checks the split's name and slice before TFDS does, in our words.
+  # Called for its errors, which are clearer than those of TFDS.
   _slice(split, {k: v.num_examples for k, v in builder.info.splits.items()})
   source = builder.as_data_source(
     split, decoders={image: tfds.decode.SkipDecoding()}
@@ -309,7 +307,7 @@ def _tfds(name, directory, split, image_size):
   with tqdm.tqdm(
     total=size, desc=f"reading {name} {split}", unit="img", disable=None
   ) as progress:
-    for start in range(0, size, 1000):  # Records are read faster in chunks.
+    for start in range(0, size, 1000):  # Reading in chunks is faster.
       chunk = range(start, min(start + 1000, size))
       for i, record in zip(chunk, source.__getitems__(chunk)):
         images[i] = decode.whole_image(record[image], image_size)
@@ -319,7 +317,7 @@ def _tfds(name, directory, split, image_size):
 
 
 def _builder(name, directory):
-  """A TFDS builder, and the names of its image and its label feature."""
+  """Returns a TFDS builder and the names of its image and label features."""
   try:
     builder = tfds.builder(name, data_dir=directory)
   except tfds.core.DatasetNotFoundError as e:
@@ -335,7 +333,7 @@ def _builder(name, directory):
 
 
 def _prepared_builder(name, directory):
-  """Likewise; its data are on disk, prepared if need be, as ArrayRecord."""
+  """As `_builder`; downloads and prepares the data if they are not on disk."""
   builder, image, label = _builder(name, directory)
   array_record = tfds.core.FileFormat.ARRAY_RECORD
   if not builder.is_prepared():

@@ -1,40 +1,26 @@
 """Batches on the host, each a pure function of (seed, step).
 
 Sample n = step * batch_size + row of a training run is entry n mod N of
-permutation n // N of the N images. So batches cross epochs, no image is lost at
-an epoch's end, a resumed run needs no iterator state, and any number of hosts
-sees the same global batch, each reading its own rows of it.
+permutation n // N of the N images. Therefore batches cross epochs, no image is
+dropped at the end of an epoch, and a resumed run needs no iterator state. Any
+number of hosts sees the same global batch; each reads its own rows of it.
 """
 
 from collections.abc import Callable
 from collections.abc import Generator
-from collections.abc import Iterator
-import contextlib
 import dataclasses
 import functools
-import multiprocessing
-from pathlib import Path
-import queue
-import re
-import signal
 import sys
-import threading
-import time
 
-from absl import flags
-import grain
 import numpy as np
 
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
+from convmixer_jax.data import workers
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-Batch = dict[str, np.ndarray]
-
-PATIENCE = 300.0  # Seconds that a batch of encoded images may take.
-_POLL = 0.2  # Seconds after which a signal is seen while one is waited for.
-_GRACE = 2.0  # Seconds that those who decode have to end by themselves.
+Batch = workers.Batch
 
 
 @functools.lru_cache(maxsize=2)  # The two epochs that a batch can touch.
@@ -43,15 +29,13 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def sample_indices(seed: int, samples: np.ndarray, size: int) -> np.ndarray:
-  """Which images the samples of a run are.
+  """Returns the image that each sample of a run is: [R] int in [0, N).
 
   Args:
-    seed: of the order.
-    samples: [R] int, counted from the run's start: step * batch_size + row.
-    size: N, images in the data set.
-
-  Returns:
-    [R] int in [0, N).
+    seed: seed of the permutations.
+    samples: [R] int, counted from the start of the run: step * batch_size +
+      row.
+    size: N, the number of images in the data set.
   """
   epochs, positions = np.divmod(samples, size)
   indices = np.empty_like(positions)
@@ -64,16 +48,16 @@ def sample_indices(seed: int, samples: np.ndarray, size: int) -> np.ndarray:
 def image_ids(
   source: sources.Source, seed: int, step: int, batch_size: int
 ) -> list[int | str]:
-  """Which images the global batch of a step is of, row by row.
+  """Identifies the images in the global batch of a step, row by row.
 
   Args:
-    source: of the run.
-    seed: of the order.
-    step: updates done before.
-    batch_size: of the global batch.
+    source: the run's images.
+    seed: the run's seed.
+    step: the number of updates before it.
+    batch_size: size of the global batch.
 
   Returns:
-    Their indices in memory, or the names of their files or records.
+    Indices into an in-memory source, or names of files or records.
   """
   samples = step * batch_size + np.arange(batch_size)
   indices = sample_indices(seed, samples, len(source)).tolist()
@@ -96,28 +80,28 @@ def train_batches(
   stopped: Callable[[], object] = lambda: False,
   **crop,
 ) -> Generator[Batch]:
-  """This process's part of the batches of steps start, ..., stop - 1.
+  """Yields this process's rows of the batches of steps start to stop - 1.
 
   Args:
-    source: images; those not in memory are cropped at random as they are
-      decoded.
-    seed: of order and crops.
-    batch_size: of the global batch.
-    rows: the rows of the global batch to produce.
-    start: first step.
+    source: the images. Encoded images are decoded and cropped at random here;
+      those in memory are not cropped.
+    seed: seed of the order and the crops.
+    batch_size: size of the global batch.
+    rows: [R] int, the rows of the global batch to load.
+    start: the first step.
     stop: one after the last step.
-    image_size: side of the images in pixels.
-    num_workers: processes that decode; 0 decodes in threads of this one.
-    max_unreadable: how many files may be broken. The next in the source takes
-      the place of each, and a warning names it.
-    stopped: ends the batches, also while one is waited for.
+    image_size: S, height and width in pixels.
+    num_workers: number of decoding processes; 0 decodes in threads.
+    max_unreadable: number of unreadable files that are tolerated. Each gives a
+      warning, and the next file in the source replaces it.
+    stopped: ends the batches when it returns true, even during a wait.
     **crop: scale, ratio and interpolation; see `decode.train_image`.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R].
 
   Raises:
-    UserError: naming a broken file, or processes that decode no more.
+    UserError: too many unreadable files, or a worker died or is stuck.
   """
   if isinstance(source, sources.InMemory):
     for step in range(start, stop):
@@ -136,7 +120,7 @@ def train_batches(
     tuple(crop.items()),
     max_unreadable,
   )
-  yield from _decoded(load, stop - start, len(rows), num_workers, stopped)
+  yield from _decoded(load, stop - start, num_workers, stopped)
 
 
 def eval_batches(
@@ -150,24 +134,26 @@ def eval_batches(
   max_unreadable: int = 0,
   stopped: Callable[[], object] = lambda: False,
 ) -> Generator[Batch]:
-  """This process's part of every image once, in order; padded at the end.
+  """Yields this process's rows of batches that hold every image once, in order.
 
   Args:
-    source: images; those not in memory are resized and cropped at the centre.
-    batch_size: of the global batch.
-    rows: the rows of the global batch to produce.
-    image_size: side of the images in pixels.
+    source: the images. Encoded images are decoded, resized and cropped at the
+      centre here; those in memory are not.
+    batch_size: size of the global batch. The last batch is padded to it.
+    rows: [R] int, the rows of the global batch to load.
+    image_size: S, height and width in pixels.
     crop_pct: see `decode.eval_image`.
-    num_workers: processes that decode; 0 decodes in threads of this one.
-    max_unreadable: how many files may be broken; a warning names each.
-    stopped: ends the batches, also while one is waited for.
+    num_workers: see `train_batches`.
+    max_unreadable: number of unreadable files that are tolerated. Each gives a
+      warning and is masked.
+    stopped: see `train_batches`.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R]; mask, bool [R], False for
-    padding and broken files.
+    padding and unreadable files.
 
   Raises:
-    UserError: naming a broken file, or processes that decode no more.
+    UserError: too many unreadable files, or a worker died or is stuck.
   """
   steps = -(-len(source) // batch_size)
   if isinstance(source, sources.InMemory):
@@ -186,22 +172,21 @@ def eval_batches(
   load = _LoadEval(
     source, batch_size, rows, image_size, crop_pct, max_unreadable
   )
-  yield from _decoded(load, steps, len(rows), num_workers, stopped)
+  yield from _decoded(load, steps, num_workers, stopped)
 
 
 def _load(source, index, decode_image):
   try:
     data, label = source.read(index)
     return decode_image(data), label
-  except Exception as e:  # Pillow raises whatever a damaged file leads to.
+  except Exception as e:  # Pillow may raise anything for a damaged file.
     name = source.read.name(index)
-    reason = first_line(e)
-    raise UserError(f"{name}: cannot be decoded: {reason}") from e
+    raise UserError(f"{name}: cannot be decoded: {first_line(e)}") from e
 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadTrain:
-  """Position in this process's samples -> one cropped image."""
+  """Loads the training image at a position in this process's samples."""
 
   source: sources.Encoded
   seed: int
@@ -231,17 +216,16 @@ class _LoadTrain:
           raise
       else:
         break
-    unreadable = np.int64(first if index > first else -1)
     return {
       "image": image,
       "label": np.int32(label),
-      "unreadable": unreadable,
+      "unreadable": np.int64(first if index > first else -1),
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class _LoadEval:
-  """Position in this process's samples -> one image, or padding."""
+  """Loads the evaluation image at a position in this process's samples."""
 
   source: sources.Encoded
   batch_size: int
@@ -281,28 +265,14 @@ class _LoadEval:
 def _decoded(
   load: _LoadTrain | _LoadEval,
   steps: int,
-  rows: int,
   num_workers: int,
   stopped: Callable[[], object],
 ) -> Generator[Batch]:
-  """Runs `load` over all positions with grain, ahead of the consumer."""
-  samples = grain.MapDataset.range(steps * rows).map(load)
-  if not num_workers:
-    options = grain.ReadOptions(
-      num_threads=16, prefetch_buffer_size=max(16, 2 * rows)
-    )
-    batches = samples.to_iter_dataset(options).batch(rows)
-  else:
-    # grain's workers read absl's flags; a notebook has not parsed them.
-    if not flags.FLAGS.is_parsed():
-      flags.FLAGS.mark_as_parsed()
-    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
-    batches = samples.batch(rows).to_iter_dataset(options)
-    batches = batches.mp_prefetch(
-      grain.MultiprocessingOptions(num_workers), _ignore_interrupt
-    )
+  """Yields the batches of `load`; warns once of each unreadable file."""
+  rows = len(load.rows)
+  batches = workers.load_batches(load, steps * rows, rows, num_workers, stopped)
   unreadable = set()
-  for batch in _waited_for(iter(batches), stopped):
+  for batch in batches:
     for index in set(batch.pop("unreadable").tolist()) - unreadable - {-1}:
       unreadable.add(index)
       text = f"{load.source.read.name(index)}: cannot be decoded"
@@ -311,92 +281,3 @@ def _decoded(
         raise UserError(f"{text}; {count} by data.max_unreadable")
       print(f"warning: {text}; {count}", file=sys.stderr)
     yield batch
-
-
-def _waited_for(
-  iterator: Iterator[Batch], stopped: Callable[[], object]
-) -> Generator[Batch]:
-  """Yields from grain's iterator, which could wait forever.
-
-  A thread waits for each batch, so that this one sees `stopped`, the time, and
-  processes that are gone.
-  """
-  before = set(multiprocessing.active_children())
-  workers = lambda: set(multiprocessing.active_children()) - before
-  seen = set()
-  coming = queue.SimpleQueue()
-
-  def fetch():
-    try:
-      coming.put((next(iterator, None), None))
-    except Exception as e:
-      coming.put((None, e))
-
-  def close():
-    with contextlib.suppress(Exception):
-      iterator.close()
-
-  def failure():
-    seen.update(workers())
-    for worker in seen:
-      if worker.exitcode:
-        return UserError(
-          f"data: process {worker.pid}, which decodes, ended with exit code"
-          f" {worker.exitcode}; was memory short?"
-        )
-    return None
-
-  try:
-    while True:
-      _thread(fetch)
-      deadline = time.monotonic() + PATIENCE
-      batch = error = None
-      while not stopped():
-        with contextlib.suppress(queue.Empty):
-          batch, error = coming.get(timeout=_POLL)
-          break
-        if failure():  # A signal may have been sent to us as well.
-          deadline = min(deadline, time.monotonic() + _GRACE)
-        if time.monotonic() > deadline:
-          states = ", ".join(map(_state, workers())) or "its threads"
-          raise failure() or UserError(
-            f"data: no batch came in {PATIENCE:.0f} s from what decodes:"
-            f" {states}"
-          )
-      if error and not stopped():
-        raise failure() or error
-      if batch is None:
-        return
-      yield batch
-  finally:
-    # grain's close() waits for one that is stuck, and for ever for one that
-    # was killed while it held a lock, which a dead process never releases.
-    closing = _thread(close)
-    closing.join(_GRACE)
-    for worker in workers():
-      worker.kill()
-    closing.join(_GRACE)
-
-
-def _thread(call: Callable[[], object]) -> threading.Thread:
-  """Started; one that never ends does not keep the program from ending."""
-  thread = threading.Thread(target=call, daemon=True)
-  thread.start()
-  return thread
-
-
-def _state(process: multiprocessing.process.BaseProcess) -> str:
-  """Its number, and what the system says that it does, where it says so."""
-  try:
-    state = re.search(
-      r"^State:\s*(.*)", Path(f"/proc/{process.pid}/status").read_text(), re.M
-    )
-  except OSError:
-    state = None
-  return f"process {process.pid}" + (f", {state[1]}" if state else "")
-
-
-def _ignore_interrupt(worker: int, num_workers: int) -> None:
-  """Ctrl-C reaches every process of a terminal; the trainer decides."""
-  del worker, num_workers
-  signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""The operations that ConvMixer is made of."""
+"""The operations of ConvMixer: convolutions and BatchNorm."""
 
 from convmixer_jax.ops.batch_norm import ACTIVATIONS as ACTIVATIONS
 from convmixer_jax.ops.batch_norm import AVERAGES as AVERAGES
@@ -9,4 +9,3 @@ from convmixer_jax.ops.depthwise import depthwise_conv as depthwise_conv
 from convmixer_jax.ops.native import chosen as chosen
 from convmixer_jax.ops.native import portable as portable
 from convmixer_jax.ops.pointwise import pointwise_conv as pointwise_conv
-from convmixer_jax.ops.pointwise import PRODUCT as PRODUCT

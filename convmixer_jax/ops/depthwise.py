@@ -1,7 +1,7 @@
-"""Depthwise convolution: one op, one place to choose its implementation.
+"""Depthwise convolution, with three implementations.
 
-Every implementation computes the same function (stride 1, SAME padding) and
-takes the same kernel layout, so the model never knows which one runs.
+All of them compute the same function and take the same kernel, so that a model
+does not depend on which one runs.
 """
 
 import math
@@ -18,28 +18,31 @@ def depthwise_conv(
 ) -> jax.Array:
   """Convolves each channel with its own k x k kernel, stride 1, SAME padding.
 
-  Where k is even, the extra row and column of padding go to the bottom and to
-  the right, as in PyTorch's `padding="same"`.
+  If k is even, the extra row and column of padding are at the bottom and at the
+  right, as in PyTorch's `padding="same"`. Reverse-mode differentiable in both
+  arguments.
 
   Args:
     x: [B, H, W, C], float.
     kernel: [k, k, C], of x's dtype.
-    implementation: 'xla' is `feature_group_count=C`; 'shift' is the sum of k*k
-      shifted products, which XLA's CPU back end compiles to vector code where
-      its grouped convolution stays scalar; 'native' is C++, for float32 and
-      bfloat16 on CPUs, and becomes 'shift' where it cannot be compiled. None or
-      'auto': 'native' on CPU and 'xla' elsewhere, decided for the platform that
-      the program is compiled for. No shape is excepted: of 14 on a CPU,
-      'native' was the fastest in all the gradients; forward it took three times
-      as long as 'shift' with a single channel, 1.3 times as long as 'xla' with
-      k = 1, and at most 1.08 times as long as another elsewhere
-      (benchmarks/results/implementations.json).
+    implementation: one of
+      'xla': XLA's convolution with `feature_group_count=C`.
+      'shift': a sum of k*k shifted products. On CPUs, XLA compiles it to vector
+        code, and its grouped convolution to scalar code.
+      'native': native.cc, for float32 and bfloat16 on CPUs; 'shift' if it
+        cannot be compiled.
+      'auto' or None: 'native' on CPUs, 'xla' on other platforms. The platform
+        that the program is compiled for decides, never the shape:
+        of 14 shapes, 'native' has the fastest gradients in all. Its forward
+        pass takes 3 times as long as 'shift' with one channel, 1.3 times as
+        long as 'xla' with k = 1, and at most 1.08 times as long as the fastest
+        otherwise (benchmarks/results/implementations.json).
 
   Returns:
-    [B, H, W, C], of x's dtype; differentiable in both arguments (reverse mode).
+    [B, H, W, C], of x's dtype.
 
   Raises:
-    ValueError: unknown implementation, or shapes or dtypes that do not fit.
+    ValueError: unknown implementation, or mismatched shapes or dtypes.
   """
   if (
     x.ndim != 4
@@ -71,14 +74,17 @@ def _xla(x, kernel):
 
 
 def _windows(x, k, padding):
-  """Yields x moved by each of the k*k kernel offsets, row by row, in float32.
+  """Yields x, shifted by each of the k*k kernel offsets, in float32.
 
-  x: [..., H, W, C], zero-padded by `padding` on both spatial axes.
+  Args:
+    x: [..., H, W, C].
+    k: kernel size; the offsets come row by row.
+    padding: zeros before and after x, on both spatial axes.
   """
   *_, height, width, _ = x.shape
   unpadded = [(0, 0)] * (x.ndim - 3)
   x = jnp.pad(x.astype(jnp.float32), [*unpadded, padding, padding, (0, 0)])
-  # Without the barrier XLA computes what x is made of anew for every window.
+  # Without the barrier, XLA would compute x again for every window.
   x = lax.optimization_barrier(x)
   for i in range(k):
     for j in range(k):
@@ -89,7 +95,8 @@ def _correlate(x, kernel, padding):
   k, _, channels = kernel.shape
   taps = kernel.astype(jnp.float32).reshape(k * k, channels)
   total = sum(w * tap for w, tap in zip(_windows(x, k, padding), taps))
-  # And this sum anew for every reduction over it, as in BatchNorm.
+  # Without the barrier, XLA would compute the sum again for every reduction of
+  # it, as in BatchNorm.
   return lax.optimization_barrier(total.astype(x.dtype))
 
 
@@ -102,10 +109,10 @@ def _shift_vjp(x, kernel, grad):
   padding = _same_padding(k)
   grad_x = _correlate(grad, kernel[::-1, ::-1], padding[::-1])
 
-  # The kernel's gradient sums over batch and space. XLA's CPU reductions over
-  # leading axes are scalar; adding one image at a time to k*k accumulators is
-  # vector code and six times faster. Each device keeps its own accumulators, so
-  # that a batch sharded over devices is never gathered.
+  # The kernel's gradient is a sum over batch and space. On CPUs, XLA compiles
+  # sums over leading axes to scalar code. Adding one image at a time to k*k
+  # accumulators gives vector code, which is six times faster. Each device has
+  # its own accumulators, so that a sharded batch is not gathered.
   batch, *image_shape = x.shape
   lanes = math.gcd(batch, jax.device_count())
 

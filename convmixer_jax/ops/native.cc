@@ -1,7 +1,7 @@
 // ConvMixer's operations on a CPU, as XLA custom calls.
 //
-// Images are [B, H, W, C] with channels last; all arithmetic is float32, on
-// float32 or bfloat16 data. Work is cut into tasks by shape alone, so that
+// Images are [B, H, W, C]. Data are float32 or bfloat16; all arithmetic is
+// float32. The shapes alone decide how work is divided into tasks, so that the
 // results do not depend on the number of threads.
 
 #include <algorithm>
@@ -25,7 +25,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// --- Vectors: the compiler's own, as wide as the CPU's registers.
+// --- Vectors: GCC's vector extensions, as wide as the CPU's registers.
 
 #if defined(__AVX512F__)
 constexpr int kLanes = 16;
@@ -66,14 +66,14 @@ inline void store(float* p, Vec v) { std::memcpy(p, &v, sizeof v); }
 
 inline void store(bfloat16* p, Vec v) {
   VecBits bits = bit_cast<VecBits>(v);
-  // To nearest even; what is not a number must not be rounded to infinity.
+  // Rounds to nearest even. A NaN must not be rounded to infinity.
   VecBits rounded = bits + 0x7fff + ((bits >> 16) & 1);
   bits = v == v ? rounded : bits | 0x400000;
   VecHalf half = __builtin_convertvector(bits >> 16, VecHalf);
   std::memcpy(p, &half, sizeof half);
 }
 
-// The first n lanes, and zeros.
+// Loads the first n elements, and zeros beyond them.
 template <class T>
 inline Vec load(const T* p, int64_t n) {
   if (n >= kLanes) return load(p);
@@ -90,7 +90,8 @@ inline void store(T* p, Vec v, int64_t n) {
   std::copy_n(lanes, n, p);
 }
 
-// Past the caches, which what is larger than them would only empty.
+// Stores the first n elements. With `past_caches`, the store bypasses the
+// caches: a result larger than they are would only evict what is in them.
 template <class T>
 inline void stream(T* p, Vec v, int64_t n, bool past_caches) {
 #if defined(__AVX__)
@@ -113,10 +114,11 @@ constexpr int64_t kStreamBytes = 4 << 20;
 
 // --- Threads: XLA's.
 
-// Calls task(0) ... task(n - 1) on XLA's threads and on this one, which does
-// all of them if the others are busy, and returns after the last. Threads that
-// start too late find nothing to do, and do not touch `task`; a task without
-// memory ends the process, since the others could not be left.
+// Calls task(0) ... task(n - 1) on XLA's threads and on this one; returns when
+// all are done. If the other threads are busy, this one does all the tasks. A
+// thread that starts too late finds no task left and does not touch `task`,
+// which may be gone. `noexcept`: if a task runs out of memory, the process
+// ends, because the other threads may still use what an exception would free.
 template <class Task>
 void parallel_for(ffi::ThreadPool& pool, int64_t n, const Task& task) noexcept {
   struct Progress {
@@ -127,7 +129,7 @@ void parallel_for(ffi::ThreadPool& pool, int64_t n, const Task& task) noexcept {
     for (int64_t i; (i = progress->next.fetch_add(1)) < n;) {
       task(i);
 #if defined(__AVX__)
-      _mm_sfence();  // Streamed stores are not ordered by `done`.
+      _mm_sfence();  // `done` does not order streaming stores.
 #endif
       progress->done.fetch_add(1, std::memory_order_release);
     }
@@ -142,7 +144,8 @@ void parallel_for(ffi::ThreadPool& pool, int64_t n, const Task& task) noexcept {
   }
 }
 
-// This thread's memory, of at least so many floats, on a cache line.
+// This thread's scratch memory: at least `floats` floats, aligned to a cache
+// line.
 float* scratch(size_t floats) {
   static thread_local std::vector<float> memory;
   if (memory.size() < floats + 16) memory.resize(floats + 16);
@@ -152,20 +155,21 @@ float* scratch(size_t floats) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// --- Activations and their derivatives; what follows a convolution.
+// --- Activations, their derivatives, and what is fused into a convolution.
 
 struct Gelu {
-  // |x|, the normal density times sqrt(2 pi), and P(N > |x|); |x| ends at 13,
-  // where the others are all but 0 and must not meet infinity.
+  // |x|, the normal density times sqrt(2 pi), and q = P(N > |x|). |x| is
+  // clipped at 13, where the others are nearly 0: infinity times 0 would be
+  // NaN.
   struct Tail {
     Vec size, density, q;
   };
 
-  // q is density times a polynomial in 1 / (1 + 0.28 |x|), fitted here to 5e-9
-  // in x q; no digits cancel in the tail.
+  // q is the density times a polynomial in 1 / (1 + 0.28 |x|). It was fitted to
+  // an error of 5e-9 in x q. There is no cancellation in the tail.
   static inline Tail tail(Vec x) {
     Vec size = bit_cast<Vec>(bit_cast<VecBits>(x) & 0x7fffffffu);
-    size = size > 13.0f ? broadcast(13.0f) : size;  // Keeps what is no number.
+    size = size > 13.0f ? broadcast(13.0f) : size;  // Keeps NaN.
     // exp(-x^2 / 2) = 2^(whole + part), part in [-0.5, 0.5].
     const Vec exponent = size * size * -0.72134752f;
     const Vec shifted = exponent + 12582912.0f;  // 1.5 * 2^23: rounds.
@@ -209,7 +213,7 @@ struct Identity {
 };
 
 struct Relu {
-  // What is not a number stays so.
+  // NaN stays NaN.
   static inline Vec value(Vec x) { return x < 0.0f ? Vec{} : x; }
   static inline Vec derivative(Vec x, Vec* value) {
     *value = Relu::value(x);
@@ -217,12 +221,13 @@ struct Relu {
   }
 };
 
-// What a convolution's sums become as they are stored, at an offset of y.
+// Applied to a convolution's sums before they are stored at an offset of y.
+// This one stores the sums unchanged.
 struct Sums {
   Vec operator()(Vec x, int64_t, int64_t, int64_t) const { return x; }
 };
 
-// act(x + bias) * scale + offset, plus the residual where there is one.
+// act(x + bias) * scale + offset, plus the residual if there is one.
 template <class Act, class T>
 struct Affine {
   const float *bias, *scale, *offset;  // [C]
@@ -236,17 +241,17 @@ struct Affine {
 
 // --- Depthwise convolution.
 //
-// A task takes one image and a few vectors of channels, copies them with their
-// padding into scratch memory as planes [rows, columns, lanes], and works
-// there: in the image itself, neighbours in space are C floats apart, which
-// caches with few ways do not hold.
+// A task is one image and a few vectors of channels. It copies them, with
+// padding, into scratch memory as planes [rows, columns, lanes] and computes
+// there. In the image itself, neighbouring pixels are C floats apart, so that
+// many of them compete for the same few cache sets.
 
-constexpr int kTile = 8;                    // Outputs of a row in registers.
-constexpr int64_t kPlanesBytes = 512 << 10;  // Half of a core's own cache.
+constexpr int kTile = 8;  // Outputs of a row that are summed in registers.
+constexpr int64_t kPlanesBytes = 512 << 10;  // Half of a core's L2 cache.
 
 struct Conv {
   int64_t batch, height, width, channels, k;
-  // Of a plane; columns are those of whole tiles.
+  // The size of a plane; the columns are rounded up to whole tiles.
   int64_t rows() const { return height + k - 1; }
   int64_t columns() const { return ceil_div(width, kTile) * kTile + k - 1; }
   int64_t plane() const { return rows() * columns() * kLanes; }
@@ -264,8 +269,8 @@ Conv conv_of(const ffi::AnyBuffer& x, const ffi::AnyBuffer& kernel) {
   return {d[0], d[1], d[2], d[3], kernel.dimensions()[0]};
 }
 
-// image, vectors [first, first + n) -> planes, with `low` zeros at the top and
-// at the left.
+// Copies vectors [first, first + n) of an image into planes, with `low` zeros
+// of padding at the top and at the left.
 template <class T>
 void pack(const Conv& s, const T* image, int64_t first, int64_t n, int64_t low,
           float* planes) {
@@ -293,7 +298,8 @@ void pack(const Conv& s, const T* image, int64_t first, int64_t n, int64_t low,
   }
 }
 
-// kernel [k, k, C] -> [vectors, k * k, lanes], rotated by 180 degrees or not.
+// kernel [k, k, C] -> [vectors, k * k, lanes], optionally rotated by 180
+// degrees.
 template <class T>
 std::vector<float> pack_kernel(const Conv& s, const T* kernel, bool rotate) {
   const int64_t taps = s.k * s.k;
@@ -308,7 +314,8 @@ std::vector<float> pack_kernel(const Conv& s, const T* kernel, bool rotate) {
   return packed;
 }
 
-// planes -> vectors [first, first + n) of the image at y + image.
+// Correlates planes with the kernel, into vectors [first, first + n) of the
+// image at y + image.
 template <class T, class Finish>
 void correlate(const Conv& s, const float* planes, const float* kernel,
                int64_t first, int64_t n, int64_t image, const Finish& finish,
@@ -357,9 +364,10 @@ void depthwise(ffi::ThreadPool& pool, const Conv& s, const T* x,
   });
 }
 
-// Adds to sums [k * k, lanes] the products of a plane of x, padded as for the
-// convolution, and one of the gradient, padded by `low` as for its transpose.
-// kTaps taps of a row of the kernel at a time are sums in registers.
+// The kernel's gradient: adds to sums [k * k, lanes] the correlation of a plane
+// of x, padded as for the convolution, with a plane of y's gradient, padded by
+// `low` as for the transposed convolution. kTaps taps of a kernel's row are
+// summed in registers at a time.
 template <int kTaps>
 void correlate_taps(const Conv& s, const float* x, const float* grad,
                     int64_t low, int64_t kx, float* sums) {
@@ -391,7 +399,8 @@ void depthwise_vjp(ffi::ThreadPool& pool, const Conv& s, const T* x,
   const int64_t low = (s.k - 1) / 2, taps = s.k * s.k;
   const int64_t step = s.vectors_per_task(2);
   const int64_t groups = ceil_div(s.vectors(), step);
-  // Images are summed in so many chunks, in parallel; then the chunks are.
+  // The images are divided into chunks, which are summed in parallel. Then the
+  // chunks' sums are added.
   const int64_t chunks = std::min(s.batch, ceil_div(64, groups));
   const int64_t sums_size = s.vectors() * taps * kLanes;
   std::vector<float> sums(chunks * sums_size);
@@ -412,8 +421,8 @@ void depthwise_vjp(ffi::ThreadPool& pool, const Conv& s, const T* x,
         const float* g = grad_planes + v * s.plane();
         for (int64_t kx = 0; kx < s.k;) {
           const int64_t left = s.k - kx, at = s.k - 1 - low;
-          // As even as can be: fewer than four sums at once wait for each
-          // other.
+          // Parts of similar size: with fewer than four sums at a time, the
+          // additions would wait for each other.
           const int64_t parts = ceil_div(left, 5), now = ceil_div(left, parts);
           switch (now) {
             case 1: correlate_taps<1>(s, p, g, at, kx, to); break;
@@ -439,11 +448,11 @@ void depthwise_vjp(ffi::ThreadPool& pool, const Conv& s, const T* x,
   }
 }
 
-// --- Pointwise convolution: products of matrices.
+// --- Pointwise convolution: matrix products.
 //
-// Both factors are copied in blocks that caches hold, the right one as panels
-// of kPanel columns, and multiplied in tiles of kTileRows x kPanel sums, which
-// fill the registers.
+// Both factors are copied in blocks that fit into the caches, the right one as
+// panels of kPanel columns. They are multiplied in tiles of kTileRows x kPanel
+// sums, which fill the registers.
 
 #if defined(__AVX512F__)
 constexpr int kTileRows = 14;
@@ -452,14 +461,14 @@ constexpr int kTileRows = 6;
 #endif
 constexpr int kPanel = 2 * kLanes;
 constexpr int kDepth = 384;              // Products summed in registers.
-constexpr int kRowStride = kDepth + 16;  // Rows do not share a cache's sets.
+constexpr int kRowStride = kDepth + 16;  // Puts rows into different cache sets.
 constexpr int kColumnStride = (kTileRows + kLanes - 1) / kLanes * kLanes;
 constexpr int64_t kMaxTiles = 48 / kTileRows, kMaxTilesVjp = 24;
 constexpr int64_t kMaxColumns = 1536, kMaxColumnsVjp = 384;
 
-// tile [kTileRows, kPanel] of sums += a [kTileRows, depth] * b [depth, kPanel],
-// where a's element (r, p) is at r * row + p * column. Meanwhile what lies
-// `ahead` floats beyond b is fetched from further caches; 0 fetches nothing new.
+// tile [kTileRows, kPanel] += a [kTileRows, depth] * b [depth, kPanel]. Element
+// (r, p) of a is at r * row + p * column. Meanwhile, the memory `ahead` floats
+// beyond b is prefetched; 0 prefetches nothing new.
 template <int row, int column>
 void multiply_tile(int64_t depth, const float* a, const float* b, float* tile,
                    int64_t ahead = 0) {
@@ -486,7 +495,7 @@ void multiply_tile(int64_t depth, const float* a, const float* b, float* tile,
   }
 }
 
-// n elements to floats, and zeros up to `filled`.
+// Copies n elements as floats, and adds zeros up to `filled` elements.
 template <class T>
 inline void copy_row(const T* from, int64_t n, int64_t filled, float* to) {
   for (int64_t i = 0; i < filled; i += kLanes) {
@@ -494,10 +503,11 @@ inline void copy_row(const T* from, int64_t n, int64_t filled, float* to) {
   }
 }
 
-// Splits n into equal parts of at most `most`: their length.
+// The length of the parts if n is divided into equal parts of at most `most`.
 int64_t even(int64_t n, int64_t most) { return ceil_div(n, ceil_div(n, most)); }
 
-// b [depth, columns], or its transpose, -> [panels, depth, kPanel].
+// Copies b [depth, columns], or the transpose of b [columns, depth], into
+// panels [panels, depth, kPanel].
 template <class T>
 std::unique_ptr<float[]> pack_panels(ffi::ThreadPool& pool, const T* b,
                                      int64_t depth, int64_t columns,
@@ -523,12 +533,12 @@ std::unique_ptr<float[]> pack_panels(ffi::ThreadPool& pool, const T* b,
   return packed;
 }
 
-// Where element (i, j) of a block of sums is, [panels, block_rows, kPanel].
+// The offset of element (i, j) in a block of sums [panels, block_rows, kPanel].
 int64_t in_tiles(int64_t block_rows, int64_t i, int64_t j) {
   return (j / kPanel * block_rows + i) * kPanel + j % kPanel;
 }
 
-// y [rows, columns] = a [rows, depth] * b, whose panels are given.
+// y [rows, columns] = a [rows, depth] * b [depth, columns], b given as panels.
 template <class T, class Finish>
 void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
               const Finish& finish, T* y, int64_t rows, int64_t depth,
@@ -559,7 +569,7 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
         const float* panel =
             panels + ((j0 + j) / kPanel * depth + p0) * kPanel;
         for (int64_t i = 0; i < m; i += kTileRows) {
-          // The last tile of a panel fetches the next panel.
+          // The last tile of a panel prefetches the next panel.
           multiply_tile<kRowStride, 1>(
               part, left + i * kRowStride, panel,
               sums + in_tiles(block_rows, i, j),
@@ -577,8 +587,9 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
   });
 }
 
-// y [rows, columns] = transpose of a [depth, rows] * b [depth, columns], for
-// great depths: chunks of them are summed in parallel, then together.
+// y [rows, columns] = transpose of a [depth, rows] * b [depth, columns]. The
+// depth is large: it is divided into chunks, which are summed in parallel. Then
+// the chunks' sums are added.
 template <class T>
 void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
                          int64_t depth, int64_t rows, int64_t columns) {
@@ -642,9 +653,9 @@ void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
   });
 }
 
-// --- BatchNorm's passes over an image.
+// --- BatchNorm: passes over the images.
 
-constexpr int64_t kBlock = 256;  // Channels of a task.
+constexpr int64_t kBlock = 256;  // Channels per task.
 
 struct Pixels {
   int64_t batch, size, channels;
@@ -655,8 +666,8 @@ Pixels pixels_of(const ffi::AnyBuffer& x) {
   return {d[0], d[1] * d[2], d[3]};
 }
 
-// Calls task(image, offset of its [B, C] row, channel, vectors) for each image
-// and each block of channels.
+// Calls task(offset of the image, offset of its row in [B, C] arrays, first
+// channel, number of channels) for each image and each block of channels.
 template <class Task>
 void for_blocks(ffi::ThreadPool& pool, const Pixels& s, const Task& task) {
   const int64_t blocks = ceil_div(s.channels, kBlock);
@@ -667,12 +678,14 @@ void for_blocks(ffi::ThreadPool& pool, const Pixels& s, const Task& task) {
   });
 }
 
-// Mean, and sum of squared differences from it, of act(x + bias) [B, C].
+// For each image, the mean of act(x + bias) and the sum of squared differences
+// from it: [B, C] each.
 template <class Act, class T>
 void moments(ffi::ThreadPool& pool, const Pixels& s, const T* x,
              const float* bias, float* means, float* squares) {
   for_blocks(pool, s, [&](int64_t image, int64_t row, int64_t c0, int64_t n) {
-    // Sums of differences from the mean of a few pixels: fewer digits cancel.
+    // Differences are taken from the mean of a few pixels, to avoid
+    // cancellation.
     Vec origin[kBlock / kLanes] = {}, sum[kBlock / kLanes] = {},
         square[kBlock / kLanes] = {};
     const auto activated = [&](int64_t pixel, int64_t c) {
@@ -700,7 +713,8 @@ void moments(ffi::ThreadPool& pool, const Pixels& s, const T* x,
   });
 }
 
-// y = act(x + bias) * scale + offset, plus the residual where there is one.
+// y = act(x + bias) * scale + offset, plus the residual if there is one; scale
+// and offset are [B, C].
 template <class Act, class T>
 void normalize(ffi::ThreadPool& pool, const Pixels& s, const T* x,
                const float* bias, const float* scale, const float* offset,
@@ -722,7 +736,8 @@ void normalize(ffi::ThreadPool& pool, const Pixels& s, const T* x,
   });
 }
 
-// Sums of grad, and of grad * (act(x + bias) - mean): [B, C] each.
+// For each image, the sums of grad and of grad * (act(x + bias) - mean): [B, C]
+// each.
 template <class Act, class T>
 void grad_sums(ffi::ThreadPool& pool, const Pixels& s, const T* x,
                const float* bias, const float* mean, const T* grad,
@@ -748,7 +763,7 @@ void grad_sums(ffi::ThreadPool& pool, const Pixels& s, const T* x,
 }
 
 // grad_x = (grad * scale + act(x + bias) * slope + offset) * act'(x + bias),
-// and its sums [B, C].
+// and its sums over each image, [B, C].
 template <class Act, class T>
 void input_grad(ffi::ThreadPool& pool, const Pixels& s, const T* x,
                 const float* bias, const float* scale, const float* slope,
@@ -780,7 +795,7 @@ void input_grad(ffi::ThreadPool& pool, const Pixels& s, const T* x,
 
 // --- XLA's calling convention.
 
-// Calls f(T{}) with the element type, float or bfloat16.
+// Calls f(T{}), where T is the element type, float or bfloat16.
 template <class F>
 ffi::Error with_type(const ffi::AnyBuffer& x, const F& f) {
   switch (x.element_type()) {
@@ -791,7 +806,7 @@ ffi::Error with_type(const ffi::AnyBuffer& x, const F& f) {
   return ffi::Error::Success();
 }
 
-// And with the activation, by its place in batch_norm.ACTIVATIONS.
+// Calls f(T{}, Act{}); `activation` is an index into batch_norm.ACTIVATIONS.
 template <class F>
 ffi::Error with_types(const ffi::AnyBuffer& x, int64_t activation, const F& f) {
   return with_type(x, [&](auto element) {
@@ -815,7 +830,7 @@ T* data(ffi::Result<ffi::AnyBuffer>& x) {
 using In = ffi::AnyBuffer;
 using Out = ffi::Result<ffi::AnyBuffer>;
 
-// Calls f(T{}, finish) with what `Affine` is made of.
+// Calls f(T{}, Affine{...}).
 template <class F>
 ffi::Error with_affine(const ffi::AnyBuffer& x, int64_t activation, In& bias,
                        In& scale, In& offset, In& residual, bool has_residual,
@@ -848,7 +863,7 @@ struct Pointwise {
   }
 };
 
-// Either of them, alone.
+// A convolution; Op is Depthwise or Pointwise.
 template <class Op>
 ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, Out y) {
   return with_type(x, [&](auto element) {
@@ -856,7 +871,7 @@ ffi::Error Convolve(ffi::ThreadPool pool, In x, In kernel, Out y) {
   });
 }
 
-// And with what follows it at inference.
+// A convolution with bias, activation, BatchNorm and residual, for inference.
 template <class Op>
 ffi::Error ConvolveNorm(ffi::ThreadPool pool, In x, In kernel, In bias,
                         In scale, In offset, In residual, Out y,
@@ -932,8 +947,9 @@ ffi::Error InputGrad(ffi::ThreadPool pool, In x, In bias, In scale, In slope,
   });
 }
 
-// The binding of a function of so many arrays, to so many. One is made of the
-// other in place, for it can be neither copied nor moved.
+// The FFI binding of a function with the given numbers of arrays as arguments
+// and results. It recurses, because each step makes a binding of another type,
+// which can be neither copied nor assigned.
 template <int args, int results, class Binding>
 auto with_arrays(Binding&& binding) {
   if constexpr (args > 0) {

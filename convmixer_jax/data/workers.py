@@ -1,0 +1,163 @@
+"""Loads batches ahead of the consumer, in worker processes or in threads.
+
+grain does the loading. Its iterator can wait forever: for a process that was
+killed or is stuck, or for a dead file system. This module watches the workers
+and turns such a wait into an error.
+"""
+
+from collections.abc import Callable
+from collections.abc import Generator
+from collections.abc import Iterator
+import contextlib
+import multiprocessing
+from pathlib import Path
+import queue
+import re
+import signal
+import threading
+import time
+
+from absl import flags
+import grain
+import numpy as np
+
+from convmixer_jax.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+PATIENCE = 300.0  # Seconds after which a missing batch is an error.
+_POLL = 0.2  # Seconds between two looks at `stopped` and the workers.
+_GRACE = 2.0  # Seconds that workers have to end by themselves.
+
+
+def load_batches(
+  load: Callable[[int], Batch],
+  num_samples: int,
+  batch_size: int,
+  num_workers: int,
+  stopped: Callable[[], object],
+) -> Generator[Batch]:
+  """Calls `load` on 0, ..., num_samples - 1 and stacks the results.
+
+  Args:
+    load: position -> one sample, name -> array. Picklable.
+    num_samples: a multiple of `batch_size`.
+    batch_size: R, samples per batch.
+    num_workers: number of processes; 0 loads in threads of this process.
+    stopped: ends the batches when it returns true, even during a wait.
+
+  Yields:
+    name -> array [R, ...], in the order of the positions.
+
+  Raises:
+    UserError: a worker died, or no batch came for `PATIENCE` seconds.
+    Exception: what `load` raised.
+  """
+  samples = grain.MapDataset.range(num_samples).map(load)
+  if not num_workers:
+    options = grain.ReadOptions(
+      num_threads=16, prefetch_buffer_size=max(16, 2 * batch_size)
+    )
+    batches = samples.to_iter_dataset(options).batch(batch_size)
+  else:
+    # grain's workers read absl's flags; a notebook has not parsed them.
+    if not flags.FLAGS.is_parsed():
+      flags.FLAGS.mark_as_parsed()
+    options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    batches = samples.batch(batch_size).to_iter_dataset(options)
+    batches = batches.mp_prefetch(
+      grain.MultiprocessingOptions(num_workers), _ignore_interrupt
+    )
+  return _supervised(iter(batches), stopped)
+
+
+def _supervised(
+  iterator: Iterator[Batch], stopped: Callable[[], object]
+) -> Generator[Batch]:
+  """Yields from grain's iterator; see `load_batches`.
+
+  A thread waits for each batch. Meanwhile this one checks `stopped`, the time
+  and the workers.
+  """
+  before = set(multiprocessing.active_children())
+  workers = lambda: set(multiprocessing.active_children()) - before
+  seen = set()
+  results = queue.SimpleQueue()
+
+  def fetch():
+    try:
+      results.put((next(iterator, None), None))
+    except Exception as e:
+      results.put((None, e))
+
+  def close():
+    with contextlib.suppress(Exception):
+      iterator.close()
+
+  def failure():
+    seen.update(workers())
+    for worker in seen:
+      if worker.exitcode:
+        return UserError(
+          f"Data worker {worker.pid} exited with code {worker.exitcode}"
+          " (-9: out of memory; -7: /dev/shm too small); if memory is short,"
+          " lower data.num_workers"
+        )
+    return None
+
+  try:
+    while True:
+      _start_thread(fetch)
+      deadline = time.monotonic() + PATIENCE
+      batch = error = None
+      while not stopped():
+        with contextlib.suppress(queue.Empty):
+          batch, error = results.get(timeout=_POLL)
+          break
+        # Whoever killed the worker may be about to stop this process as well.
+        # Then `stopped` tells, and there is no error.
+        if failure():
+          deadline = min(deadline, time.monotonic() + _GRACE)
+        if time.monotonic() > deadline:
+          states = ", ".join(map(_state, workers())) or "loading in threads"
+          raise failure() or UserError(
+            f"No batch was loaded in {PATIENCE:.0f} s ({states}); is the file"
+            " system of data.dir slow or gone?"
+          )
+      if error and not stopped():
+        raise failure() or error
+      if batch is None:
+        return
+      yield batch
+  finally:
+    # grain's close() waits for a stuck worker. It never returns if a worker was
+    # killed while it held a lock, which a dead process does not release.
+    closing = _start_thread(close)
+    closing.join(_GRACE)
+    for worker in workers():
+      worker.kill()
+    closing.join(_GRACE)
+
+
+def _start_thread(call: Callable[[], object]) -> threading.Thread:
+  """Starts a daemon thread: it may never end, and must not keep the program."""
+  thread = threading.Thread(target=call, daemon=True)
+  thread.start()
+  return thread
+
+
+def _state(process: multiprocessing.process.BaseProcess) -> str:
+  """'worker 4242, D (disk sleep)'; no state on systems without /proc."""
+  try:
+    state = re.search(
+      r"^State:\s*(.*)", Path(f"/proc/{process.pid}/status").read_text(), re.M
+    )
+  except OSError:
+    state = None
+  return f"worker {process.pid}" + (f", {state[1]}" if state else "")
+
+
+def _ignore_interrupt(worker: int, num_workers: int) -> None:
+  """Leaves Ctrl-C, which reaches every process, to the main process."""
+  del worker, num_workers
+  signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,221 @@
+"""Reads PyTorch's checkpoint files without executing what they hold.
+
+A PyTorch checkpoint is a pickle, and a pickle is a program: Python's own reader
+would run it. The reader here accepts the few operations that PyTorch writes and
+a list of classes, and refuses everything else. It does not need torch.
+"""
+
+import functools
+import io
+import math
+import os
+import pickle
+from typing import Any
+import zipfile
+
+import ml_dtypes
+import numpy as np
+
+from convmixer_jax.errors import UserError
+
+# PyTorch's storage classes -> dtypes of numpy.
+_STORAGES = {
+  "FloatStorage": np.dtype("<f4"),
+  "DoubleStorage": np.dtype("<f8"),
+  "HalfStorage": np.dtype("<f2"),
+  "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+  "LongStorage": np.dtype("<i8"),
+  "IntStorage": np.dtype("<i4"),
+  "ShortStorage": np.dtype("<i2"),
+  "CharStorage": np.dtype("i1"),
+  "ByteStorage": np.dtype("u1"),
+  "BoolStorage": np.dtype("?"),
+}
+# Classes that occur in training checkpoints beside tensors. Their objects are
+# not needed: `_Inert` replaces them.
+_INERT = {
+  ("argparse", "Namespace"),
+  ("numpy", "dtype"),
+  ("numpy.core.multiarray", "scalar"),
+  ("numpy._core.multiarray", "scalar"),
+  ("_codecs", "encode"),
+  ("torch", "device"),
+  ("torch", "Size"),
+}
+_LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+# The accepted operations of a pickle. Not among them are sets, which would hash
+# any object, and operations that reserve more memory than the file is large.
+_OPCODES = [
+  "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE",
+  "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING",
+  "SHORT_BINSTRING", "BINBYTES", "SHORT_BINBYTES", "BINUNICODE",
+  "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
+  "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
+  "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL",
+  "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
+]  # fmt: skip
+
+
+def load_zip(path: str) -> Any:
+  """Reads a file in the zip format of torch 1.6 and later.
+
+  Returns:
+    What was saved, with numpy arrays for tensors. They are read-only.
+
+  Raises:
+    UserError: the file holds an object of a class that is not accepted.
+    OSError: the file cannot be read.
+    Exception: of any kind, if the file is damaged.
+  """
+  with zipfile.ZipFile(path) as archive:
+    entries = archive.infolist()
+    if any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+      raise ValueError("compressed, unlike PyTorch's files")
+    if sum(entry.file_size for entry in entries) > os.path.getsize(path):
+      raise ValueError("entries larger than the file")
+    names = archive.namelist()
+    found = [name for name in names if name.endswith("/data.pkl")]
+    if len(found) != 1:
+      raise ValueError(f"{len(found)} entries named data.pkl")
+    (pickled,) = found
+    root = pickled.removesuffix("data.pkl")
+    if root + "byteorder" in names:
+      order = archive.read(root + "byteorder")
+      if order != b"little":
+        raise ValueError(f"{order.decode()}-endian, not little-endian")
+
+    def storage(dtype, key, size):
+      array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
+      if len(array) != size:
+        raise ValueError(f"{len(array)} numbers instead of {size}")
+      return array
+
+    storage = functools.cache(storage)
+    return _Unpickler(io.BytesIO(archive.read(pickled)), path, storage).load()
+
+
+def load_legacy(path: str) -> Any:
+  """Reads a file in the format before torch 1.6; see `load_zip`."""
+  storages, limit = {}, os.path.getsize(path)
+
+  def storage(dtype, key, size):
+    if size * dtype.itemsize > limit:
+      raise ValueError("a storage larger than the file")
+    return storages.setdefault(key, np.zeros(size, dtype))
+
+  with open(path, "rb") as file:
+    unpickle = lambda: _Unpickler(file, path, storage).load()
+    if unpickle() != _LEGACY_MAGIC:
+      raise UserError(f"{path}: a pickle, but not a PyTorch checkpoint")
+    unpickle()  # The version of the format.
+    unpickle()  # The byte order, always little-endian, and sizes of integers.
+    found = unpickle()
+    for key in unpickle():
+      if not isinstance(key, str):
+        raise ValueError("a storage without a name")
+      array = storages[key]
+      size = int.from_bytes(file.read(8), "little")
+      if size != len(array):
+        raise ValueError(f"{size} numbers instead of {len(array)}")
+      data = np.frombuffer(file.read(array.nbytes), array.dtype)
+      array[:] = data.reshape(size)
+  return found
+
+
+class _Inert:
+  """Replaces an object of a class in `_INERT`; keeps nothing of it."""
+
+  def __init__(self, *args):
+    del args
+
+
+def _refuse(unpickler):
+  raise ValueError("an operation that PyTorch does not write")
+
+
+class _Unpickler(pickle._Unpickler):
+  """Reads tensors and plain data; refuses everything else.
+
+  Derived from pickle's implementation in Python, not the one in C. Operations
+  can be removed from it, and its memo is a dict: that of C reserves 64 GiB if
+  the file says so in a four-byte index.
+  """
+
+  dispatch = dict.fromkeys(range(256), _refuse) | {
+    op: pickle._Unpickler.dispatch[op]
+    for op in (getattr(pickle, name)[0] for name in _OPCODES)
+  }
+
+  def __init__(self, file, path, storage):
+    super().__init__(file)
+    self._path, self._storage = path, storage
+
+  def find_class(self, module, name):
+    if (module, name) == ("collections", "OrderedDict"):
+      return lambda: {}
+    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+      return _rebuild_tensor
+    if (module, name) == ("torch._utils", "_rebuild_parameter"):
+      return lambda data, *_: data
+    if module in ("torch", "torch.storage") and name in _STORAGES:
+      return name  # A string: a pickle can neither call nor change it.
+    if (module, name) in _INERT:
+      return _Inert
+    raise UserError(
+      f"{self._path}: holds {module}.{name}; only tensors and plain data are"
+      " read; save the model's state_dict() instead"
+    )
+
+  def _set_items(self):
+    """Sets items of dicts only, and only with keys that hash quickly."""
+    keys, values = self.stack[::2], self.stack[1::2]
+    target = self.metastack[-1][-1]
+    plain = (str, int, float, bytes, type(None))
+    if type(target) is not dict or not all(isinstance(k, plain) for k in keys):
+      raise ValueError("a dict with keys of an unusual type")
+    self.pop_mark()
+    target.update(zip(keys, values))
+
+  def _set_item(self):
+    items = self.stack[-2:]
+    del self.stack[-2:]
+    self.load_mark()
+    self.stack += items
+    self._set_items()
+
+  def _drop_state(self):
+    """Ignores an object's state: it could change a class or a function."""
+    self.stack.pop()
+
+  dispatch[pickle.SETITEMS[0]] = _set_items
+  dispatch[pickle.SETITEM[0]] = _set_item
+  dispatch[pickle.BUILD[0]] = _drop_state
+
+  def persistent_load(self, pid):
+    kind, name, key, _, size, *_ = pid
+    if not all(isinstance(x, str) for x in (kind, name, key)) or (
+      not isinstance(size, int)
+    ):
+      raise ValueError("not one of PyTorch's storages")
+    if kind != "storage" or name not in _STORAGES:
+      raise UserError(f"{self._path}: holds a {kind} of {name}")
+    return self._storage(_STORAGES[name], key, size)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+  """Returns a view of `storage`; checks that it lies inside.
+
+  It must not be larger than `storage` either: strides of zero could make it so.
+  """
+  numbers = (offset, *shape, *strides)
+  if len(shape) != len(strides) or not all(
+    isinstance(n, int) and 0 <= n < 2**48 for n in numbers
+  ):
+    raise ValueError("a tensor of an impossible shape")
+  last = offset + sum((n - 1) * s for n, s in zip(shape, strides))
+  if 0 not in shape and max(last + 1, math.prod(shape)) > len(storage):
+    raise ValueError("a tensor larger than its data")
+  return np.lib.stride_tricks.as_strided(
+    storage[offset:], shape, [s * storage.itemsize for s in strides]
+  )
