@@ -1,7 +1,7 @@
 """Checkpoints of the train state; the only file that names orbax.
 
-They hold arrays in orbax's format and JSON, nothing that is executed when it is
-read, and beside every array a checksum of its bytes.
+A checkpoint holds arrays in orbax's format, JSON, and a checksum of every
+array. Reading one executes nothing that is in it.
 """
 
 from collections.abc import Iterator
@@ -22,13 +22,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
+from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 from convmixer_jax.step import TrainState
 
-KEEP = 3  # The newest ones.
+KEEP = 3  # Number of checkpoints; older ones are deleted.
 
-# orbax logs what it raises too, with tracebacks and whole files, and asyncio
-# what of that it has not raised.
+# orbax also logs the errors that it raises, with tracebacks and whole files.
+# asyncio logs those that nobody waited for.
 logging.get_absl_logger().addFilter(
   lambda record: f"{os.sep}orbax{os.sep}" not in record.pathname
 )
@@ -38,10 +39,10 @@ std_logging.getLogger("asyncio").setLevel(std_logging.CRITICAL)
 class Checkpointer:
   """Saves and restores states under `workdir`/checkpoints.
 
-  Writing goes on in the background while training continues; a checkpoint
-  appears under its final name only when it is whole, so a process killed while
-  writing leaves the one before. What is written is the state of an unrolled
-  model, whether the model scans its blocks or not: a run may go on either way.
+  Checkpoints are written in the background while training continues. Each gets
+  its final name when it is complete, so that killing the process while it
+  writes one leaves the previous one intact. Scanned blocks are saved as
+  unrolled ones; a run may resume with either.
   """
 
   def __init__(self, workdir: str | os.PathLike):
@@ -56,15 +57,17 @@ class Checkpointer:
       )
 
   def save(self, step: int, state: TrainState) -> None:
-    """Starts to write, unless `step` is saved already.
+    """Starts to write a checkpoint, unless there is one of `step`.
 
     Raises:
-      UserError: this checkpoint, or the one before, could not be written.
+      UserError: this or the previous checkpoint cannot be written.
     """
     if step == self._manager.latest_step():
       return
-    if not self._directory.is_dir():  # orbax would make it anew, and go on.
-      raise UserError(f"{self._directory}: is there no more; was it unmounted?")
+    if not self._directory.is_dir():  # orbax would silently create it again.
+      raise UserError(
+        f"{self._directory}: no longer exists; check that the disk is mounted"
+      )
     state = jax.jit(models.unstack_blocks)(state)
     with self._writing():
       self._manager.save(
@@ -74,21 +77,24 @@ class Checkpointer:
       )
 
   def restore(self, template: TrainState) -> TrainState | None:
-    """The newest state, with `template`'s structure and sharding; or None.
+    """The newest state, with `template`'s structure and sharding.
 
-    Damaged ones that are newer are said to be, and moved to `workdir`/damaged,
-    so that the run may save their steps again.
+    Moves newer checkpoints that are damaged to `workdir`/damaged, with a
+    warning, so that the run can save their steps again.
+
+    Returns:
+      None if there are no checkpoints.
 
     Raises:
-      UserError: none can be read, or the state is of another model.
+      UserError: no checkpoint can be read, or they are of another model.
     """
     state, damaged = _newest(self._manager, template, self._manager.all_steps())
     for step, problem in damaged.items():
       moved = self._set_aside(step)
       if jax.process_index() == 0:
         print(
-          f"warning: the checkpoint of step {step} is damaged ({problem}); it"
-          f" is now {moved}, and the one before is used",
+          f"warning: the checkpoint of step {step} is damaged ({problem});"
+          f" moved it to {moved}; using the previous one",
           file=sys.stderr,
         )
     return state
@@ -109,38 +115,38 @@ class Checkpointer:
     return path
 
   def preempted(self, step: int) -> bool:
-    """Whether the cluster asks a run of several processes to stop.
+    """Whether the cluster has asked a run of several processes to stop.
 
-    All processes must call it at every step, and all get the same answer. With
-    one process it is always False: the signal comes to the process itself.
+    All processes must call this at every step; all get the same answer. It is
+    always False for a single process, which handles signals itself.
     """
     return self._manager.reached_preemption(step)
 
   def close(self) -> None:
-    """Waits for what is being written.
+    """Waits until the last checkpoint is written.
 
     Raises:
-      UserError: it could not be.
+      UserError: it cannot be written.
     """
     with self._writing():
       self._manager.close()
 
   @contextlib.contextmanager
   def _writing(self) -> Iterator[None]:
-    """Says in one line what the system or tensorstore says in many."""
+    """Turns errors of the system or tensorstore into one line."""
     try:
       yield
     except (OSError, ValueError, RuntimeError) as e:
       raise UserError(
-        f"{self._directory}: cannot be written: {_reason(e)}; what is saved"
-        " there is whole, and the same command goes on from it"
+        f"{self._directory}: cannot write: {_reason(e)}; saved checkpoints are"
+        " intact, rerun the command to resume"
       ) from e
 
 
 def restore(
   workdir: str | os.PathLike, template: TrainState, before: int
 ) -> TrainState | None:
-  """The newest state of fewer than `before` updates; or None. Writes nothing.
+  """The newest state before step `before`; None if there is none. Read-only.
 
   Raises:
     UserError: see `Checkpointer.restore`.
@@ -157,19 +163,19 @@ def restore(
 
 
 def latest_step(workdir: str | os.PathLike) -> int | None:
-  """The newest checkpoint's step; None if there is none. Writes nothing."""
+  """The newest checkpoint's step; None if there is none. Read-only."""
   directory = _directory(workdir)
   names = os.listdir(directory) if os.path.isdir(directory) else []
   return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
 def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
-  """The newest checkpoint's params and batch_stats, as numpy.
+  """The newest checkpoint's params and batch_stats, as numpy arrays.
 
-  Their moving averages, if the run kept them.
+  If the run kept moving averages of them (EMA), those are returned.
 
   Raises:
-    UserError: it is damaged.
+    UserError: the checkpoint is damaged.
   """
   state = _load(workdir)
   state = state.get("ema") or state
@@ -177,7 +183,11 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
-  """All arrays of the newest checkpoint, by name; errors as before."""
+  """All arrays of the newest checkpoint, by name such as 'params/stem/bias'.
+
+  Raises:
+    UserError: the checkpoint is damaged.
+  """
   return _named(_load(workdir))
 
 
@@ -196,12 +206,12 @@ def _load(workdir):
         step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
       )
       problem = _difference(manager, step, state)
-  except Exception as e:  # Whatever orbax makes of a damaged file.
+  except Exception as e:  # orbax raises anything for a damaged file.
     state, problem = {}, _reason(e)
   if problem:
     raise UserError(
-      f"{path}: is damaged ({problem}); the command that trains goes on from"
-      " the checkpoint before"
+      f"{path}: is damaged ({problem}); rerun the training command, which"
+      " resumes from the previous checkpoint"
     )
   return state
 
@@ -211,7 +221,7 @@ def _directory(workdir):
 
 
 def _newest(manager, template, steps):
-  """The newest state that can be read, and what is wrong with later ones."""
+  """The newest readable state, and {step: problem} of newer checkpoints."""
   damaged = {}
   for step in sorted(steps, reverse=True):
     state, problem = _read(manager, template, step)
@@ -223,14 +233,14 @@ def _newest(manager, template, steps):
   if damaged:
     step = max(damaged)
     raise UserError(
-      f"{manager.directory}: no checkpoint can be read; of step {step},"
-      f" {damaged[step]}"
+      f"{manager.directory}: no checkpoint can be read; the newest, of step"
+      f" {step}: {damaged[step]}"
     )
   return None, damaged
 
 
 def _read(manager, template, step):
-  """The state of an unrolled model, and what is wrong with it, or ''."""
+  """The state as saved, of unrolled blocks, and what is wrong with it or ''."""
   saved = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=template.step.sharding
@@ -239,10 +249,10 @@ def _read(manager, template, step):
   )
   try:
     there = _named(manager.item_metadata(step))
-  except Exception as e:  # Whatever orbax makes of a damaged file.
+  except Exception as e:  # orbax raises anything for a damaged file.
     return None, _reason(e)
   if not there:
-    return None, "its metadata are missing"
+    return None, "metadata missing"
   here = _named(saved)
   for name in sorted(there.keys() | here.keys()):
     shapes = [
@@ -251,8 +261,8 @@ def _read(manager, template, step):
     ]
     if shapes[0] != shapes[1]:
       raise UserError(
-        f"{manager.directory / str(step)}: {name} is {shapes[0]} there and"
-        f" {shapes[1]} in this config"
+        f"{manager.directory / str(step)}: {name} is {shapes[0]} in the"
+        f" checkpoint and {shapes[1]} in this config"
       )
   try:
     args = ocp.args.StandardRestore(saved)
@@ -270,7 +280,7 @@ def _named(tree):
 
 
 def _checksums(state):
-  """Every array's by its name; orbax itself would take a changed bit."""
+  """{name: CRC-32} of all arrays; orbax does not detect a changed bit."""
   return {
     name: zlib.crc32(np.ascontiguousarray(array))
     for name, array in _named(jax.device_get(state)).items()
@@ -278,20 +288,19 @@ def _checksums(state):
 
 
 def _difference(manager, step, state):
-  """What of `state` is not as it was saved; '' if all is."""
+  """How `state` differs from what was saved; '' if it does not."""
   metadata = manager.metadata(step)
   if metadata.init_timestamp_nsecs is None:
-    return "its metadata are missing"
+    return "metadata missing"
   wanted = metadata.custom_metadata.get("crc32")
   if wanted is None:  # Saved before there were checksums.
     return ""
   got = _checksums(state)
   wrong = [k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k)]
-  return f"{min(wrong)} has other bytes than were saved" if wrong else ""
+  return f"{min(wrong)} does not match its checksum" if wrong else ""
 
 
 def _reason(error):
-  """What the system said, where it said something; tensorstore adds much."""
-  text = str(error) or type(error).__name__
-  code = re.search(r"os_error_code='(\d+)'", text)
-  return os.strerror(int(code[1])) if code else text.splitlines()[0][:200]
+  """The system's message, if tensorstore's long text has one; or a line."""
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else first_line(error)[:200]

@@ -1,4 +1,4 @@
-"""Several processes, one on each host: they meet, and they end together."""
+"""Runs of several processes, one per host, that start and end together."""
 
 from collections.abc import Iterator
 from collections.abc import Mapping
@@ -20,10 +20,11 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
+from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-LOST = 75  # Exit code, sysexits.h's EX_TEMPFAIL: to start all again may help.
-_AGAIN = "start all processes again: they go on from the last checkpoint"
+LOST = 75  # Exit code, sysexits.h's EX_TEMPFAIL: a restart may help.
+_RESTART = "restart all processes to resume from the last checkpoint"
 
 
 @contextlib.contextmanager
@@ -35,22 +36,22 @@ def session(
   timeout: int,
   settings: Mapping[str, Any],
 ) -> Iterator[None]:
-  """The body runs when all processes have come, as one of them.
+  """Connects to the other processes, then runs the body.
 
-  Whatever ends one of them ends all: those that are left print one line and
-  exit with `LOST` once the others have been silent for `timeout`. Process 0
-  watches over the rest; if it goes, that takes no time.
+  If one process ends early, all do: the others print one line and exit with
+  `LOST`. They notice as soon as the coordinator, process 0, is gone; any other
+  process is given up once the coordinator has not heard from it for `timeout`.
 
   Args:
-    coordinator: HOST:PORT of process 0; None: what TPU, Slurm or Kubernetes
-      tell, and likewise for the next two.
-    num_processes: how many there are.
-    process_id: which this one is.
-    timeout: in seconds, to wait for those that have not come or are silent.
-    settings: must be the same in all processes; dotted name -> value.
+    coordinator: HOST:PORT of process 0. None: detected on TPU, Slurm and
+      Kubernetes, as are the next two.
+    num_processes: number of processes.
+    process_id: of this process, from 0.
+    timeout: seconds to wait for processes that do not connect or respond.
+    settings: values that must be equal in all processes, by dotted name.
 
   Raises:
-    UserError: they cannot meet as they were told to.
+    UserError: the processes cannot connect, or their settings differ.
   """
   port = 0
   if coordinator is not None:
@@ -64,12 +65,14 @@ def session(
       f" --num_processes={num_processes}"
     )
   if port and process_id == 0:
-    try:  # jax would crash.
+    try:  # jax would abort if the port is in use.
       socket.create_server(("", port)).close()
     except OSError as e:
       raise UserError(f"--coordinator={coordinator}: {e}") from e
-  os.environ.setdefault("grpc_proxy", "")  # Proxies are for the world outside,
-  jax.config.update("jax_check_proxy_envs", False)  # so need no warning.
+  # The processes connect directly, whatever proxies the environment names, so
+  # that jax need not warn of them.
+  os.environ.setdefault("grpc_proxy", "")
+  jax.config.update("jax_check_proxy_envs", False)
   with _Watch(timeout) as watch:
     try:
       jax.distributed.initialize(
@@ -81,43 +84,44 @@ def session(
         shutdown_timeout_seconds=timeout,
       )
     except (ValueError, RuntimeError) as e:
-      text = str(e).splitlines()[0]
+      text = first_line(e)
       if "be defined" in text:
         text = (
-          "no cluster that jax knows was found here; give --coordinator,"
-          " --num_processes and --process_id"
+          "no cluster detected; pass --coordinator, --num_processes and"
+          " --process_id"
         )
       raise UserError(f"--distributed: {text}") from e
-    watch.met = True
+    watch.connected = True
     try:
-      _compare(settings, timeout)
+      _check_equal(settings, timeout)
       yield
       jax.distributed.shutdown()
-    except SystemExit:  # A signal; all processes stop at the same step.
+    except SystemExit:  # After a signal, all processes stop at the same step.
       jax.distributed.shutdown()
       raise
     except BaseException as e:
-      # The usual way out would wait for the others, who wait for this one.
-      watch.leave(e)
+      # A normal exit would wait for the others, which wait for this process.
+      watch.exit_after(e)
 
 
 class _Watch:
-  """Turns the ways in which jax's coordination service ends us into one line.
+  """Replaces the crashes of jax's coordination service by one-line errors.
 
-  When another process is gone, or none comes, the service logs a fatal error
-  with a stack trace and aborts, and no callback can prevent it. So what C++
-  code prints goes through a pipe to a thread, which passes it on, but for what
-  the service says: at its last words the thread speaks and exits instead.
+  If another process is lost or never connects, the service logs a fatal error
+  with a stack trace and calls abort(). No callback can prevent that. Therefore
+  stderr becomes a pipe. A thread reads it, drops the service's log lines and
+  passes on all others. When it reads the fatal error, it prints one line and
+  exits while abort() is held up. Python's own sys.stderr bypasses the pipe.
   """
 
-  met = False  # Whether all processes have come.
+  connected = False  # Whether all processes have connected.
 
   def __init__(self, timeout: int):
     self._timeout = timeout
-    self._speaks = threading.Lock()
+    self._exiting = threading.Lock()
 
   def __enter__(self):
-    self._stderr = os.dup(2)
+    self._stderr = os.dup(2)  # The original one.
     read, write = os.pipe()
     sys.stderr.flush()
     os.dup2(write, 2)
@@ -125,84 +129,85 @@ class _Watch:
     self._python_stderr = sys.stderr
     sys.stderr = open(os.dup(self._stderr), "w", buffering=1)
     faulthandler.enable(sys.stderr)
-    # abort() waits in sleep(SIGABRT), six seconds, for the thread. No Python
-    # here: a heap that is broken could not run it.
+    # abort() raises SIGABRT, whose number is 6, and calls its handler: sleep(6)
+    # gives the thread the time to exit. The handler is not in Python, which
+    # could not run if the heap is corrupt.
     libc = ctypes.CDLL(None)
     libc.signal.argtypes = (ctypes.c_int, ctypes.c_void_p)
     libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
     self._thread = threading.Thread(
-      target=self._listen, args=(read,), daemon=True
+      target=self._filter, args=(read,), daemon=True
     )
     self._thread.start()
     return self
 
   def __exit__(self, *exception):
     os.dup2(self._stderr, 2)
-    self._thread.join(1)  # Longer only where a child has the pipe.
+    self._thread.join(1)  # It goes on if a child process holds the pipe open.
     sys.stderr.flush()
     sys.stderr = self._python_stderr
     faulthandler.enable(sys.stderr)
 
-  def _listen(self, pipe):
+  def _filter(self, pipe):
+    """Passes stderr on, without the service's lines; exits at its last ones."""
     log_line = re.compile(rb"[IWEF]\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] ")
     service = rb"coordination_service\w*|preemption_\w+|client|service"
-    dropping, last_words = False, None
+    dropping, fatal = False, None
     with open(pipe, "rb") as lines:
       for line in lines:
-        if last_words is not None:
-          if line.startswith(b"***"):
-            self._say(*self._reason(last_words.decode(errors="replace")))
-          last_words += line
+        if fatal is not None:  # Its status may have several lines.
+          if line.startswith(b"***"):  # The stack trace.
+            self._exit(*self._explain(fatal.decode(errors="replace")))
+          fatal += line
         elif b"the JAX distributed service detected fatal errors" in line:
-          last_words = line.rpartition(b"absl::Status: ")[2]
+          fatal = line.rpartition(b"absl::Status: ")[2]
         else:
+          # Lines without a header continue the log line before them.
           if match := log_line.match(line):
             dropping = re.fullmatch(service, match[1]) is not None
           if not dropping:
             os.write(self._stderr, line)
 
-  def _reason(self, status: str) -> tuple[str, int]:
-    """What the service's last words mean, and the exit code."""
+  def _explain(self, status: str) -> tuple[str, int]:
+    """A line for the status of the fatal error, and the exit code."""
     state = jax_distributed.global_state
     address, count = state.coordinator_address, state.num_processes
     text = " ".join(status.split())
-    if not self.met:
-      code, where = (
-        LOST,
-        f"--distributed: process {state.process_id} of {count}",
-      )
+    if not self.connected:
+      code = LOST
       if "Unexpected task" in text or "ALREADY_EXISTS" in text:
-        code, why = (
-          2,
-          (
-            f"the coordinator at {address} does not expect it: --process_id is"
-            " taken, or --num_processes differs there"
-          ),
+        code = 2
+        why = (
+          f"rejected by the coordinator at {address}: --process_id is in use,"
+          " or --num_processes differs there"
         )
       elif state.process_id and (reason := _unreachable(address)):
         why = (
-          f"no coordinator, which is process 0, at {address} after"
+          f"cannot reach the coordinator, process 0, at {address} after"
           f" {self._timeout} s: {reason}"
         )
       elif "DEADLINE_EXCEEDED" in text:
         why = (
-          f"not all {count} have come to {address} after {self._timeout} s; is"
-          " each started, with a --process_id of its own?"
+          f"not all {count} processes connected to {address} after"
+          f" {self._timeout} s; start each one, with its own --process_id"
         )
       else:
-        why = f"{address} does not answer as a coordinator does: {text}"
-      return f"{where}: {why}", code
+        why = f"unexpected answer from the coordinator at {address}: {text}"
+      process = f"process {state.process_id} of {count}"
+      return f"--distributed: {process}: {why}", code
     if match := re.search(r"stopped sending heartbeats\):([\d, ]+)", text):
-      gone = ", ".join(match[1].replace(",", " ").split())
-      why = f"process {gone} of {count} is gone, silent for {self._timeout} s"
-    elif "RPC" in text:  # To the coordinator, which does not answer.
-      why = f"process 0 of {count}, the coordinator at {address}, is gone"
+      lost = ", ".join(match[1].replace(",", " ").split())
+      why = (
+        f"lost process {lost} of {count}: no heartbeat for {self._timeout} s"
+      )
+    elif "RPC" in text:  # A call to the coordinator failed.
+      why = f"lost process 0 of {count}, the coordinator at {address}"
     else:
       why = f"--distributed: {text}"
-    return f"{why}; {_AGAIN}", LOST
+    return f"{why}; {_RESTART}", LOST
 
-  def leave(self, e: BaseException):
-    """Exits at once, with what a process alone would have said."""
+  def exit_after(self, e: BaseException):
+    """Exits at once with the output that a single process would have given."""
     chain, cause = [], e
     while cause is not None and cause not in chain:
       chain.append(cause)
@@ -210,30 +215,30 @@ class _Watch:
     lost = re.compile(r"gloo|nccl|coordination|barrier|heartbeat", re.I)
     for cause in reversed(chain):
       if not isinstance(cause, UserError) and lost.search(str(cause)):
-        # The connection to another process is gone. The service knows whose,
-        # as soon as it has been silent for long enough.
+        # The connection to another process broke. After the timeout the service
+        # knows to which one, and `_filter` exits. This is for when it does not.
         time.sleep(self._timeout + 10)
-        text = str(cause).splitlines()[0]
-        self._say(f"lost another process: {text}; {_AGAIN}", LOST)
+        text = first_line(cause)
+        self._exit(f"lost another process: {text}; {_RESTART}", LOST)
     if isinstance(e, UserError):
-      self._say(str(e), 2)
+      self._exit(str(e), 2)
     if isinstance(e, KeyboardInterrupt):
-      self._say("interrupted", 128 + signal.SIGINT)
+      self._exit("interrupted", 128 + signal.SIGINT)
     traceback.print_exception(e)
-    self._say(f"process {jax.process_index()} failed", 1)
+    self._exit(f"process {jax.process_index()} failed", 1)
 
-  def _say(self, text: str, code: int):
-    self._speaks.acquire()  # And never released.
-    with contextlib.suppress(OSError, ValueError):  # A pipe that is closed.
+  def _exit(self, text: str, code: int):
+    self._exiting.acquire()  # Never released: only the first line is printed.
+    with contextlib.suppress(OSError, ValueError):  # The reader may be gone.
       os.write(self._stderr, f"error: {text}\n".encode())
       sys.stdout.flush()
     if jax_distributed.global_state.process_id == 0:
-      time.sleep(2)  # The others hear of it from us.
+      time.sleep(2)  # The coordinator first tells the others why.
     os._exit(code)
 
 
 def _unreachable(address: str) -> str | None:
-  """Why nobody answers there."""
+  """Why no connection to HOST:PORT is possible; None if one is."""
   host, _, port = address.rpartition(":")
   try:
     socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
@@ -242,8 +247,8 @@ def _unreachable(address: str) -> str | None:
   return None
 
 
-def _compare(settings: Mapping[str, Any], timeout: int) -> None:
-  """Refuses settings that are not those of process 0, in all processes."""
+def _check_equal(settings: Mapping[str, Any], timeout: int) -> None:
+  """Raises in every process unless all have the same settings."""
   state = jax_distributed.global_state
   client = state.client
   assert client is not None

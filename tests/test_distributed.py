@@ -151,8 +151,8 @@ def test_a_kill_takes_all_down_and_fewer_go_on(tmp_path):
       assert_one_line(
         processes[i],
         distributed.LOST,
-        "process 2 of 4 is gone, silent for 60 s; start all processes again:"
-        " they go on from the last checkpoint",
+        "lost process 2 of 4: no heartbeat for 60 s; restart all processes to"
+        " resume from the last checkpoint",
       )
     assert time.time() - killed < 120  # The promise, in README.
   saved = checkpoint.latest_step(broken)
@@ -184,8 +184,8 @@ def test_a_coordinator_that_goes_takes_all_down(tmp_path, signum):
     assert_one_line(
       processes[1],
       distributed.LOST,
-      r"process 0 of 2, the coordinator at localhost:\d+, is gone; start all"
-      " processes again: they go on from the last checkpoint",
+      r"lost process 0 of 2, the coordinator at localhost:\d+; restart all"
+      " processes to resume from the last checkpoint",
     )
 
 
@@ -206,9 +206,7 @@ def test_a_mistake_in_one_process_ends_all(tmp_path):
   )  # fmt: skip
   with ended(start(2, *flags)) as processes:
     assert_one_line(processes[1], 2, f"{broken}: cannot be decoded.*")
-    assert_one_line(
-      processes[0], distributed.LOST, "process 1 of 2 is gone, .*"
-    )
+    assert_one_line(processes[0], distributed.LOST, "lost process 1 of 2: .*")
 
 
 @pytest.mark.slow
@@ -233,15 +231,15 @@ def test_those_who_never_meet_say_so(tmp_path):
     assert_one_line(
       lone[0],
       distributed.LOST,
-      "--distributed: process 1 of 2: no coordinator, which is process 0, at"
-      f" {address}: Connection refused",
+      "--distributed: process 1 of 2: cannot reach the coordinator, process 0,"
+      f" at {address}: Connection refused",
     )
     for i, process in enumerate(two):
       assert_one_line(
         process,
         distributed.LOST,
-        f"--distributed: process {i} of 3: not all 3 have come to {address}; is"
-        " each started, with a --process_id of its own.",
+        f"--distributed: process {i} of 3: not all 3 processes connected to"
+        f" {address}; start each one, with its own --process_id",
       )
   assert not (tmp_path / "run").exists()
 

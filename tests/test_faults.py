@@ -129,7 +129,7 @@ def test_when_all_are_damaged_nothing_is_lost(copy):
   for path in copy.glob("checkpoints/*/_CHECKPOINT_METADATA"):
     path.unlink()
   before = sorted(copy.rglob("*"))
-  with pytest.raises(UserError, match="no checkpoint can be read; of step 10"):
+  with pytest.raises(UserError, match=r"no checkpoint can be read; .* step 10"):
     train_digits(copy)
   assert [p for p in sorted(copy.rglob("*")) if p.name != "lock"] == [
     p for p in before if p.name != "lock"
@@ -162,7 +162,7 @@ def test_a_changed_config_is_accepted_when_told(copy):
   assert start["changes"] == ["optim.learning_rate is 0.01 there and 0.5 here"]
   assert start["first_step"] == 5
   config.model.dim = 4
-  with pytest.raises(UserError, match=r"10: .* is \(8,\) there and \(4,\) in"):
+  with pytest.raises(UserError, match=r"10: .* is \(8,\) in the .* and \(4,\)"):
     train.train_and_evaluate(config, copy, accept_changes=True)
   assert (copy / "checkpoints" / "10").is_dir()
 
@@ -408,7 +408,7 @@ def test_a_disk_that_goes_away(mounted, monkeypatch, tmp_path):
     subprocess.run(["umount", "-l", folder], check=True)
 
   before_step(monkeypatch, 7, go_away)
-  with pytest.raises(UserError, match="checkpoints: is there no more"):
+  with pytest.raises(UserError, match="checkpoints: no longer exists"):
     train_digits(folder / "run")
   assert not [*folder.iterdir()]
 
@@ -531,8 +531,8 @@ def test_a_clock_that_jumps_loses_nothing(tmp_path):
     if code != -signal.SIGABRT:
       assert code == 2
       assert re.fullmatch(
-        r"error: .*/checkpoints: cannot be written: .* timed out after .*; what"
-        r" is saved there is whole, and the same command goes on from it",
+        r"error: .*/checkpoints: cannot write: .* timed out after .*; saved"
+        r" checkpoints are intact, rerun the command to resume",
         err.splitlines()[-1],
       )
   assert code == 0

@@ -1,0 +1,111 @@
+"""Plans a training run for hardware that you do not have.
+
+  python -m convmixer_jax.plan --config configs/digits.py --topology cpu:8
+  python -m convmixer_jax.plan --config configs/imagenet.py:1536_20 \\
+      --config.batch_size=512 --topology v5e:2x4
+  python -m convmixer_jax.plan --config configs/imagenet.py:768_32 \\
+      --config.model.bn_group_size=0 --topology v5e:16x16 --find_batch --json
+
+Compiles the run's train step for the topology, with that platform's compiler,
+and reports what the program needs: memory, FLOPs, memory traffic, and what the
+devices exchange and why. Nothing is computed or allocated. TPU topologies need
+libtpu: pip install "jax[tpu]". Times are lower bounds, not measurements: the
+step cannot be faster than its arithmetic at the peak rate, its memory traffic
+at full bandwidth, or its communication over all links.
+
+Exits with 0 if the run fits, and with 1 if it does not.
+"""
+
+import dataclasses
+import json
+import shlex
+import sys
+
+from absl import flags
+import jax
+
+from convmixer_jax import cli
+from convmixer_jax import logger
+from convmixer_jax import plan
+from convmixer_jax.data import sources
+from convmixer_jax.errors import UserError
+from convmixer_jax.plan import report
+from convmixer_jax.plan import search
+from convmixer_jax.plan import topology
+
+_FLAGS = flags.FlagValues()
+_CONFIG = cli.define_config(_FLAGS)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology",
+  None,
+  "Devices to plan for: --topology v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:2x4 (chips"
+  " along each axis), or cpu:8. Default: the devices of this machine.",
+  flag_values=_FLAGS,
+)
+_FIND_BATCH = flags.DEFINE_bool(
+  "find_batch",
+  False,
+  "Search for the largest batch size that fits, to the unit or within 2 %,"
+  " starting from the config's: --find_batch. Compiles the step for each size"
+  " that it tries and reports it on stderr.",
+  flag_values=_FLAGS,
+)
+_NUM_IMAGES = flags.DEFINE_integer(
+  "num_images",
+  None,
+  "Number of training images, if the data set is not available locally:"
+  " --num_images 1281167.",
+  lower_bound=1,
+  flag_values=_FLAGS,
+)
+_NUM_CLASSES = flags.DEFINE_integer(
+  "num_classes",
+  None,
+  "Number of classes, in the same case: --num_classes 1000.",
+  lower_bound=2,
+  flag_values=_FLAGS,
+)
+_JSON = flags.DEFINE_bool(
+  "json", False, "Print a JSON object instead: --json.", flag_values=_FLAGS
+)
+
+
+def main() -> None:
+  """Prints the plan that the flags ask for; see --help."""
+  config = cli.given(_CONFIG)
+  devices = topology.open_topology(_TOPOLOGY.value)
+  # A cached program may name operations of another version of the source.
+  jax.config.update("jax_enable_compilation_cache", False)
+  data = config.data
+  split = sources.describe(
+    data.name, data.dir, data.train_split, data.image_size
+  )
+  for field, flag in (("size", _NUM_IMAGES), ("num_classes", _NUM_CLASSES)):
+    value = flag.value or getattr(split, field)
+    if value is None:
+      raise UserError(
+        f"data.name={data.name}: not available locally; pass --{flag.name}"
+      )
+    split = dataclasses.replace(split, **{field: value})
+  if _FIND_BATCH.value:
+    log = lambda line: print(line, file=sys.stderr, flush=True)
+    result = search.find_batch(config, devices, split, log)
+  else:
+    result = plan.plan(config, devices, split)
+  result |= {
+    "topology": _TOPOLOGY.value,
+    "command": shlex.join(
+      ["python", "-m", "convmixer_jax.plan", *sys.argv[1:]]
+    ),
+    **logger.provenance(),
+  }
+  if devices[0].platform == "tpu":
+    *_, build = devices[0].client.platform_version.splitlines()
+    result["versions"]["libtpu"] = build
+  print(json.dumps(result, indent=2) if _JSON.value else report.report(result))
+  if not result["fits"]:
+    sys.exit(1)
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS)

@@ -1,0 +1,114 @@
+"""Devices to plan for, and what their chips can do."""
+
+from collections.abc import Sequence
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from convmixer_jax.errors import first_line
+from convmixer_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """A TPU chip, which JAX shows as one device.
+
+  Attributes:
+    flops: peak bfloat16 FLOP/s; by default float32 is multiplied so too.
+    bandwidth: of its memory, bytes/s.
+    interconnect: bytes/s that it can send over all its links together.
+    memory: bytes available to a program, according to libtpu 0.0.42.1.
+    clock: Hz; `flops` divided by the FLOPs of its matrix units in a cycle.
+  """
+
+  flops: float
+  bandwidth: float
+  interconnect: float
+  memory: int
+  clock: float
+
+
+_GIB = 2**30
+
+# By JAX's device_kind. Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p and
+# /v6e in November 2026. Interconnect is half of their "bidirectional ICI
+# bandwidth per chip" (v4: 6 links of 50 GB/s each way, Jouppi et al.,
+# arXiv:2304.01433). Matrix units: eight of 128 x 128 on v4 and v5p, four on
+# v5e; v6e does 2^19 FLOPs a cycle, of which its compiler expects 70 % for a
+# product of two [8192, 8192].
+CHIPS = {
+  "TPU v4": Chip(275e12, 1200e9, 300e9, int(30.75 * _GIB), 275e12 / 2**18),
+  "TPU v5 lite": Chip(197e12, 819e9, 200e9, int(15.75 * _GIB), 197e12 / 2**17),
+  "TPU v5": Chip(459e12, 2765e9, 600e9, int(95.74 * _GIB), 459e12 / 2**18),
+  "TPU v6 lite": Chip(918e12, 1638e9, 400e9, int(31.25 * _GIB), 918e12 / 2**19),
+}
+_KINDS = "v4", "v5e", "v5p", "v6e"  # libtpu's names for these chips.
+
+
+def open_topology(name: str | None) -> Sequence[Any]:
+  """The devices of a topology such as 'v5e:4x4' or 'cpu:8'.
+
+  Call it before anything else uses JAX: unless `name` is None, it restricts
+  JAX's own computation to the CPU.
+
+  Args:
+    name: None means the devices of this machine.
+
+  Raises:
+    UserError: there is no such topology, or libtpu is missing.
+  """
+  if name is None:
+    return jax.devices()
+  kind, _, shape = name.partition(":")
+  pattern = rf"cpu:[1-9]\d*|({'|'.join(_KINDS)}):[1-9]\d*(x[1-9]\d*)*"
+  count = math.prod(map(int, re.findall(r"\d+", shape)))
+  if not re.fullmatch(pattern, name) or count > 10_000:
+    raise UserError(
+      f"--topology={name}: must be cpu:N, or one of {', '.join(_KINDS)} and the"
+      " number of chips along each axis, as in v5e:4x4; at most 10,000 devices"
+    )
+  jax.config.update("jax_platforms", "cpu")
+  if kind == "cpu":
+    jax.config.update("jax_num_cpu_devices", count)
+    return jax.devices()
+  if (
+    importlib.util.find_spec("libtpu") is None
+    and "TPU_LIBRARY_PATH" not in os.environ
+  ):
+    raise UserError(
+      f"--topology={name}: needs libtpu, which is not installed; run pip"
+      f' install "jax[tpu]=={jax.__version__}"'
+    )
+  # libtpu must not look for a chip to lock, ask a host about it, or write logs.
+  os.environ.update(
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_ACCELERATOR_TYPE="",
+    TPU_HOST_BOUNDS="1,1,1",
+    TPU_LOG_DIR="disabled",
+    TPU_SKIP_MDS_QUERY="1",
+    TPU_WORKER_HOSTNAMES="localhost",
+  )
+  options = {"chip_config_name": "megacore"} if kind == "v4" else {}
+  if count == 1:
+    options["chips_per_host_bounds"] = [1, 1, 1]
+  try:
+    return topologies.get_topology_desc(name, platform="tpu", **options).devices
+  except (jax.errors.JaxRuntimeError, ValueError) as e:
+    raise UserError(f"--topology={name}: {first_line(e)}") from e
+
+
+def available_memory(devices: Sequence[Any]) -> int | None:
+  """Bytes available to each of `devices`, of one kind; None if unknown."""
+  device = devices[0]
+  if chip := CHIPS.get(device.device_kind):
+    return chip.memory
+  if device.platform == "cpu":  # They share the memory of the machine.
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total // len(devices)
+  return (device.memory_stats() or {}).get("bytes_limit")
