@@ -1,30 +1,48 @@
+"""README and docs: commands parse, Python runs, and what is named exists."""
+
 import re
 import runpy
 import shlex
 
+import jax
+import jax.numpy as jnp
+from PIL import Image
 import pytest
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import weights
 from tests import common
 
-README = (common.ROOT / "README.md").read_text()
+PAGES = {
+  str(path.relative_to(common.ROOT)): path.read_text()
+  for path in [common.ROOT / "README.md", *common.ROOT.glob("docs/*.md")]
+}
+TEXT = "\n".join(PAGES.values())
 COMMANDS = re.findall(
-  r"^python -m ((?:convmixer_jax|benchmarks|examples|experiments)\.\w+)(.*)$",
-  README,
+  r"^(?:scripts/tpu_pod.sh NAME run )?python -m"
+  r" ((?:convmixer_jax|benchmarks|examples|experiments)\.\w+)(.*)$",
+  TEXT,
   re.M,
 )
+PYTHON = [
+  (page, code)
+  for page, text in PAGES.items()
+  for code in re.findall(r"^```python\n(.*?)^```", text, re.M | re.S)
+]
 
 
-def test_there_are_commands():
-  assert len(COMMANDS) >= 15
+def test_all_are_found():
+  assert len(COMMANDS) >= 40
+  assert len(PYTHON) >= 2
 
 
-@pytest.mark.parametrize(("module", "command"), COMMANDS)
+@pytest.mark.parametrize(("module", "command"), sorted(set(COMMANDS)))
 def test_commands_parse(module, command, monkeypatch):
   """Flags known, overrides of the right type, and a config that may run."""
   argv = [module, *shlex.split(command)]
   monkeypatch.setattr("sys.argv", argv)  # Overrides are looked for there.
-  path = (common.ROOT / module.replace(".", "/")).with_suffix(".py")
+  path = common.ROOT / module.replace(".", "/")
+  path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
   flag_values = runpy.run_path(str(path))["_FLAGS"]
   rest = flag_values(argv)[1:]
   takes_names = (".predict", ".run", ".slurm", ".tables", ".report")
@@ -33,17 +51,55 @@ def test_commands_parse(module, command, monkeypatch):
     config_lib.check(flag_values.config, num_devices=8)
 
 
+@pytest.mark.parametrize(("page", "code"), PYTHON)
+def test_python_runs(page, code, monkeypatch, tmp_path):
+  """As it stands, with a tiny model in place of any weights."""
+
+  def load_model(where):
+    depth = 16 if "hf-hub" in where else 1
+    model = common.tiny_model(depth=depth)
+    images = jnp.zeros((1, 8, 8, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    data = {"image_size": 32, "crop_pct": 0.96, "mean": (0.5,) * 3}
+    data |= {"std": (0.5,) * 3, "class_names": list("0123456789")}
+    return model, variables, data
+
+  monkeypatch.setattr(weights, "load_model", load_model)
+  monkeypatch.chdir(tmp_path)
+  Image.new("RGB", (64, 48)).save("photo.jpg")
+  exec(compile(code, page, "exec"), {})
+
+
 def test_make_targets_exist():
   makefile = (common.ROOT / "Makefile").read_text()
-  for target in re.findall(r"^make (\S+)|`make ([\w.-]+)`", README, re.M):
+  for target in re.findall(r"^make (\S+)|`make ([\w.-]+)`", TEXT, re.M):
     name = "".join(target)
     assert re.search(rf"^{re.escape(name)}:", makefile, re.M), name
 
 
-def test_files_that_are_named_exist():
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_paths_exist(page):
+  """Links are relative to the page, names of files to the root."""
+  text = PAGES[page]
+  folder = (common.ROOT / page).parent
+  for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+    assert (folder / link).exists(), link
   for name in re.findall(
-    r"\]\(([\w./-]+)\)|`((?:convmixer_jax|tests|configs|experiments|benchmarks|examples)/[\w./-]*)`",
-    README,
+    r"`((?:convmixer_jax|tests|configs|experiments|benchmarks|examples|scripts)"
+    r"/[\w./-]*)`",
+    text,
   ):
-    path = "".join(name)
-    assert (common.ROOT / path).exists(), path
+    assert (common.ROOT / name).exists(), name
+
+
+def test_the_tree_is_the_checkout():
+  tree = re.search(r"^```\n(configs/ .*?)^```", TEXT, re.M | re.S)[1]
+  folder = common.ROOT
+  for line in tree.splitlines():
+    names = re.split(" {2,}", line.strip())[0].split(", ")
+    if not line.startswith(" "):
+      folder = common.ROOT
+    for name in names:
+      assert (folder / name).exists(), name
+    if line.strip() == "convmixer_jax/":
+      folder = common.ROOT / "convmixer_jax"
