@@ -25,19 +25,18 @@ def make_schedule(
 
   onecycle: the authors', piecewise linear in epochs, through (0, 0),
   (2E // 5, peak), (4E // 5, peak / 20) and (E, 0). cosine: half a cosine from
-  the peak to 0. constant: the peak. The last two rise linearly from 0 over the
-  warm-up, if there is one.
+  the peak to 0. constant: the peak. The last two rise linearly from 0 during
+  warm-up.
 
-  Update i, counted from 0, uses the value at the end of its step, i + 1, so the
-  first update moves the weights; the last one does not where a schedule ends in
-  0.
+  Update i, counted from 0, uses the value at i + 1. So the first update has a
+  rate above 0, and the last one has 0 if the schedule ends there.
 
   Args:
     name: one of `SCHEDULES`.
     peak: the highest learning rate, absolute.
     epochs: E, at least 1.
-    steps_per_epoch: updates per epoch; need not be whole.
-    warmup_epochs: less than E; not for onecycle.
+    steps_per_epoch: updates per epoch, not necessarily whole.
+    warmup_epochs: less than E; ignored by onecycle.
 
   Returns:
     A function from the number of updates done to the learning rate of the next.
@@ -77,20 +76,20 @@ def make_optimizer(
     config: a config's `optim`, of which these are read.
       weight_decay: decoupled, multiplied by the learning rate (PyTorch's
         AdamW).
-      decay_all: decay every tensor; otherwise kernels alone, the tensors that
-        have two or more dimensions in PyTorch: no bias, no norm's parameter.
+      decay_all: decay every tensor; otherwise only kernels (the tensors with two
+        or more dimensions in PyTorch), no biases and no norm's parameters.
       eps: added to the root of the second moment.
       betas: decay of the first and second moments.
       clip_norm: largest global gradient norm; 0 does not clip.
-    freeze: path prefixes ('stem', 'block_0/depthwise') of parameters that stay
-      as they are and do not count in the norm; of a scanned model's too.
-    backbone_lr_scale: multiplies the learning rate of everything but the head.
+    freeze: path prefixes ('stem', 'block_0/depthwise') of parameters that are
+      not updated and do not count in the norm. Scanned models have them too.
+    backbone_lr_scale: factor on the learning rate of all but the head.
 
   Returns:
     An optax transformation for trees like `params`.
 
   Raises:
-    UserError: a prefix in `freeze` that no parameter has.
+    UserError: no parameter has a prefix in `freeze`.
   """
   by_path = jax.tree_util.tree_map_with_path
   prefixes = {prefix: prefix.split("/") for prefix in freeze}
@@ -139,7 +138,7 @@ def make_optimizer(
 
 
 def _names(path, leaf):
-  """What a parameter is called; for a scanned model's blocks, each of them."""
+  """A parameter's path; in a scanned model's blocks, one for each block."""
   names = [part.key for part in path]
   if names[0] != "blocks":
     return [names]

@@ -6,9 +6,9 @@
   find photos -name '*.png' | python -m convmixer_jax.predict \\
       --weights runs/cifar10 --json -
 
-IMAGE... are files of any kind that Pillow reads, folders, or - for a list on
-the standard input, one a line. A file that is no image is named, the others are
-classified, and the exit code is 2.
+Arguments are image files, folders, or - for a list on standard input, one path
+a line. All formats of Pillow are read. A file that is not an image gives an
+error line; the others are classified, and the exit code is 2.
 """
 
 import collections
@@ -36,21 +36,21 @@ _WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
 _TOP = flags.DEFINE_integer(
   "top",
   5,
-  "How many classes to print: --top 3.",
+  "Number of classes to print: --top 3.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
 _BATCH_SIZE = flags.DEFINE_integer(
   "batch_size",
   32,
-  "Images at a time: --batch_size 64.",
+  "Images per batch: --batch_size 64.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
 _JSON = flags.DEFINE_bool(
   "json",
   False,
-  "Print a JSON object a line for each image: --json.",
+  "Print a JSON object for each image, one a line: --json.",
   flag_values=_FLAGS,
 )
 
@@ -105,10 +105,10 @@ def _format(path, row, names):
 
 
 def image_files(arguments: Sequence[str]) -> list[str]:
-  """Files, folders and - to paths, in the order given; folders sorted.
+  """Replaces folders by their images, sorted, and - by standard input's lines.
 
   Raises:
-    UserError: there are none.
+    UserError: there are no images.
   """
   files = []
   for argument in arguments:
@@ -123,18 +123,18 @@ def image_files(arguments: Sequence[str]) -> list[str]:
     else:
       files.append(argument)
   if not files:
-    raise UserError("IMAGE...: no images; give files, folders or -")
+    raise UserError("no images given; pass files, folders or -")
   return files
 
 
 def decoded(
   files: Sequence[str], batch_size: int, size: int, crop_pct: float
 ) -> Iterator[tuple[Sequence[str], np.ndarray, list[str]]]:
-  """Decodes ahead of its consumer, in threads.
+  """Decodes in threads, ahead of the consumer.
 
   Yields:
-    Up to `batch_size` paths; uint8 [B, size, size, 3]; and what is wrong with
-    each file, '' for nothing.
+    Up to `batch_size` paths; uint8 [B, size, size, 3]; and an error for each
+    file, '' if there is none.
   """
 
   def load(path):

@@ -1,4 +1,4 @@
-"""One mesh axis, `data`: parameters everywhere, batches cut across devices."""
+"""One mesh axis, `data`: parameters replicated, batches sharded."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -23,12 +23,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-  """The leading axis is cut across the devices."""
+  """The leading axis is split across the devices."""
   return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """The rows of a global batch that this process feeds, ascending.
+  """The rows of a global batch that this process supplies, ascending.
 
   Args:
     mesh: from `make_mesh`.
@@ -47,7 +47,7 @@ def _place(sharding):
 def to_global(
   mesh: Mesh, local: Mapping[str, np.ndarray], batch_size: int
 ) -> dict[str, jax.Array]:
-  """Joins every process's rows into global arrays, sharded by batch.
+  """Joins the rows of all processes into global arrays, sharded by batch.
 
   Args:
     mesh: from `make_mesh`.

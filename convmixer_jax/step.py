@@ -1,4 +1,4 @@
-"""The jitted train and eval steps, and the state that they carry."""
+"""One update, one evaluation of a batch, and the train state."""
 
 from collections.abc import Callable
 import dataclasses
@@ -102,7 +102,7 @@ def make_train_step(
   ema_decay: float = 0.0,
   batch_sharding: jax.sharding.NamedSharding | None = None,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-  """Returns the function that does one update; jit it with the state donated.
+  """Returns the function of one update; jit it with the state donated.
 
   Args:
     model: called with `train=True` on augmented images.
@@ -110,10 +110,10 @@ def make_train_step(
     augment: the random part, on the device; see `augmented`.
     seed: of the augmentation.
     label_smoothing: see `soft_targets`.
-    accum_steps: the batch is cut into so many equal microbatches of consecutive
-      images, whose gradients, metrics and BatchNorm updates are averaged.
-    ema_decay: of the moving averages of a state that has them.
-    batch_sharding: how batches lie on the devices; microbatches lie likewise.
+    accum_steps: number of equal microbatches of consecutive images, whose
+      gradients, metrics and BatchNorm updates are averaged.
+    ema_decay: of the moving averages, if the state has them.
+    batch_sharding: of batches over the devices, and of microbatches.
 
   Returns:
     (state, batch) -> (state, metrics). batch: image uint8 [B, H, W, C], label
@@ -186,7 +186,7 @@ def make_train_step(
 def make_eval_step(
   model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
-  """Returns the function that scores one batch.
+  """Returns the function that evaluates one batch.
 
   Args:
     model: called with `train=False`.

@@ -86,9 +86,10 @@ def test_a_family_of_ones_own(family, tmp_path):
   # Trains, once an epoch evaluates and saves, and resumes.
   state = train.train_and_evaluate(config, tmp_path / "run")
   assert state.batch_stats == {}
+  lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
   steps = [
     record["step"]
-    for record in map(json.loads, (tmp_path / "run/metrics.jsonl").open())
+    for record in map(json.loads, lines)
     if record["kind"] == "eval"
   ]
   assert steps == [23, 45, 68]  # 1,437 images in batches of 64.
