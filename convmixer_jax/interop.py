@@ -129,6 +129,8 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     value = np.asarray(value)
     if leaf == "kernel":
       value = _KERNELS[kind][1](value)
+    # Contiguous: safetensors writes a transposed array's buffer as it lies.
+    value = np.ascontiguousarray(value)
     state_dict[f"{module}.{names[collection, leaf]}"] = value
   return state_dict
 

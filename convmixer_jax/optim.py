@@ -76,7 +76,7 @@ def make_optimizer(
     config: a config's `optim`, of which these are read.
       weight_decay: decoupled, multiplied by the learning rate (PyTorch's
         AdamW).
-      decay_all: decay every tensor; otherwise only kernels (the tensors with two
+      decay_all: decay every tensor; otherwise only kernels (tensors with two
         or more dimensions in PyTorch), no biases and no norm's parameters.
       eps: added to the root of the second moment.
       betas: decay of the first and second moments.
