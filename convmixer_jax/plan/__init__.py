@@ -66,8 +66,8 @@ def plan(
   chip = topology.CHIPS.get(devices[0].device_kind)
   traffic = collectives = seconds = None
   if compiled is not None:
-    code = compiled.memory_analysis().generated_code_size_in_bytes
-    memory["program"] = code
+    analysis = compiled.memory_analysis()
+    memory["program"] = analysis.generated_code_size_in_bytes
     program = hlo.Program(compiled.as_text())
     traffic = program.bytes()
     collectives = cost.by_cause(program.collectives())
@@ -110,9 +110,9 @@ def plan(
     "seconds": seconds,
     "hours": seconds
     and {
-      name: seconds[name] * steps / 3600
-      for name in ("at_best", "compiler_estimate")
-      if name in seconds
+      name: value * steps / 3600
+      for name, value in seconds.items()
+      if name in ("at_best", "compiler_estimate")
     },
   }
 
