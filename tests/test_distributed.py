@@ -1,4 +1,4 @@
-"""Real processes that train together, over Gloo, and end together."""
+"""Real processes that train together over Gloo and end together."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ from tests.test_train import finish
 from tests.test_train import FLAGS
 from tests.test_train import records
 
-# After tens of steps, float32: processes add up in another order.
+# Of float32 after tens of steps: processes sum in another order.
 TOLERANCE = 1e-4
 # 360 images are scored in batches of 28, the last one ragged.
 DIGITS = (*FLAGS, "--config.batch_size=28",
@@ -57,7 +57,7 @@ def start(count, *flags, ids=None, port=None, timeout=5):
 
 @contextlib.contextmanager
 def ended(processes):
-  """None of them outlives its test."""
+  """Kills the processes at the end of a test."""
   try:
     yield processes
   finally:
@@ -67,7 +67,7 @@ def ended(processes):
 
 
 def assert_one_line(process, code, says):
-  """How a process ends that another has let down: with no traceback."""
+  """The process exits with `code` and one line on stderr."""
   _, err = process.communicate(timeout=180)
   assert process.returncode == code, err
   assert re.fullmatch(f"error: {says}\n", err), err
@@ -113,7 +113,7 @@ def test_processes_equal_one(tmp_path, data):
     assert_same_run(workdir, one)
   if data == "cifar10":
     return
-  # And what four have written, two evaluate.
+  # Two processes evaluate the checkpoint of four.
   flags = (*flags, f"--workdir={workdir}", "--mode=eval")
   with ended(start(2, *flags)) as processes:
     (out, _), (silent, _) = map(finish, processes)
@@ -125,7 +125,7 @@ def test_processes_equal_one(tmp_path, data):
 
 
 def until_step(process, step):
-  """Returns what it has printed."""
+  """Reads the output up to that step."""
   lines = []
   for line in process.stdout:
     lines.append(line)
@@ -135,8 +135,8 @@ def until_step(process, step):
 
 
 @pytest.mark.slow
-def test_a_kill_takes_all_down_and_fewer_go_on(tmp_path):
-  """4 processes, one killed; 2, one pre-empted; 1 to the end: the same run."""
+def test_after_a_kill_fewer_processes_resume(tmp_path):
+  """4 processes, one killed; 2, one preempted; 1 to the end: the same run."""
   flags = (*DIGITS, "--config.epochs=12")  # 60 steps, saved every 4.
   whole, broken = tmp_path / "whole", tmp_path / "broken"
   unbroken = [*flags, f"--workdir={whole}"]
@@ -176,7 +176,7 @@ def test_a_kill_takes_all_down_and_fewer_go_on(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_coordinator_that_goes_takes_all_down(tmp_path, signum):
+def test_losing_the_coordinator_ends_all(tmp_path, signum):
   flags = (*FLAGS, "--config.epochs=100000", f"--workdir={tmp_path}")
   with ended(start(2, *flags)) as processes:
     until_step(processes[0], 6)
@@ -191,7 +191,7 @@ def test_a_coordinator_that_goes_takes_all_down(tmp_path, signum):
 
 @pytest.mark.slow
 def test_a_mistake_in_one_process_ends_all(tmp_path):
-  """An image that only process 1 reads is broken: it says so and leaves."""
+  """Only process 1 reads the broken image; it reports it and exits."""
   for split, count in (("train", 16), ("val", 2)):
     for i in range(count):
       path = tmp_path / "photos" / split / f"class_{i % 2}" / f"{i:02}.jpeg"
@@ -221,8 +221,8 @@ def test_a_signal_to_one_of_two_processes_stops_both(tmp_path, signum):
 
 
 @pytest.mark.slow
-def test_those_who_never_meet_say_so(tmp_path):
-  """No coordinator; a coordinator, and one process of three missing."""
+def test_processes_that_never_connect(tmp_path):
+  """One run without a coordinator, one that lacks a process of three."""
   flags = (*FLAGS, f"--workdir={tmp_path / 'run'}")
   lone = start(2, *flags, ids=[1], timeout=5)
   two = start(3, *flags, ids=[0, 1], timeout=5)
@@ -271,7 +271,7 @@ def test_processes_that_differ_are_refused(tmp_path, flag, says):
     (("host:99999", 2, 0), "--coordinator=host:99999: must be HOST:PORT"),
   ],
 )
-def test_what_cannot_be_is_refused_at_once(where, says):
+def test_invalid_flags_are_refused_at_once(where, says):
   with (
     pytest.raises(UserError, match=says),
     distributed.session(*where, timeout=1, settings={}),

@@ -25,7 +25,7 @@ DIGITS = sources.describe("digits", None, "train", 8)
 
 
 def plan_digits(**overrides):
-  """Of a step of eight images on each of the eight devices."""
+  """Eight images on each of the eight devices."""
   config = common.digits_config(batch_size=64, **overrides)
   return plan.plan(config, jax.devices(), DIGITS)
 
@@ -63,8 +63,8 @@ def test_memory(synchronised):
   assert synchronised["steps"] == 23  # ceil(1437 / 64)
 
 
-def test_groups_that_fit_exchange_gradients_and_averages_alone(grouped):
-  """Exactly; the blocks are a loop, and counted as often as it runs."""
+def test_groups_that_fit_exchange_gradients_and_averages_only(grouped):
+  """Byte for byte; the blocks are a loop, whose runs all count."""
   split = grouped["memory_split_bytes"]
   assert bytes_by_cause(grouped) == {
     "gradients": split["parameters"],
@@ -74,7 +74,7 @@ def test_groups_that_fit_exchange_gradients_and_averages_alone(grouped):
   assert {row["kind"] for row in grouped["collectives"]} == {"all-reduce"}
 
 
-def test_what_spans_devices_is_exchanged(synchronised):
+def test_statistics_of_the_whole_batch_are_exchanged(synchronised):
   causes = bytes_by_cause(synchronised)
   norms = 3 * 8 * 4
   # Mean, mean square and spread forward, two sums backward, which are the
@@ -95,7 +95,7 @@ def test_what_spans_devices_is_exchanged(synchronised):
     ({"accum_steps": 2}, "microbatches"),
   ],
 )
-def test_more_that_spans_devices(overrides, cause):
+def test_other_exchanges(overrides, cause):
   assert bytes_by_cause(plan_digits(**overrides))[cause] > 0
 
 
@@ -182,7 +182,7 @@ ENTRY %main (p: f32[100]) -> f32[100] {{
     ("v5e:999x999", "at most 10,000"),
   ],
 )
-def test_mistakes_in_the_topology(name, error):
+def test_invalid_topologies(name, error):
   with pytest.raises(UserError, match=error) as e:
     topology.open_topology(name)
   assert str(e.value).startswith(f"--topology={name}: ")
@@ -273,7 +273,7 @@ def test_find_batch_where_none_fits(monkeypatch):
     ("folder", "train", None, None, False),
   ],
 )
-def test_what_is_known_without_the_data(
+def test_size_and_classes_without_the_data(
   tmp_path, name, split, size, classes, in_memory
 ):
   missing = str(tmp_path / "missing")
@@ -309,7 +309,7 @@ def test_the_command_finds_a_batch():
   code, out, err = run_plan("--topology=cpu:4", "--find_batch", "--json")
   assert code == 0, err
   result = json.loads(out)
-  # All but one image, which would not leave four equal parts.
+  # All but one of the 1437 images: four devices get equal parts.
   assert result["batch_size"] == 1436
   assert "batch_size=1,436: fits" in err
   assert "Traceback" not in err
@@ -327,7 +327,7 @@ RESULTS = sorted((common.ROOT / "benchmarks/results").glob("plan_*.json"))
 
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
 def test_published_models(path):
-  """What benchmarks/results says of v5e, from the compiled programs."""
+  """The plans for v5e in benchmarks/results are consistent."""
   result = json.loads(path.read_text())
   assert result["fits"]
   assert result["batch_size"] == 64 * result["num_devices"]
@@ -345,7 +345,7 @@ def test_published_models(path):
 
 
 def libtpu():
-  """Where libtpu is; make keeps it apart, as jax would load it everywhere."""
+  """Path of libtpu; outside site-packages, where jax would always load it."""
   apart = Path(sys.prefix) / "libtpu/libtpu/libtpu.so"
   if path := os.environ.get("TPU_LIBRARY_PATH"):
     return path
@@ -367,7 +367,7 @@ def with_libtpu(monkeypatch):
 @tpu
 @pytest.mark.slow
 def test_a_tpu_program(with_libtpu):
-  """Groups that fit, on eight v5e, and what the chip's table adds."""
+  """Groups that fit on eight v5e, and bounds of time."""
   code, out, err = run_plan(
     "--topology=v5e:2x4",
     "--config.batch_size=64",

@@ -70,8 +70,8 @@ def plan(
   chip = topology.CHIPS.get(devices[0].device_kind)
   traffic = collectives = seconds = None
   if compiled is not None:
-    code = compiled.memory_analysis().generated_code_size_in_bytes
-    memory["program"] = code
+    analysis = compiled.memory_analysis()
+    memory["program"] = analysis.generated_code_size_in_bytes
     program = hlo.Program(compiled.as_text())
     traffic = program.bytes()
     collectives = cost.by_cause(program.collectives())

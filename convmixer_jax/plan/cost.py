@@ -82,13 +82,9 @@ def step_seconds(
 ) -> dict[str, float]:
   """Lower bounds of a step's time by resource, and `at_best`, the largest.
 
-  Args:
-    chip: that runs the step.
-    num_flops: of one device.
-    num_bytes: of memory traffic of one device.
-    collectives: from `by_cause`.
-    cycles: the compiler's estimate, without exchanges; or None. If there is
-      one, the result has `compiler_estimate` too.
+  FLOPs, bytes of memory traffic and `collectives` (see `by_cause`) are of one
+  device. `cycles` is the compiler's estimate, which leaves out exchanges; if it
+  is not None, the result has `compiler_estimate` too.
   """
   sent = sum(row["sent_bytes"] for row in collectives)
   seconds = {

@@ -124,8 +124,7 @@ class Program:
   def instructions(self) -> Iterator[tuple[Instruction, int]]:
     """Yields every instruction that runs, and how often it does.
 
-    What is inside a fusion is part of the fusion. All branches of a conditional
-    are taken to run.
+    A fusion counts as one. All branches of a conditional are taken to run.
     """
     yield from self._instructions(self._entry, 1)
 

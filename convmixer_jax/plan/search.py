@@ -24,12 +24,8 @@ def find_batch(
 
   Only sizes are tried of which each device gets whole BatchNorm groups,
   microbatches and mixing groups. Larger ones are assumed to need more memory.
-
-  Args:
-    config: of the run; the search starts from its batch size.
-    devices: see `plan.plan`.
-    data: see `plan.plan`.
-    log: receives a line for each size that is tried.
+  The search starts from the config's size and passes a line for each size to
+  `log`; see `plan.plan` for the other arguments.
 
   Returns:
     The result of `plan.plan`, and `tried`: [{batch_size, fits, memory_bytes}].
