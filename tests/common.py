@@ -1,20 +1,26 @@
 """What several test files need."""
 
+import contextlib
+import io
 import json
 import os
 from pathlib import Path
+import runpy
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import ml_collections
 import numpy as np
 
+from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 DATA = Path(__file__).parent / "data"
@@ -176,6 +182,37 @@ def run_main(
     stderr=subprocess.PIPE,
     **{"cwd": ROOT, **popen},
   )
+
+
+def call(module, *args, stdin=""):
+  """`python -m MODULE` in this process: (exit code, output, errors).
+
+  Less what `cli.run` does for a process as a whole, and the seconds in which a
+  process imports everything.
+  """
+  path = ROOT / module.replace(".", "/")
+  path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
+  argv = [str(path), *map(str, args)]
+  code, out, err = 0, io.StringIO(), io.StringIO()
+
+  def run(main, flag_values):
+    main(*cli.parse_flags(argv, flag_values)[1:])
+
+  with (
+    contextlib.chdir(ROOT),
+    mock.patch.object(cli, "run", run),
+    mock.patch.multiple(sys, argv=argv, stdin=io.StringIO(stdin)),
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+  ):
+    try:
+      runpy.run_path(str(path), run_name="__main__")
+    except UserError as e:
+      code = 2
+      print(f"error: {e}", file=err)
+    except SystemExit as e:
+      code = e.code or 0
+  return code, out.getvalue(), err.getvalue()
 
 
 def decode_for_ever(photos, num_workers=1, **settings):

@@ -1,15 +1,55 @@
 """Eight CPU devices for every test, and one compilation cache for all."""
 
 import os
+from pathlib import Path
+import resource
 import tempfile
 
-flag = "--xla_force_host_platform_device_count=8"
-cache = tempfile.TemporaryDirectory(prefix="convmixer_jax_test_cache")
-os.environ.update(
-  XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
-  JAX_PLATFORMS="cpu",
-  JAX_COMPILATION_CACHE_DIR=cache.name,
-  JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
-  TF_CPP_MIN_LOG_LEVEL="3",
-  TF_ENABLE_ONEDNN_OPTS="0",
-)
+import pytest
+
+if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
+  flag = "--xla_force_host_platform_device_count=8"
+  cache = tempfile.TemporaryDirectory(prefix="convmixer_jax_test_cache")
+  os.environ.update(
+    XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
+    JAX_PLATFORMS="cpu",
+    JAX_COMPILATION_CACHE_DIR=cache.name,
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+    # With a limit jax locks the cache, which the workers share.
+    JAX_COMPILATION_CACHE_MAX_SIZE=str(2**30),
+    TF_CPP_MIN_LOG_LEVEL="3",
+    TF_ENABLE_ONEDNN_OPTS="0",
+  )
+
+MEMORY = 1 << 30  # What a test may take beyond what it began with, in bytes.
+
+
+@pytest.fixture
+def little_memory(request):
+  """Whatever a file claims to need; and no machine runs out of it meanwhile."""
+
+  def resident(field):
+    (line,) = (
+      line
+      for line in Path("/proc/self/status").read_text().splitlines()
+      if line.startswith(f"{field}:")
+    )
+    return int(line.split()[1]) * 1024
+
+  soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+  limit = resident("VmSize") + 16 * MEMORY
+  resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
+  Path("/proc/self/clear_refs").write_text("5")  # The peak is from here on.
+  before = resident("VmRSS")
+  yield
+  resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+  # Pillow reads up to 179 million pixels, of eight bytes on the way.
+  large = request.node.name == "test_image_files"
+  assert resident("VmHWM") - before < MEMORY * (4 if large else 1)
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """Where a test of abuse may write."""
+  (tmp_path / "given").mkdir()
+  return tmp_path / "given"

@@ -221,9 +221,8 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   ],
 )
 def test_help_explains_every_flag(module, flags):
-  process = common.run_main("--help", module=module)
-  out, err = process.communicate(timeout=60)
-  assert process.returncode == 0, err
+  code, out, err = common.call(module, "--help")
+  assert code == 0, err
   for flag in flags.split():
     # Its explanation holds an example of it.
     explanation = out.split(f"\n--{flag}\n")[1].split("\n--")[0]

@@ -151,9 +151,8 @@ def test_tables(tmp_path):
   ],
 )
 def test_mistakes_get_one_line(args, says):
-  process = common.run_main(*args, module="experiments.run")
-  _, err = process.communicate(timeout=60)
-  assert process.returncode == 2
+  code, _, err = common.call("experiments.run", *args)
+  assert code == 2
   assert says in err
   assert err.startswith("error: ")
   assert len(err.splitlines()) == 1
@@ -179,9 +178,8 @@ def test_dry_run_writes_nothing(tmp_path):
 
 def test_more_parts_than_runs_is_no_mistake(tmp_path):
   args = ("smoke", f"--root={tmp_path}", "--dry_run", "--only=20/20")
-  process = common.run_main(*args, module="experiments.run")
-  out, err = process.communicate(timeout=60)
-  assert process.returncode == 0, err
+  code, out, err = common.call("experiments.run", *args)
+  assert code == 0, err
   assert out.endswith("0 runs\n")
 
 

@@ -66,20 +66,14 @@ def test_the_sheet_shows_what_the_step_trains_on(monkeypatch, tmp_path):
 
 
 def test_the_command_draws_and_refuses(tmp_path):
-  command = ("--config=configs/digits.py", "--num=5")
-  process = common.run_main(
-    *command, f"--out={tmp_path / 'a.png'}", module="convmixer_jax.preview"
-  )
-  out, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
+  command = ("convmixer_jax.preview", "--config=configs/digits.py", "--num=5")
+  code, out, err = common.call(*command, f"--out={tmp_path / 'a.png'}")
+  assert code == 0, err
   assert out.strip() == f"{tmp_path / 'a.png'}: 5 images of step 0"
   with Image.open(tmp_path / "a.png") as file:
     assert file.width > 300
-  process = common.run_main(
-    *command, f"--out={tmp_path / 'a.what'}", module="convmixer_jax.preview"
-  )
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == 2
+  code, _, err = common.call(*command, f"--out={tmp_path / 'a.what'}")
+  assert code == 2
   assert err.startswith("error: --out=")
   assert len(err.splitlines()) == 1
   config = common.digits_config()

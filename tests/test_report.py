@@ -252,8 +252,7 @@ def test_in_a_browser(browser, page, tmp_path):
   ],
 )
 def test_mistakes_get_one_line(args, says):
-  process = common.run_main(*args, module="experiments.report")
-  _, err = process.communicate(timeout=60)
-  assert process.returncode == 2
+  code, _, err = common.call("experiments.report", *args)
+  assert code == 2
   assert says in err
   assert len(err.splitlines()) == 1

@@ -1,6 +1,7 @@
 """Weights in and out: files, names, and what is made of them."""
 
 import argparse
+import functools
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import zipfile
 
+from huggingface_hub import constants as hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -370,12 +372,7 @@ def test_weights_of_a_file_in_a_scanned_model(tmp_path):
     weights.match(weights.load(path), shapes, path)
 
 
-def predict(*args, stdin=None):
-  process = common.run_main(
-    *args, module="convmixer_jax.predict", stdin=-1 if stdin else None
-  )
-  out, err = process.communicate(stdin, timeout=120)
-  return process.returncode, out, err
+predict = functools.partial(common.call, "convmixer_jax.predict")
 
 
 def test_predict(run, tmp_path):
@@ -441,8 +438,9 @@ def test_the_hubs_cache_is_read(run, tmp_path, monkeypatch):
   )
   photo = tmp_path / "photo.png"
   photo.write_bytes(test_data.encoded(test_data.photo(0, 40, 30), format="PNG"))
-  monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  # It reads its environment once, when it is imported.
+  monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+  monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
   code, out, err = predict("--weights=hf-hub:timm/convmixer_digits", photo)
   assert code == 0, err
   assert out.splitlines()[0] == str(photo)
@@ -544,20 +542,15 @@ def test_what_is_exported_is_the_model(options, tmp_path):
 def test_the_export_command(run, tmp_path):
   _, path, _ = run
   out = tmp_path / "exported"
-  process = common.run_main(
-    f"--weights={run[0]}", f"--out={out}", module="convmixer_jax.export"
-  )
-  text, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
+  export = functools.partial(common.call, "convmixer_jax.export")
+  code, text, err = export(f"--weights={run[0]}", f"--out={out}")
+  assert code == 0, err
   assert "read back, it differs" in text
   about = json.loads((out / "model.json").read_text())
   assert about["image_size"] == 8
   assert about["class_names"] == [str(i) for i in range(10)]
-  process = common.run_main(
-    f"--weights={path}", f"--out={path}", module="convmixer_jax.export"
-  )
-  _, err = process.communicate(timeout=120)
-  assert process.returncode == 2
+  code, _, err = export(f"--weights={path}", f"--out={path}")
+  assert code == 2
   assert err.startswith(f"error: --out={path}: File exists")
 
 
