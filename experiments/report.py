@@ -33,8 +33,8 @@ import numpy as np
 from convmixer_jax import cli
 from convmixer_jax import models
 from convmixer_jax.errors import UserError
+from experiments import scores
 from experiments import sweeps
-from experiments import tables
 
 _FLAGS = flags.FlagValues()
 _ROOT = flags.DEFINE_string(
@@ -112,8 +112,8 @@ class Picture:
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   root, out = cli.given(_ROOT), cli.given(_OUT)
-  sweep, folder = tables.locate(names, root)
-  results, problems = tables.collect(sweep, folder)
+  sweep, folder = scores.locate(names, root)
+  results, problems = scores.collect(sweep, folder)
   pictures = draw(results)
   page = render(names[0], sweep, folder, results, problems, pictures)
   try:
@@ -137,7 +137,7 @@ def render(
   name: str,
   sweep: sweeps.Sweep,
   folder: Path,
-  results: Sequence[tables.Result],
+  results: Sequence[scores.Result],
   problems: Sequence[str],
   pictures: Sequence[Picture],
 ) -> str:
@@ -147,7 +147,7 @@ def render(
     name: of the sweep.
     sweep: whose it is.
     folder: of its runs.
-    results: from `tables.collect`.
+    results: from `scores.collect`.
     problems: likewise.
     pictures: from `draw`.
   """
@@ -163,8 +163,8 @@ def render(
     sweep=sweep,
     results=results,
     problems=problems,
-    columns=tables.COLUMNS,
-    row=tables.row,
+    columns=scores.COLUMNS,
+    row=scores.row,
     pictures=pictures,
     runs=[
       _metadata(folder, result.cell.name, seed)
@@ -208,7 +208,7 @@ def _metadata(folder, cell, seed):
 
 
 @matplotlib.rc_context(_STYLE)
-def draw(results: Sequence[tables.Result]) -> list[Picture]:
+def draw(results: Sequence[scores.Result]) -> list[Picture]:
   """The figures that such results can have."""
   return list(_pictures(results))
 
@@ -274,7 +274,7 @@ def _picture(name, title, caption, drawn):
   return Picture(name, title, caption, markupsafe.Markup(svg))
 
 
-def _grid(results) -> dict[tuple[int, int], tables.Result] | None:
+def _grid(results) -> dict[tuple[int, int], scores.Result] | None:
   """(patch, kernel) -> its result, where a sweep varies just these, both."""
   models = [result.cell.model() for result in results]
   keys = [(model.patch_size, model.kernel_size) for model in models]

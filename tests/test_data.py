@@ -203,7 +203,7 @@ def test_train_image_is_pillows(mode, options):
       ratio=ratio,
       interpolation=interpolation,
     )
-    box = decode._random_box(79, 61, np.random.default_rng(1), scale, ratio)
+    box = decode.random_box(79, 61, np.random.default_rng(1), scale, ratio)
     expected = whole.crop(box).resize((32, 32), resample)
     assert np.array_equal(ours, np.asarray(expected))
     assert (box == (0, 0, 79, 61)) == (interpolation == "bilinear")
@@ -213,7 +213,7 @@ def test_random_boxes_follow_their_law():
   rng = np.random.default_rng(0)
   boxes = np.array(
     [
-      decode._random_box(450, 450, rng, (0.08, 1.0), (3 / 4, 4 / 3))
+      decode.random_box(450, 450, rng, (0.08, 1.0), (3 / 4, 4 / 3))
       for _ in range(4000)
     ]
   )

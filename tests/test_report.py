@@ -8,8 +8,8 @@ import pytest
 from selenium import webdriver
 
 from experiments import report
+from experiments import scores
 from experiments import sweeps
-from experiments import tables
 from tests import common
 
 HOSTILE = "<script>document.title = 'hostile'</script><img src=x>"
@@ -61,11 +61,11 @@ def page(root):
     line.removeprefix(f"left out: {folder}/").split(": ", 1)
     for line in err.splitlines()
   )
-  damaged = "not finished, or its files are damaged"
-  no_record = "metrics.jsonl: has a line that is no record of a run"
+  damaged = "is not finished, or its files are damaged"
+  no_record = "metrics.jsonl: has a line that is not a valid record"
   assert left_out == {
-    "\\udc80 <b>": "not of this sweep",
-    "p1_k3/seed0": f"optim is {HOSTILE}; the sweep's is None",
+    "\\udc80 <b>": "not part of this sweep",
+    "p1_k3/seed0": f"optim is {HOSTILE}; in the sweep None",
     "p1_k5/seed0": damaged,
     "p1_k7/seed0": no_record,
     "p1_k9/seed0": no_record,
@@ -96,14 +96,14 @@ def test_the_page_shows_what_is_missing(root, page):
   cells = re.findall(r"<td[^>]*>([^<]*)</td>", row)
   assert cells[3:] == ["missing", "", "", *3 * ["missing"], "none published"]
   assert len(re.findall(r">missing</text>", text)) == 1  # In the heat map.
-  results, _ = tables.collect(sweeps.get("patch_kernel"), root / "patch_kernel")
+  results, _ = scores.collect(sweeps.get("patch_kernel"), root / "patch_kernel")
   for result in results:
     assert result.mean is None or f">{result.mean:.2f}</text>" in text
 
 
 def test_a_sweep_without_runs_has_a_page(tmp_path):
   sweep = sweeps.get("smoke")
-  results, problems = tables.collect(sweep, tmp_path)
+  results, problems = scores.collect(sweep, tmp_path)
   pictures = report.draw(results)
   text = report.render("smoke", sweep, tmp_path, results, problems, pictures)
   assert "No run is finished." in text
@@ -117,7 +117,7 @@ def test_curves_are_means_of_common_steps(tmp_path):
     0: [{"kind": "eval", "step": s, "top1": t} for s, t in ((5, 1), (10, 2))],
     1: [{"kind": "eval", "step": s, "top1": t} for s, t in ((7, 5), (10, 6))],
   }
-  result = tables.Result(cell, runs)
+  result = scores.Result(cell, runs)
   steps, values = report._series(result, "eval", "top1")
   assert (steps, values.tolist()) == ([10], [[2], [6]])
   drawn = report._curves([result], "eval", "top1", "top-1, %")
@@ -127,7 +127,7 @@ def test_curves_are_means_of_common_steps(tmp_path):
 
 def test_only_a_grid_has_a_heat_map():
   as_results = lambda name: [
-    tables.Result(cell, {}) for cell in sweeps.get(name).cells
+    scores.Result(cell, {}) for cell in sweeps.get(name).cells
   ]
   grid = {
     name: report._grid(as_results(name)) is not None for name in sweeps.SWEEPS
@@ -248,7 +248,7 @@ def test_in_a_browser(browser, page, tmp_path):
   [
     ([], "--root: must be given"),
     (["smoek", "--root=x", "--out=y"], "nearest is smoke"),
-    (["smoke", "--root=x", "--out=y"], "--root=x: holds no smoke"),
+    (["smoke", "--root=x", "--out=y"], "--root=x: has no folder smoke"),
   ],
 )
 def test_mistakes_get_one_line(args, says):

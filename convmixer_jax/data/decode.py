@@ -84,7 +84,7 @@ def train_image(
     interpolation = "bicubic" if rng.random() < 0.5 else "bilinear"
   resample = BICUBIC if interpolation == "bicubic" else BILINEAR
   width, height = image.size
-  left, top, right, bottom = _random_box(width, height, rng, scale, ratio)
+  left, top, right, bottom = random_box(width, height, rng, scale, ratio)
   # A JPEG much larger than the result is decoded at a half, a quarter or an
   # eighth of its size, twice what is needed, as in Pillow's thumbnail().
   shrink = min(right - left, bottom - top) // (2 * size)
@@ -136,7 +136,13 @@ def _rgb(image):
   return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _random_box(width, height, rng, scale, ratio):
+def random_box(
+  width: int,
+  height: int,
+  rng: np.random.Generator,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+) -> tuple[int, int, int, int]:
   """(left, top, right, bottom), the first of ten tries that fits."""
   for _ in range(10):
     area = width * height * rng.uniform(*scale)
