@@ -12,6 +12,7 @@ end. With several GPUs, each trains a run of its own.
 """
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 import signal
@@ -35,17 +36,14 @@ from experiments import scores
 from experiments import sweeps
 
 _FLAGS = flags.FlagValues()
-_ROOT = flags.DEFINE_string(
-  "root",
-  None,
-  "Folder in which the sweep's folder is made: --root runs.",
-  flag_values=_FLAGS,
+_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
+_ROOT = _string(
+  "root", None, "Folder in which the sweep's folder is made: --root runs."
 )
-_ONLY = flags.DEFINE_string(
+_ONLY = _string(
   "only",
   None,
   "Only part I of N of the runs, for job arrays; I from 1 to N: --only 3/16.",
-  flag_values=_FLAGS,
 )
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run",
@@ -77,6 +75,10 @@ class Run:
   @property
   def name(self) -> str:
     return f"{self.cell.name}/seed{self.seed}"
+
+  @functools.cached_property
+  def epochs(self) -> int:
+    return self.cell.resolve(self.seed).epochs
 
 
 def main(*names: str) -> None:
@@ -238,8 +240,7 @@ def _share_done(run):
   if run.status in ("finished", "failed"):
     return 1.0
   records = _records(run, "train")
-  epochs = run.cell.resolve(run.seed).epochs
-  return records[-1].get("epoch", 0.0) / epochs if records else 0.0
+  return records[-1].get("epoch", 0.0) / run.epochs if records else 0.0
 
 
 def _summary(runs):

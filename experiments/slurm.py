@@ -14,6 +14,7 @@ that all hosts share. Needs submitit.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 from pathlib import Path
@@ -30,40 +31,32 @@ from experiments import scores
 from experiments import sweeps
 
 _FLAGS = flags.FlagValues()
-_ROOT = flags.DEFINE_string(
+_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
+_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
+_ROOT = _string(
   "root",
   "runs",
   "Folder for the sweep's folder, and for slurm/, the output of the jobs:"
   " --root runs.",
-  flag_values=_FLAGS,
 )
-_PARTITION = flags.DEFINE_string(
-  "partition",
-  None,
-  "Slurm partition: --partition gpu. Default: Slurm's.",
-  flag_values=_FLAGS,
+_PARTITION = _string(
+  "partition", None, "Slurm partition: --partition gpu. Default: Slurm's."
 )
-_NODES = flags.DEFINE_integer(
-  "nodes",
-  1,
-  "Hosts per run: --nodes 4. Default: 1.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+_NODES = _integer(
+  "nodes", 1, "Hosts per run: --nodes 4. Default: 1.", lower_bound=1
 )
-_GPUS = flags.DEFINE_integer(
+_GPUS = _integer(
   "gpus",
   0,
   "GPUs per host, with a task each: --gpus 8. Default: none, and one task per"
   " host.",
   lower_bound=0,
-  flag_values=_FLAGS,
 )
-_CPUS = flags.DEFINE_integer(
+_CPUS = _integer(
   "cpus",
   None,
   "CPU cores per task: --cpus 12. Default: Slurm's.",
   lower_bound=1,
-  flag_values=_FLAGS,
 )
 _HOURS = flags.DEFINE_float(
   "hours",
@@ -72,12 +65,11 @@ _HOURS = flags.DEFINE_float(
   lower_bound=0.01,
   flag_values=_FLAGS,
 )
-_PARALLEL = flags.DEFINE_integer(
+_PARALLEL = _integer(
   "parallel",
   256,
   "Runs of a sweep at a time, at most: --parallel 16. Default: 256.",
   lower_bound=1,
-  flag_values=_FLAGS,
 )
 _SBATCH = flags.DEFINE_list(
   "sbatch",

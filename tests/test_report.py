@@ -7,6 +7,7 @@ import matplotlib
 import pytest
 from selenium import webdriver
 
+from experiments import plots
 from experiments import report
 from experiments import scores
 from experiments import sweeps
@@ -87,7 +88,7 @@ def test_the_page_needs_nothing_else_and_trusts_no_file(page):
   assert len(set(ids)) == len(ids)
   used = re.findall(r'(?:href="#|url\(#|labelledby=")([^")]*)', text)
   assert set(used) <= set(ids)
-  assert report._INK not in text
+  assert plots._INK not in text
 
 
 def test_the_page_shows_what_is_missing(root, page):
@@ -104,7 +105,7 @@ def test_the_page_shows_what_is_missing(root, page):
 def test_a_sweep_without_runs_has_a_page(tmp_path):
   sweep = sweeps.get("smoke")
   results, problems = scores.collect(sweep, tmp_path)
-  pictures = report.draw(results)
+  pictures = plots.draw(results)
   text = report.render("smoke", sweep, tmp_path, results, problems, pictures)
   assert "No run is finished." in text
   assert text.count("<figure>") == 1
@@ -118,9 +119,9 @@ def test_curves_are_means_of_common_steps(tmp_path):
     1: [{"kind": "eval", "step": s, "top1": t} for s, t in ((7, 5), (10, 6))],
   }
   result = scores.Result(cell, runs)
-  steps, values = report._series(result, "eval", "top1")
+  steps, values = plots._series(result, "eval", "top1")
   assert (steps, values.tolist()) == ([10], [[2], [6]])
-  drawn = report._curves([result], "eval", "top1", "top-1, %")
+  drawn = plots._curves([result], "eval", "top1", "top-1, %")
   (line,) = drawn.axes[0].lines
   assert line.get_xydata().tolist() == [[4.0, 4.0]]  # The sweep's 4 epochs.
 
@@ -130,7 +131,7 @@ def test_only_a_grid_has_a_heat_map():
     scores.Result(cell, {}) for cell in sweeps.get(name).cells
   ]
   grid = {
-    name: report._grid(as_results(name)) is not None for name in sweeps.SWEEPS
+    name: plots._grid(as_results(name)) is not None for name in sweeps.SWEEPS
   }
   assert {name for name in grid if grid[name]} == {
     "smoke", "patch_kernel", "patch_kernel_small", "cifar10_script",
@@ -142,13 +143,13 @@ def test_colors_are_legible_on_both_pages():
   assert "--paper: #fff;" in style
   assert f"--paper: {DARK};" in style
   contrast = lambda a, b: (max(a, b) + 0.05) / (min(a, b) + 0.05)
-  light, dark = report._luminance(LIGHT), report._luminance(DARK)
-  assert contrast(light, report._luminance("#000")) == pytest.approx(21)
-  for color in report.COLORS:
-    assert contrast(report._luminance(color), light) >= 3, color
-    assert contrast(report._luminance(color), dark) >= 3, color
+  light, dark = plots._luminance(LIGHT), plots._luminance(DARK)
+  assert contrast(light, plots._luminance("#000")) == pytest.approx(21)
+  for color in plots.COLORS:
+    assert contrast(plots._luminance(color), light) >= 3, color
+    assert contrast(plots._luminance(color), dark) >= 3, color
   for shade in matplotlib.colormaps["viridis"].colors:
-    value = report._luminance(shade)
+    value = plots._luminance(shade)
     assert contrast(value, 0.0 if value > 0.179 else 1.0) >= 4.5
 
 
