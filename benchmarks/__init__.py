@@ -1,6 +1,7 @@
-"""Measurements; each prints JSON that says where it was taken."""
+"""Benchmarks: what their commands share. Results name commit and machine."""
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import functools
 import os
 import platform
@@ -9,27 +10,26 @@ import time
 from typing import Any
 
 from absl import flags
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
+import numpy.typing as npt
+import tqdm
 
-from convmixer_jax import augment
 from convmixer_jax import logger
 from convmixer_jax import models
-from convmixer_jax import optim
-from convmixer_jax import step as step_lib
 from convmixer_jax.errors import UserError
 
 
 def define_model(
   flag_values: flags.FlagValues,
-) -> Callable[..., tuple[models.ConvMixer, int, int]]:
+) -> Callable[..., tuple[nn.Module, int, int]]:
   """Defines the flags of a model and its images.
 
   Returns:
-    A function of further attributes of the model that returns what the flags
-    say: the model, the batch size and the size of an image.
+    A function that builds the model; its keyword arguments are more attributes
+    of the model. It returns the model, the batch size and the image size.
   """
   text = functools.partial(flags.DEFINE_string, flag_values=flag_values)
   whole = functools.partial(
@@ -38,22 +38,22 @@ def define_model(
   name = text(
     "model",
     "convmixer_256_8",
-    f"--model convmixer_768_32. Known: {', '.join(models.VARIANTS)}.",
+    f"--model convmixer_768_32. One of {', '.join(models.VARIANTS)}.",
   )
   patch_size = whole(
-    "patch_size", None, "--patch_size 2; default: the model's."
+    "patch_size", None, "--patch_size 2. Default: the model's."
   )
   kernel_size = whole(
-    "kernel_size", None, "--kernel_size 5; default: the model's."
+    "kernel_size", None, "--kernel_size 5. Default: the model's."
   )
-  image_size = whole("image_size", 224, "Pixels: --image_size 32.")
+  image_size = whole("image_size", 224, "In pixels: --image_size 32.")
   num_classes = whole("num_classes", 1000, "--num_classes 10.")
-  batch = whole("batch", 64, "Images at a time: --batch 64.")
+  batch = whole("batch", 64, "Batch size: --batch 64.")
   dtype = flags.DEFINE_enum(
     "dtype",
     "float32",
     ["float32", "bfloat16"],
-    "Of the computation: --dtype bfloat16.",
+    "Data type of the computation: --dtype bfloat16.",
     flag_values=flag_values,
   )
 
@@ -66,10 +66,11 @@ def define_model(
       dtype=jnp.dtype(dtype.value),
       **attributes,
     )
-    if model.patch_size > image_size.value:
+    patch = getattr(model, "patch_size", 1)
+    if patch > image_size.value:
       raise UserError(
-        f"--image_size={image_size.value}: smaller than a patch of"
-        f" {model.patch_size}"
+        f"--image_size={image_size.value}: must be at least the patch size,"
+        f" {patch}"
       )
     return model, batch.value, image_size.value
 
@@ -83,7 +84,7 @@ def define_repeats(
   return flags.DEFINE_integer(
     "repeats",
     default,
-    f"Timings of each: --repeats {default}.",
+    f"How often each is timed: --repeats {default}.",
     lower_bound=1,
     flag_values=flag_values,
   )
@@ -99,48 +100,64 @@ def define_json(flag_values: flags.FlagValues) -> flags.FlagHolder:
   )
 
 
-def describe(model: models.ConvMixer) -> str:
-  """A line: dim/depth, patch, kernel, type."""
+def title(model: nn.Module) -> str:
+  """One line: dim/depth, patch size, kernel size, dtype."""
   return (
     f"ConvMixer-{model.dim}/{model.depth}, patch {model.patch_size}, kernel"
     f" {model.kernel_size}, {jnp.dtype(model.dtype).name}"
   )
 
 
-def random_variables(
-  model: models.ConvMixer, rng: np.random.Generator
-) -> dict[str, Any]:
-  """Parameters as training begins with, and random running statistics."""
-  images = jnp.zeros((1, model.patch_size, model.patch_size, 3))
-  variables = jax.device_get(model.init(jax.random.key(0), images, train=False))
-  stats = jax.tree.map(
-    lambda v: rng.uniform(0.5, 1.5, v.shape).astype(np.float32),
-    variables["batch_stats"],
-  )
-  return {"params": variables["params"], "batch_stats": stats}
+def seconds(run: Callable[[], Any], calls: int = 1) -> float:
+  """Wall time of one call, the mean over `calls`; waits for the last result."""
+  start = time.perf_counter()
+  for _ in range(calls):
+    result = run()
+  jax.block_until_ready(result)
+  return (time.perf_counter() - start) / calls
 
 
-def seconds(
-  function, *, repeats: int, warmup: int = 1, **kwargs
-) -> list[float]:
-  """Wall times of `function(**kwargs)`, after calls that are not counted."""
-  for _ in range(warmup):
-    jax.block_until_ready(function(**kwargs))
-  times = []
-  for _ in range(repeats):
-    start = time.perf_counter()
-    jax.block_until_ready(function(**kwargs))
-    times.append(time.perf_counter() - start)
-  return times
+def by_turns(
+  runs: Mapping[str, Callable[[], Any]],
+  rounds: int,
+  *,
+  timer: Callable[[Callable[[], Any]], float] = seconds,
+  warmup: int = 1,
+  pause: float = 0.0,
+  label: str = "measuring",
+) -> dict[str, np.ndarray]:
+  """Times several things; each round runs every one of them once.
+
+  A slow phase of the machine then affects all of them alike, and the ratio of
+  two results of one round means something.
+
+  Args:
+    runs: name -> a function that does the work once.
+    rounds: number of rounds that count.
+    timer: calls one of `runs` and returns its seconds; `operator.call` if they
+      return their seconds themselves.
+    warmup: number of rounds before these, which do not count.
+    pause: seconds to sleep before each timing.
+    label: of the progress bar.
+
+  Returns:
+    name -> seconds [rounds].
+  """
+  times = {name: [] for name in runs}
+  for _ in tqdm.trange(warmup + rounds, desc=label, disable=None):
+    for name, run in runs.items():
+      time.sleep(pause)
+      times[name].append(timer(run))
+  return {name: np.array(values[warmup:]) for name, values in times.items()}
 
 
 def digits(value: float) -> float:
-  """To four digits."""
+  """Rounds to four significant digits."""
   return float(f"{value:.4g}")
 
 
-def summary(values) -> dict[str, float]:
-  """Median, least and greatest, to four digits."""
+def summary(values: npt.ArrayLike) -> dict[str, float]:
+  """Median, minimum and maximum, to four digits."""
   return {
     "median": digits(np.median(values)),
     "least": digits(np.min(values)),
@@ -149,7 +166,7 @@ def summary(values) -> dict[str, float]:
 
 
 def provenance() -> dict[str, Any]:
-  """Command, commit, device and versions."""
+  """Where a result comes from: command, commit, device and versions."""
   return {
     "command": " ".join(
       ["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
@@ -170,30 +187,3 @@ def _cpu():
     return names[0].partition(":")[2].strip()
   except (OSError, IndexError):
     return platform.processor()
-
-
-def train_step(
-  config: ml_collections.ConfigDict, images: jax.Array, targets: jax.Array
-) -> Callable[[], Any]:
-  """Returns a function that does the first update of a run again and again.
-
-  Args:
-    config: of a run; its augmentation is left out.
-    images: uint8 [B, S, S, 3].
-    targets: float [B, K], probabilities.
-  """
-  model = models.create_model(num_classes=targets.shape[-1], **config.model)
-  shapes = models.variable_shapes(model)
-  tx = optim.make_optimizer(lambda count: 1e-3, shapes["params"], config.optim)
-  normalize = augment.make_normalize(config.data.mean, config.data.std)
-  step = jax.jit(
-    step_lib.make_train_step(
-      model,
-      tx,
-      lambda key, images, targets: (normalize(images), targets),
-      seed=0,
-      accum_steps=config.accum_steps,
-    )
-  )
-  state = step_lib.init_state(jax.random.key(0), model, tx, images.shape[1])
-  return lambda: step(state, {"image": images, "label": targets})

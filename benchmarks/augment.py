@@ -1,12 +1,12 @@
-"""What augmentation costs: its time beside the train step's, and its memory.
+"""Time and memory of augmentation, beside the time of the training step.
 
   python -m benchmarks.augment --config configs/cifar10.py:paper \\
       --config.batch_size=512 --config.model.patch_size=2
   python -m benchmarks.augment --config configs/imagenet.py --nostep
 
-Images are random. Prints one JSON object: seconds of both, medians of
---repeats, the share, and the temporary memory of augmentation in units of a
-float32 batch.
+Images are random, and the step is without augmentation. Prints one JSON object:
+seconds of both, their ratio, and the temporary memory of augmentation as a
+multiple of a float32 batch.
 """
 
 import json
@@ -17,9 +17,12 @@ import jax.numpy as jnp
 import numpy as np
 
 import benchmarks
+from benchmarks import work
 from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
+from convmixer_jax import models
+from convmixer_jax import step as step_lib
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)
@@ -27,7 +30,7 @@ _REPEATS = benchmarks.define_repeats(_FLAGS)
 _STEP = flags.DEFINE_bool(
   "step",
   True,
-  "Time the train step too; --nostep where it would take hours.",
+  "Also time the training step: --nostep where it would take hours.",
   flag_values=_FLAGS,
 )
 
@@ -51,23 +54,40 @@ def main() -> None:
   )
   compiled = jax.jit(augment_fn).lower(key, images, targets).compile()
   memory = compiled.memory_analysis()
-  times = benchmarks.seconds(
-    lambda: compiled(key, images, targets), repeats=_REPEATS.value
-  )
+  runs = {"augment": lambda: compiled(key, images, targets)}
+  if _STEP.value:
+    runs["step"] = _step(config, images, targets)
+  times = benchmarks.by_turns(runs, _REPEATS.value)
   result = {
     "config": _FLAGS["config"].config_filename,
     "batch": [batch, size, size, 3],
-    "augment_seconds": benchmarks.summary(times),
+    "augment_seconds": benchmarks.summary(times["augment"]),
     "temporary_float32_batches": round(
       memory.temp_size_in_bytes / (4 * images.size), 2
     ),
   }
   if _STEP.value:
-    step = benchmarks.train_step(config, images, targets)
-    step_times = benchmarks.seconds(step, repeats=_REPEATS.value)
-    result["step_seconds"] = benchmarks.summary(step_times)
-    result["share"] = float(f"{np.median(times) / np.median(step_times):.3g}")
+    share = np.median(times["augment"]) / np.median(times["step"])
+    result["step_seconds"] = benchmarks.summary(times["step"])
+    result["share"] = float(f"{share:.3g}")
   print(json.dumps(result | benchmarks.provenance(), indent=2))
+
+
+def _step(config, images, targets):
+  """Returns a function that makes one update, without augmentation."""
+  model = models.create_model(num_classes=targets.shape[-1], **config.model)
+  tx = work.make_optimizer(models.variable_shapes(model)["params"])
+  normalize = augment.make_normalize(config.data.mean, config.data.std)
+  step = step_lib.make_train_step(
+    model,
+    tx,
+    lambda key, images, targets: (normalize(images), targets),
+    seed=0,
+    accum_steps=config.accum_steps,
+  )
+  state = step_lib.init_state(jax.random.key(0), model, tx, images.shape[1])
+  batch = {"image": images, "label": targets}
+  return work.repeated_step(jax.jit(step, donate_argnums=0), state, batch)
 
 
 if __name__ == "__main__":

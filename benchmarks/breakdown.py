@@ -1,12 +1,13 @@
-"""Where the time of a model goes: what each stage adds to those before it.
+"""Where the time of a model goes, by stage.
 
   python -m benchmarks.breakdown --model convmixer_256_8 --patch_size 2 \\
       --kernel_size 5 --image_size 32 --num_classes 10 --batch 64
 
-Prints a table for inference and one for a training step of the recipe of
-configs/cifar10.py, or configs/imagenet.py for images above 64 pixels. What the
-stages leave of the whole is `other`: the stem, the head, dispatch, and what
-caches hold from one stage to the next and not in these measurements.
+Prints a table for inference and one for a training step with the recipe of
+configs/cifar10.py, or of configs/imagenet.py for images above 64 pixels. A
+stage's time is what it adds to the stages before it. `other` is the rest of the
+whole: the stem, the head, dispatch, and what caches keep between stages in the
+model but not in these measurements.
 """
 
 from collections.abc import Callable
@@ -16,25 +17,22 @@ from pathlib import Path
 from typing import Any
 
 from absl import flags
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import rich.console
-import rich.progress
-import rich.table
 
 import benchmarks
-from benchmarks import throughput
+from benchmarks import work
 from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
-from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 
-_SMALL = 64  # Pixels: such images are kept in memory, and cropped in the step.
+_SMALL = 64  # Pixels. Such images are kept in memory and cropped in the step.
 _WARMUP = 3  # Rounds that are not counted.
 
 _FLAGS = flags.FlagValues()
@@ -48,22 +46,25 @@ def main() -> None:
   model, batch, size = _MODEL()
   chains = _chains(model, batch, size)
   record = {
-    "model": benchmarks.describe(model),
+    "model": benchmarks.title(model),
     "batch": batch,
     "image_size": size,
     "milliseconds": {},
   }
   for mode in ("infer", "train"):
-    work = {"whole": throughput.make_work(mode, model, batch, size)[0]}
+    runs = {"whole": work.make_work(mode, model, batch, size)[0]}
     if mode == "train":
-      work["optimiser"] = _optimizer(model)
-      work["augmentation"] = _augment(_recipe(size), batch)
+      runs["optimiser"] = _optimizer(model, size)
+      runs["augmentation"] = _augment(_recipe(size), batch)
       if size <= _SMALL:
-        work["input"] = _input(batch, size)
+        runs["input"] = _input(batch, size)
     for name, chain in chains.items():
-      for i, runs in enumerate(chain):
-        work[f"{name} {i}"] = _repeated(runs[mode], model.depth)
-    times = _by_turns(mode, work)
+      for i, stage in enumerate(chain):
+        runs[f"{name} {i}"] = _repeated(stage[mode], model.depth)
+    times = benchmarks.by_turns(
+      runs, _REPEATS.value, warmup=_WARMUP, label=mode
+    )
+    times = {name: 1e3 * values for name, values in times.items()}
     d, p = (
       [times.pop(f"{name} {i}") for i in range(len(chain))]
       for name, chain in chains.items()
@@ -90,35 +91,16 @@ def main() -> None:
     print(json.dumps(record | benchmarks.provenance(), indent=2))
     return
   for mode, ms in record["milliseconds"].items():
-    table = rich.table.Table("", "ms", "of the whole", title=mode)
+    print(f"{mode:30}{'ms':>8}  of the whole")
     for name, value in ms.items():
-      share = 100 * value / ms["whole"]
-      table.add_row(name, f"{value:.4g}", f"{share:.1f} %")
-    rich.console.Console().print(table)
+      print(f"{name:30}{value:8.4g}{100 * value / ms['whole']:12.1f} %")
 
 
 Runs = dict[str, Callable[[], Any]]
 
 
-def _by_turns(title: str, work: Runs) -> dict[str, np.ndarray]:
-  """Milliseconds [repeats] of each.
-
-  One after the other in each round, so that what slows the machine for a while
-  slows all of them.
-  """
-  times = {name: [] for name in work}
-  for _ in rich.progress.track(
-    range(_WARMUP + _REPEATS.value),
-    title,
-    console=rich.console.Console(stderr=True),
-  ):
-    for name, run in work.items():
-      times[name] += benchmarks.seconds(run, repeats=1, warmup=0)
-  return {k: 1e3 * np.array(values[_WARMUP:]) for k, values in times.items()}
-
-
 def _repeated(run: Callable[[], Any], count: int) -> Callable[[], None]:
-  """A function that runs it so often, and waits for it each time."""
+  """Returns a function that runs it `count` times and waits each time."""
 
   def repeat():
     for _ in range(count):
@@ -127,20 +109,19 @@ def _repeated(run: Callable[[], Any], count: int) -> Callable[[], None]:
   return repeat
 
 
-def _chains(
-  model: models.ConvMixer, batch: int, size: int
-) -> dict[str, list[Runs]]:
-  """Both convolutions of a block, alone and with ever more of what follows.
+def _chains(model: nn.Module, batch: int, size: int) -> dict[str, list[Runs]]:
+  """Each convolution of a block, alone and with more and more of what follows.
 
-  At inference that is one pass, of which no part can be timed by itself.
+  At inference that is one fused pass, whose parts cannot be timed separately.
 
   Returns:
-    For the depthwise and for the pointwise one: it alone, then with bias and
-    BatchNorm, then with the activation between them, then (the depthwise one)
-    with the residual. Each is a forward pass, and one with its gradients.
+    'depthwise' and 'pointwise', a list each: the convolution alone, then with
+    bias and BatchNorm, then with the activation too, then (depthwise only) with
+    the residual too. An entry has the forward pass as 'infer', and the forward
+    pass with gradients as 'train'.
   """
   rng = np.random.default_rng(0)
-  side, dim, k = size // model.patch_size, model.dim, model.kernel_size
+  side, dim, k = work.stage_sizes(model, size)
   array = lambda *shape: jnp.asarray(rng.normal(size=shape), model.dtype)
   x, grad = array(batch, side, side, dim), array(batch, side, side, dim)
   how = {"implementation": model.implementation}
@@ -155,9 +136,9 @@ def _chains(
         return op(x, kernel, **how)
       return module.apply(
         variables,
-        functools.partial(op, x, kernel),
+        x,
         train,
-        bias=bias,
+        conv=ops.Convolution(op, kernel, bias),
         residual=residual[0] if residual else None,
         mutable=["batch_stats"],
       )[0]
@@ -180,10 +161,10 @@ def _chains(
   }
 
 
-def _optimizer(model):
-  variables = benchmarks.random_variables(model, np.random.default_rng(0))
+def _optimizer(model, size):
+  variables = work.random_variables(model, size, np.random.default_rng(0))
   params = jax.tree.map(jnp.asarray, variables["params"])
-  tx = throughput.make_optimizer(params)
+  tx = work.make_optimizer(params)
   state = tx.init(params)
 
   @jax.jit

@@ -1,12 +1,12 @@
-"""What depth costs: compiling a train step unrolled, scanned, and with remat.
+"""Time to compile a training step: unrolled, scanned, and scanned with remat.
 
   python -m benchmarks.compile --model convmixer_1536_20 --batch 4
   python -m benchmarks.compile --model convmixer_768_32 --batch 8 --repeats 7
 
-The step is the whole one (forward, backward, clip, AdamW, BatchNorm's update)
-on images of 224 pixels, without augmentation. Prints one JSON object: for each
-way seconds to trace and to compile, seconds a step, medians of --repeats, and
-MiB: the state's, what a step needs beside it, and their sum.
+The step is forward, backward, clipping, AdamW and BatchNorm's update on images
+of 224 pixels, without augmentation. Prints one JSON object. For each way:
+seconds to trace and to compile, seconds of a step, and MiB of the state, of the
+temporary buffers, and of both together.
 """
 
 import json
@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import benchmarks
-from benchmarks import throughput
+from benchmarks import work
 from convmixer_jax import cli
 from convmixer_jax import models
 from convmixer_jax import step as step_lib
@@ -38,14 +38,14 @@ def main() -> None:
   result = {}
   for way, fields in WAYS.items():
     model, batch, size = _MODEL(**fields)
-    result[way] = _measure(model, batch, size)
-  result |= {"model": benchmarks.describe(model), "batch": batch}
+    result[way] = _measure(way, model, batch, size)
+  result |= {"model": benchmarks.title(model), "batch": batch}
   print(json.dumps(result | benchmarks.provenance(), indent=2))
 
 
-def _measure(model, batch, size):
+def _measure(way, model, batch, size):
   shapes = models.variable_shapes(model)
-  tx = throughput.make_optimizer(shapes["params"])
+  tx = work.make_optimizer(shapes["params"])
   as_floats = lambda key, images, targets: (images / 255.0, targets)
   step = jax.jit(
     step_lib.make_train_step(model, tx, as_floats, seed=0), donate_argnums=0
@@ -62,12 +62,8 @@ def _measure(model, batch, size):
   compiled = lowered.compile()
   ended = time.perf_counter()
 
-  def update():
-    nonlocal state
-    state, _ = compiled(state, inputs)
-    return state
-
-  times = benchmarks.seconds(update, repeats=_REPEATS.value)
+  run = work.repeated_step(compiled, state, inputs)
+  times = benchmarks.by_turns({way: run}, _REPEATS.value)[way]
   memory = compiled.memory_analysis()
   mebibytes = lambda size: round(size / 2**20)
   return {

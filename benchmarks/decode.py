@@ -1,18 +1,19 @@
-"""JPEG decoding with a random crop, beside tensorflow and Pillow, on one core.
+"""JPEG decoding with a random crop, beside TensorFlow and Pillow, on one core.
 
   python -m benchmarks.decode
   python -m benchmarks.decode --photos "~/photos/*.jpg" --json
 
-The same boxes of the same photographs, to 224 x 224 pixels, in one process and
-one thread, alternating; medians of --repeats, in images per second.
+Crops the same boxes of the same photographs and resizes them to 224 x 224, in
+one process and one thread. Results are images per second.
 
-  ours                  data.decode.train_image: what a grain worker does
+  ours                  data.decode.train_image, which the data workers call
   pillow                open, crop, resize: torchvision's RandomResizedCrop
   tensorflow, pillow    decode_and_crop_jpeg, then Pillow's resize
   tensorflow antialias  decode_and_crop_jpeg, then resize(antialias=True)
-  tensorflow            the same without antialias, which is less work
+  tensorflow            the same without antialiasing, which is less work
 """
 
+import functools
 import glob
 import io
 import json
@@ -32,14 +33,14 @@ _FLAGS = flags.FlagValues()
 _PHOTOS = flags.DEFINE_string(
   "photos",
   None,
-  "JPEG files, a quoted pattern: --photos '~/photos/*.jpg'. Default: the two"
+  "JPEG files, as a quoted pattern: --photos '~/photos/*.jpg'. Default: the two"
   " photographs inside scikit-learn, 640 x 427.",
   flag_values=_FLAGS,
 )
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)
 SIZE = 224
-CROPS = 200  # In a timing.
+CROPS = 200  # In each timing.
 
 
 def main() -> None:
@@ -52,7 +53,7 @@ def main() -> None:
   tf.config.threading.set_inter_op_parallelism_threads(1)
   photos = [Path(path).read_bytes() for path in _files()]
   law = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
-  jobs = []  # Photo, seed, and the box that the seed gives.
+  jobs = []  # Photo, seed, and the box that train_image draws with the seed.
   for seed in range(CROPS):
     data = photos[seed % len(photos)]
     size = Image.open(io.BytesIO(data)).size
@@ -100,23 +101,18 @@ def main() -> None:
     "tensorflow": tensorflow(False),
   }
   difference = np.abs(ours(*jobs[0]).astype(int) - pillow(*jobs[0])).mean()
-  rates = {name: [] for name in ways}
-  for _ in range(_REPEATS.value + 1):
-    for name, way in ways.items():
-      (time,) = benchmarks.seconds(
-        lambda way=way: [way(*job) for job in jobs] and None, repeats=1
-      )
-      rates[name].append(CROPS / time)
-  rates = {name: values[1:] for name, values in rates.items()}  # Warm.
+  crop_all = lambda way: [way(*job) for job in jobs] and None
+  times = benchmarks.by_turns(
+    {k: functools.partial(crop_all, way) for k, way in ways.items()},
+    _REPEATS.value,
+  )
   result = {
     "images_per_second_per_core": {
-      name: benchmarks.summary(values) for name, values in rates.items()
+      name: benchmarks.summary(CROPS / values) for name, values in times.items()
     },
     "ours_over": {
-      name: round(
-        float(np.median(np.array(rates["ours"]) / np.array(values))), 2
-      )
-      for name, values in rates.items()
+      name: round(float(np.median(values / times["ours"])), 2)
+      for name, values in times.items()
       if name != "ours"
     },
     "mean_difference_from_pillow": round(float(difference), 3),
@@ -143,7 +139,7 @@ def _files():
     return sorted(folder.glob("*.jpg"))
   files = sorted(glob.glob(os.path.expanduser(_PHOTOS.value)))
   if not files:
-    raise UserError(f"--photos={_PHOTOS.value}: no such files")
+    raise UserError(f"--photos={_PHOTOS.value}: no file matches")
   return files
 
 

@@ -1,21 +1,18 @@
-"""Which implementation of the depthwise convolution is the fastest, by shape.
+"""Speed of the depthwise convolution's implementations, by shape.
 
   python -m benchmarks.implementations --json
 
-Times 'native', 'shift' and 'xla' in turn, the forward pass and both gradients,
-from a single small image to the paper's models. What 'auto' picks rests on it.
+Times 'native', 'shift' and 'xla', forward and both gradients, from a single
+small image to the paper's models. The choice of 'auto' is based on the result.
 """
 
+import functools
 import json
-import sys
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.table
-import tqdm
 
 import benchmarks
 from convmixer_jax import cli
@@ -48,7 +45,7 @@ def main() -> None:
   """Runs what the flags say; see --help."""
   rng = np.random.default_rng(0)
   rows = []
-  for shape in tqdm.tqdm(SHAPES, disable=not sys.stderr.isatty()):
+  for shape in SHAPES:
     *image, k = shape
     x, grad = (jnp.asarray(rng.normal(size=image), jnp.float32) for _ in "xg")
     kernel = jnp.asarray(rng.normal(size=(k, k, image[-1])), jnp.float32)
@@ -56,12 +53,14 @@ def main() -> None:
       runs = {
         name: _compiled(name, work, x, kernel, grad) for name in IMPLEMENTATIONS
       }
-      # Calls of a few microseconds are timed many at a time.
-      calls = max(1, int(2e-3 / min(map(_once, runs.values()))))
-      times = {name: [] for name in runs}
-      for _ in range(_REPEATS.value):
-        for name, run in runs.items():
-          times[name].append(_once(run, calls) / calls)
+      # Calls that take microseconds are timed many at a time.
+      calls = max(1, int(2e-3 / min(map(benchmarks.seconds, runs.values()))))
+      times = benchmarks.by_turns(
+        runs,
+        _REPEATS.value,
+        timer=functools.partial(benchmarks.seconds, calls=calls),
+        label=f"{shape} {work}",
+      )
       medians = {name: np.median(values) for name, values in times.items()}
       rows.append(
         {
@@ -69,24 +68,21 @@ def main() -> None:
           "k": k,
           "work": work,
           "fastest": min(medians, key=medians.get),
-          **{
-            n: benchmarks.summary(1e6 * np.array(t)) for n, t in times.items()
-          },
+          **{n: benchmarks.summary(1e6 * t) for n, t in times.items()},
         }
       )
   if _JSON.value:
     record = {"unit": "microseconds", "rows": rows} | benchmarks.provenance()
     print(json.dumps(record, indent=2))
     return
-  table = rich.table.Table("x", "k", "", *(f"{n}, us" for n in IMPLEMENTATIONS))
+  print(f"{'x':24}k {'us':12}" + "".join(f"{n:>8}" for n in IMPLEMENTATIONS))
   for row in rows:
-    medians = (f"{row[name]['median']:.4g}" for name in IMPLEMENTATIONS)
-    table.add_row(str(row["shape"]), str(row["k"]), row["work"], *medians)
-  rich.console.Console().print(table)
+    medians = (f"{row[name]['median']:8.4g}" for name in IMPLEMENTATIONS)
+    print(f"{row['shape']!s:24}{row['k']} {row['work']:12}" + "".join(medians))
 
 
 def _compiled(implementation, work, x, kernel, grad):
-  """Returns a function that does the work `calls` times, the last awaited."""
+  """Returns a function that does the work once; it is compiled already."""
 
   def conv(x, kernel):
     return ops.depthwise_conv(x, kernel, implementation=implementation)
@@ -98,16 +94,8 @@ def _compiled(implementation, work, x, kernel, grad):
       lambda x, kernel, grad: jax.vjp(conv, x, kernel)[1](grad)
     )
 
-  def run(calls=1):
-    for _ in range(calls):
-      result = function(x, kernel, grad)
-    return result
-
-  return run
-
-
-def _once(run, calls=1):
-  return benchmarks.seconds(run, repeats=1, calls=calls)[0]
+  jax.block_until_ready(function(x, kernel, grad))
+  return lambda: function(x, kernel, grad)
 
 
 if __name__ == "__main__":

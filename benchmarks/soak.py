@@ -1,14 +1,14 @@
-"""Trains while a supervisor kills the run at random; nothing may be lost.
+"""Kills a training run at random moments and checks that nothing is lost.
 
   python -m benchmarks.soak --root runs/soak --minutes 20 --kill_every 60 \\
       --config configs/digits.py --config.epochs=2600
 
-Two runs of the config, side by side, on a core each: one unbroken, and one that
-gets SIGKILL at random moments for --minutes, --kill_every seconds apart in the
-mean, and is started again each time. Prints one JSON object: how often it was
-killed and started; for each start the most memory and open files of its
-process, and the files of its workdir at the end; both runs' last evaluation;
-and whether their last states are equal to the bit.
+Trains the config twice at the same time, each on one core. One run is
+undisturbed. The other gets SIGKILL at random moments for --minutes, every
+--kill_every seconds on average, and is started again each time. Prints one JSON
+object: the number of kills; for each start the peak memory, the most open files
+and the files in the workdir at its end; both runs' last evaluation; and whether
+their final states are equal bit for bit.
 """
 
 import json
@@ -23,8 +23,7 @@ from typing import Any
 from absl import flags
 import numpy as np
 import psutil
-import rich.console
-import rich.progress
+import tqdm
 
 import benchmarks
 from convmixer_jax import checkpoint
@@ -37,20 +36,20 @@ _CONFIG = cli.define_config(_FLAGS)
 _ROOT = flags.DEFINE_string(
   "root",
   None,
-  "Where the two workdirs are made: --root runs/soak.",
+  "New folder for the two workdirs: --root runs/soak.",
   flag_values=_FLAGS,
 )
 _MINUTES = flags.DEFINE_float(
   "minutes",
   20.0,
-  "For how long the one run is killed: --minutes 20.",
+  "For how long the second run is killed: --minutes 20.",
   lower_bound=0,
   flag_values=_FLAGS,
 )
 _KILL_EVERY = flags.DEFINE_float(
   "kill_every",
   60.0,
-  "Seconds between kills, in the mean: --kill_every 60.",
+  "Average seconds between kills: --kill_every 60.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
@@ -61,7 +60,7 @@ def main() -> None:
   cli.given(_CONFIG)
   root = Path(cli.given(_ROOT)).expanduser()
   if root.exists():
-    raise UserError(f"--root={root}: exists; remove it, or give another")
+    raise UserError(f"--root={root}: exists; remove it or choose another")
   flags_of_config = [
     a for a in sys.argv[1:] if a.lstrip("-").startswith("config")
   ]
@@ -73,7 +72,7 @@ def main() -> None:
       root / "killed", flags_of_config, cores[-1]
     )
     if unbroken.wait():
-      raise UserError(f"{root / 'unbroken.log'}: says why the run failed")
+      raise UserError(f"The run failed; see {root / 'unbroken.log'}")
   finally:
     if unbroken.poll() is None:
       unbroken.kill()
@@ -105,21 +104,17 @@ def _start(workdir, config, core):
 
 
 def _killed_again_and_again(workdir, config, core) -> list[dict[str, Any]]:
-  """Until it ends by itself; what each start has used."""
+  """Until it ends by itself. Returns what each start used."""
   starts, rng = [], random.Random(0)
   begun = time.monotonic()
-  with rich.progress.Progress(
-    *rich.progress.Progress.get_default_columns(),
-    console=rich.console.Console(stderr=True),
-  ) as bar:
-    task = bar.add_task("killing", total=60 * _MINUTES.value)
+  with tqdm.tqdm(total=60 * _MINUTES.value, unit="s", disable=None) as bar:
     while True:
       process = _start(workdir, config, core)
       fate = time.monotonic() + rng.expovariate(1 / _KILL_EVERY.value)
       used = {"mebibytes": 0, "open_files": 0, "killed": False}
       while process.poll() is None:
         elapsed = time.monotonic() - begun
-        bar.update(task, completed=elapsed)
+        bar.update(round(elapsed) - bar.n)
         if time.monotonic() > fate and elapsed < 60 * _MINUTES.value:
           process.kill()
           used["killed"] = True
@@ -138,7 +133,7 @@ def _killed_again_and_again(workdir, config, core) -> list[dict[str, Any]]:
       starts.append(used)
       if not used["killed"]:
         if code:
-          raise UserError(f"{workdir}.log: says why the run failed")
+          raise UserError(f"The run failed; see {workdir}.log")
         return starts
 
 

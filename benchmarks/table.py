@@ -1,9 +1,9 @@
-"""All of `benchmarks.throughput` that README's table shows, beside PyTorch.
+"""Runs all rows of the speed table with `benchmarks.throughput`.
 
   python -m benchmarks.table --out benchmarks/results/throughput.json
 
-Takes half an hour on two CPU cores. Prints a row as it is measured, and
-writes all of them each time; rows that FILE has are not measured again.
+Takes half an hour on two CPU cores. Prints each row when it is measured, and
+writes the file after each row. Rows that the file already has are skipped.
 """
 
 import json
@@ -26,13 +26,13 @@ ROWS = [
   f"{_MIDDLE} --batch 8 --mode infer",
   f"{_LARGE} --batch 4 --mode infer",
   f"{_LARGE} --batch 4 --mode train",
-  # A few milliseconds each, and so with more repeats.
+  # These take only a few milliseconds each, hence more repeats.
   *[
     f"{model} --mode {mode} --repeats 21"
     for mode in ("depthwise", "depthwise_grad")
     for model in (_SMALL, f"{_MIDDLE} --batch 16", f"{_LARGE} --batch 8")
   ],
-  # Their ratios are the closest to one.
+  # Their ratios are the closest to 1.
   f"{_SMALL} --mode pointwise --repeats 101",
   f"{_MIDDLE} --batch 8 --mode pointwise --repeats 101",
   f"{_LARGE} --batch 4 --mode pointwise --repeats 101",
@@ -63,7 +63,7 @@ def main() -> None:
         check=False,
       )
       if done.returncode:
-        raise UserError(f"{row}: failed; its messages are above")
+        raise UserError(f"{row}: failed; see its messages above")
       records[row] = json.loads(done.stdout)
       out.write_text(json.dumps(records, indent=2) + "\n")
     print(_markdown(records[row]), flush=True)

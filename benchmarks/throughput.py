@@ -1,4 +1,4 @@
-"""Images a second of a model or of one of its stages, beside PyTorch's.
+"""Images per second of a model or of one of its stages, beside PyTorch.
 
   python -m benchmarks.throughput --model convmixer_256_8 --patch_size 2 \\
       --kernel_size 5 --image_size 32 --num_classes 10 --batch 64 \\
@@ -6,44 +6,37 @@
   python -m benchmarks.throughput --model convmixer_1536_20 --batch 4 \\
       --mode infer --dtype bfloat16 --json
 
-Images and weights are random. A train step is forward, backward, clipping,
-AdamW and BatchNorm's update, without augmentation. PyTorch runs the same
-weights and images in turn with ours, in both memory formats, eager and under
-torch.compile, but for ways that take twice as long as its best at first.
-Before that, both sides' results must agree.
+Images and weights are random. A training step is forward, backward, clipping,
+AdamW and BatchNorm's update, without augmentation. With --against torch,
+PyTorch does the same work on the same arrays in the same rounds: both memory
+formats, eager and under torch.compile. Of these, the ways that take twice as
+long as the best in the first round are dropped. The benchmark fails if the
+results of both sides do not agree.
 """
 
 import contextlib
 import functools
 import json
+import operator
 from pathlib import Path
 import subprocess
 import sys
 import tempfile
-import time
 
 from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rich.console
-import rich.progress
-import rich.table
 
 import benchmarks
+from benchmarks import work
 from convmixer_jax import cli
-from convmixer_jax import interop
-from convmixer_jax import models
-from convmixer_jax import ops
-from convmixer_jax import optim
-from convmixer_jax import step as step_lib
 from convmixer_jax.errors import UserError
 
-MODES = ("train", "infer", "depthwise", "depthwise_grad", "pointwise")
 WAYS = ("contiguous", "channels_last", "contiguous compiled",
         "channels_last compiled")  # fmt: skip
-_WARMUP = 3  # Rounds that are not counted: allocators settle.
-_PAUSE = 0.3  # Seconds, in which the threads of the other side go to sleep.
+_WARMUP = 3  # Rounds that are not counted, while allocators settle.
+_PAUSE = 0.3  # Seconds in which the threads of the other side go to sleep.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 _FLAGS = flags.FlagValues()
@@ -51,8 +44,8 @@ _MODEL = benchmarks.define_model(_FLAGS)
 _MODE = flags.DEFINE_enum(
   "mode",
   "train",
-  MODES,
-  "The work: --mode infer. The last three are a block's stages alone: the"
+  work.MODES,
+  "What to time: --mode infer. The last three are single stages of a block: the"
   " depthwise convolution, both of its gradients, and the pointwise"
   " convolution with bias and GELU.",
   flag_values=_FLAGS,
@@ -61,14 +54,14 @@ _IMPLEMENTATION = flags.DEFINE_enum(
   "implementation",
   None,
   ["auto", "xla", "shift", "native"],
-  "Of our operations: --implementation xla is plain Flax.",
+  "Implementation of our operations: --implementation xla is plain Flax.",
   flag_values=_FLAGS,
 )
 _AGAINST = flags.DEFINE_enum(
   "against",
   None,
   ["torch"],
-  "--against torch measures PyTorch in turn with ours.",
+  "--against torch also times PyTorch, alternating with ours.",
   flag_values=_FLAGS,
 )
 _REPEATS = benchmarks.define_repeats(_FLAGS)
@@ -76,7 +69,7 @@ _JSON = benchmarks.define_json(_FLAGS)
 _PROFILE = flags.DEFINE_string(
   "profile",
   None,
-  "Write a trace of three more runs, for TensorBoard or Perfetto:"
+  "Folder for a trace of three more runs, for TensorBoard or Perfetto:"
   " --profile /tmp/trace.",
   flag_values=_FLAGS,
 )
@@ -85,33 +78,25 @@ _PROFILE = flags.DEFINE_string(
 def main() -> None:
   """Runs what the flags say; see --help."""
   model, batch, size = _MODEL(implementation=_IMPLEMENTATION.value)
-  run, arrays, flops = make_work(_MODE.value, model, batch, size)
+  run, arrays, flops = work.make_work(_MODE.value, model, batch, size)
   result = np.asarray(jax.tree.leaves(jax.block_until_ready(run()))[0])
 
-  times = {"ours": []}
+  timed = functools.partial(
+    benchmarks.by_turns, timer=operator.call, pause=_PAUSE
+  )
+  timers = {"ours": functools.partial(benchmarks.seconds, run)}
+  versions = {}
   with contextlib.ExitStack() as stack:
-    timers = {"ours": lambda: benchmarks.seconds(run, repeats=1, warmup=0)[0]}
-    versions = {}
     if _AGAINST.value:
       folder = stack.enter_context(tempfile.TemporaryDirectory())
       peer = _start_peer(Path(folder), model, arrays)
       stack.callback(peer.kill)
       versions = json.loads(_answer(peer))
       _check(Path(folder), result, TOLERANCE[jnp.dtype(model.dtype).name])
-      for way in WAYS:
-        times[way] = []
-        timers[way] = lambda way=way: float(_answer(peer, way))
-    rounds = range(-_WARMUP, _REPEATS.value)
-    for i in rich.progress.track(
-      rounds, "measuring", console=rich.console.Console(stderr=True)
-    ):
-      if i == 1 - _WARMUP:
-        times = _in_the_running(times)
-      if i == 0:
-        times = {way: [] for way in times}
-      for way, values in times.items():
-        time.sleep(_PAUSE)
-        values.append(timers[way]())
+      timers |= {way: lambda way=way: float(_answer(peer, way)) for way in WAYS}
+      first = timed(timers, 1, warmup=0)
+      timers = {way: timers[way] for way in _fast_enough(first)}
+    times = timed(timers, _REPEATS.value, warmup=_WARMUP)
   if _PROFILE.value:
     with jax.profiler.trace(_PROFILE.value):
       for _ in range(3):
@@ -127,7 +112,7 @@ def main() -> None:
   }
   record = {
     "mode": _MODE.value,
-    "model": benchmarks.describe(model),
+    "model": benchmarks.title(model),
     "batch": batch,
     "image_size": size,
     "repeats": _REPEATS.value,
@@ -150,102 +135,22 @@ def main() -> None:
     _print_table(record)
 
 
-def _in_the_running(times):
-  """Without the ways that took twice as long as PyTorch's best just now."""
-  last = {way: values[-1] for way, values in times.items()}
-  best = min([t for way, t in last.items() if way != "ours"], default=0.0)
-  return {
-    way: values
-    for way, values in times.items()
-    if way == "ours" or last[way] < 2 * best
-  }
-
-
-def make_work(mode, model, batch, size):
-  """Returns what to time, its inputs by name, and the FLOPs of one call."""
-  rng = np.random.default_rng(0)
-  normal = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  if mode in ("train", "infer"):
-    x = normal(batch, size, size, 3)
-    variables = benchmarks.random_variables(model, rng)
-    labels = rng.integers(0, model.num_classes, batch)
-    theirs = interop.to_torch(variables)
-    arrays = {f"w.{name}": value for name, value in theirs.items()}
-    arrays |= {"x": x, "labels": labels}
-    images = jnp.asarray(x)
-    tx = make_optimizer(variables["params"])
-    flops = batch * models.flops(model, size)
-    if mode == "infer":
-      apply = jax.jit(lambda v, x: model.apply(v, x, train=False))
-      variables = jax.device_put(variables)
-      return lambda: apply(variables, images), arrays, flops
-    state = step_lib.TrainState(
-      step=jnp.zeros((), jnp.int32),
-      opt_state=tx.init(variables["params"]),
-      **jax.tree.map(jnp.asarray, variables),
-    )
-    step = jax.jit(
-      step_lib.make_train_step(model, tx, lambda _, *batch: batch, seed=0),
-      donate_argnums=0,
-    )
-    batch = {"image": images, "label": jnp.asarray(labels)}
-
-    def run():
-      nonlocal state
-      state, metrics = step(state, batch)
-      return metrics["loss"], state
-
-    return run, arrays, 3 * flops
-
-  side, dim, k = size // model.patch_size, model.dim, model.kernel_size
-  x = normal(batch, side, side, dim)
-  implementation = model.implementation
-  locations = batch * side * side
-  if mode == "pointwise":
-    kernel = normal(dim, dim) / dim**0.5
-    bias = normal(dim)
-    arrays = {"x": x, "kernel": kernel, "bias": bias}
-    norm = ops.BatchNorm(activation="gelu", implementation=implementation)
-    variables = norm.init(jax.random.key(0), jnp.asarray(x[:1]), False)
-    variables = jax.tree.map(jnp.asarray, variables)
-
-    def stage(x, kernel, bias):
-      conv = functools.partial(ops.pointwise_conv, x, kernel)
-      return norm.apply(variables, conv, False, bias=bias)
-
-    flops = 2 * locations * dim**2
-  else:
-    kernel = normal(k, k, dim) / k
-    arrays = {"x": x, "kernel": kernel}
-    conv = lambda x, kernel: ops.depthwise_conv(
-      x, kernel, implementation=implementation
-    )
-    flops = 2 * locations * dim * k**2
-    stage = conv
-    if mode == "depthwise_grad":
-      arrays["grad"] = normal(*x.shape)
-      flops *= 2
-      stage = lambda x, kernel, grad: jax.vjp(conv, x, kernel)[1](grad)
-  stage = jax.jit(stage)
-  inputs = [jnp.asarray(a, model.dtype) for a in arrays.values()]
-  return lambda: stage(*inputs), arrays, flops
-
-
-def make_optimizer(params):
-  """The recipe's: AdamW and a clip of the gradient's norm."""
-  settings = {
-    "weight_decay": 0.01,
-    "decay_all": True,
-    "eps": 1e-3,
-    "betas": (0.9, 0.999),
-    "clip_norm": 1.0,
-  }
-  return optim.make_optimizer(lambda count: 1e-3, params, settings)
+def _fast_enough(times):
+  """Ours, and PyTorch's ways that take less than twice the time of its best."""
+  best = min(times[way] for way in WAYS)
+  return [way for way in times if way == "ours" or times[way] < 2 * best]
 
 
 def _start_peer(folder, model, arrays):
   """Starts `torch_peer` on the same arrays."""
-  work = {
+  # Imported here, since it needs safetensors, which not every machine has.
+  from convmixer_jax import interop
+
+  arrays = dict(arrays)
+  if variables := arrays.pop("variables", None):
+    weights = interop.to_torch(variables)
+    arrays |= {f"w.{name}": value for name, value in weights.items()}
+  settings = {
     "mode": _MODE.value,
     "dtype": jnp.dtype(model.dtype).name,
     "activation": model.activation,
@@ -253,10 +158,10 @@ def _start_peer(folder, model, arrays):
     "sizes": [model.dim, model.depth, model.patch_size, model.kernel_size,
               model.num_classes],
   }  # fmt: skip
-  (folder / "work.json").write_text(json.dumps(work))
+  (folder / "work.json").write_text(json.dumps(settings))
   np.savez(folder / "work.npz", **arrays)
   return subprocess.Popen(
-    # By path: as a module it would import this package, and so jax.
+    # By path: as a module it would import this package, and with it jax.
     [sys.executable, "-P", Path(__file__).with_name("torch_peer.py"), folder],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
@@ -269,7 +174,9 @@ def _answer(peer, way=None):
     print(way, file=peer.stdin, flush=True)
   if line := peer.stdout.readline():
     return line
-  raise UserError("--against=torch: it failed; its messages are above")
+  raise UserError(
+    "--against=torch: PyTorch's process failed; see its messages above"
+  )
 
 
 def _check(folder, ours, tolerance):
@@ -277,22 +184,24 @@ def _check(folder, ours, tolerance):
     theirs = np.load(folder / f"{way}.npy")
     error = np.abs(ours - theirs).max() / np.abs(theirs).max()
     if not error <= tolerance:
-      raise RuntimeError(f"{way}: ours differs by {error:.1e} of the largest")
+      raise RuntimeError(
+        f"PyTorch, {way}: results differ by {error:.1e} of the largest value;"
+        f" at most {tolerance:.0e} is expected"
+      )
 
 
 def _print_table(record):
-  table = rich.table.Table("", "images/s", "ms", "least", "greatest", "GFLOP/s")
+  print(f"{record['mode']}, {record['model']}, batch {record['batch']}")
+  columns = ("images/s", "ms", "min", "max", "GFLOP/s")
+  print(" " * 24 + "".join(f"{column:>10}" for column in columns))
   for way, row in record["rows"].items():
-    ms = [f"{1e3 * v:.4g}" for v in row["seconds"].values()]
-    table.add_row(way, f"{row['images_per_second']:.4g}", *ms,
-                  f"{row['gflop_per_second']:.4g}")  # fmt: skip
-  console = rich.console.Console()
-  console.print(f"{record['mode']}, {record['model']}, batch {record['batch']}",
-                table)  # fmt: skip
+    ms = [1e3 * value for value in row["seconds"].values()]
+    values = (row["images_per_second"], *ms, row["gflop_per_second"])
+    print(f"{way:24}" + "".join(f"{value:10.4g}" for value in values))
   if "ratio" in record:
     spread = record["ratio_of_each_repeat"]
-    console.print(
-      f"ours over torch's {record['faster_way']}: {record['ratio']:.3g}"
+    print(
+      f"ours over PyTorch's {record['faster_way']}: {record['ratio']:.3g}"
       f" ({spread['least']:.3g} to {spread['greatest']:.3g})"
     )
 

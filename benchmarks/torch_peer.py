@@ -1,8 +1,8 @@
-"""PyTorch's side of `benchmarks.throughput`, in a process of its own.
+"""PyTorch's part of `benchmarks.throughput`, in its own process.
 
-Reads FOLDER/work.npz and work.json, writes what it computed for each way to
-FOLDER/WAY.npy, and then runs the way that each line of standard input names,
-and answers with the seconds.
+Reads FOLDER/work.npz and work.json, and writes the result of each way to
+FOLDER/WAY.npy. Then it reads the name of a way from each line of standard
+input, runs it once, and prints the seconds.
 """
 
 import json
@@ -28,7 +28,7 @@ class Residual(nn.Module):
 
 
 class ConvMixer(nn.Module):
-  """The paper's, with timm's names."""
+  """The paper's model, with timm's names."""
 
   def __init__(self, dim, depth, patch_size, kernel_size, num_classes, act):
     super().__init__()
@@ -56,7 +56,7 @@ class ConvMixer(nn.Module):
 
 
 def main(folder: Path) -> None:
-  """Answers until standard input ends."""
+  """Serves requests until standard input ends."""
   work = json.loads((folder / "work.json").read_text())
   arrays = dict(np.load(folder / "work.npz"))
   device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -85,9 +85,9 @@ def _synchronize(device):
 
 
 def _make_run(work, tensors, way, device):
-  """Returns a function that does the work once; it returns what to compare."""
-  torch._functorch.config.donated_buffer = False  # Gradients are taken again.
-  torch._dynamo.reset()  # Each way is compiled for its own shapes and layout.
+  """Returns a function that does the work once and returns the result."""
+  torch._functorch.config.donated_buffer = False  # Each backward runs again.
+  torch._dynamo.reset()  # Compile each way for its own layout.
   channels_last = way.startswith("channels_last")
   memory_format = (
     torch.channels_last if channels_last else torch.contiguous_format

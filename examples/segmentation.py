@@ -4,13 +4,12 @@
   python -m examples.segmentation --weights runs/digits --out overlay.png
 
 Every pixel of a canvas gets a class: one of the ten digits, or background. The
-canvases are mosaics of scikit-learn's 1,797 real 8 x 8 digits, which lie inside
-its pip package; their masks are the digits' own ink. The backbone is a trained
-classifier, frozen, run on canvases four times as large as its training images.
-What is trained is one linear layer on each location of its maps, those after
-every block side by side. Digits that the backbone has not seen (every fifth)
-make the canvases that are scored. Prints the loss as it falls, and the mean
-intersection over union.
+canvases are mosaics of scikit-learn's 1,797 digits of 8 x 8 pixels; the masks
+are the digits' ink. The backbone is a trained classifier. It stays frozen, and
+runs on canvases with sides four times those of its training images. One linear
+layer is trained on the concatenated features of all blocks. The test canvases
+consist of digits that the backbone has not seen (every fifth). Prints the loss,
+and at the end the mean intersection over union.
 """
 
 from absl import flags
@@ -31,13 +30,13 @@ _FLAGS = flags.FlagValues()
 _WEIGHTS = flags.DEFINE_string(
   "weights",
   None,
-  "A workdir of configs/digits.py: --weights runs/digits.",
+  "Workdir of a run of configs/digits.py: --weights runs/digits.",
   flag_values=_FLAGS,
 )
 _OUT = flags.DEFINE_string(
   "out",
   "overlay.png",
-  "The picture to write: --out overlay.png.",
+  "PNG file to write: --out overlay.png.",
   flag_values=_FLAGS,
 )
 _STEPS = flags.DEFINE_integer(
@@ -61,11 +60,11 @@ def canvases(rng: np.random.Generator, count: int, held_out: bool):
 
   Args:
     rng: numpy generator.
-    count: N.
-    held_out: of the digits that the classifier did not see, or of the others.
+    count: number of canvases, N.
+    held_out: use the digits that the classifier has not seen, or the others.
 
   Returns:
-    uint8 [N, S, S, 3] and int32 [N, S, S] in [0, 10], of side S = 8 * GRID.
+    uint8 [N, S, S, 3] and int32 [N, S, S] in [0, 10]; S is 8 * GRID.
   """
   digits = datasets.load_digits()
   ids = np.arange(len(digits.target))
@@ -144,7 +143,7 @@ def main() -> None:
 
 
 def overlay(images, masks, found) -> Image.Image:
-  """A row for each of: images, true masks, predicted masks over the images."""
+  """Three rows: images, true masks, and predicted masks over the images."""
   blend = lambda m: (0.35 * images + 0.65 * COLORS[m]).astype(np.uint8)
   framed = lambda x: np.pad(
     x, [(0, 0), (1, 1), (1, 1), (0, 0)], constant_values=255

@@ -1,4 +1,4 @@
-"""What the paper and its relatives published: paper.csv, a source a row."""
+"""Published results: paper.csv, with a source for each row."""
 
 import csv
 import dataclasses
@@ -10,12 +10,12 @@ class Published:
   """One row.
 
   Attributes:
-    table: of the paper, or what it comes from.
+    table: the table of the paper, or the origin.
     model: a key of `models.VARIANTS`, or the row's label.
-    patch_size: None where the model has none.
+    patch_size: None if the model has none.
     kernel_size: likewise.
-    value: None where it is not established.
-    source: who says so.
+    value: top-1 in percent; None if it is not established.
+    source: where the value comes from.
   """
 
   table: str
@@ -45,9 +45,9 @@ def read() -> list[Published]:
 
 
 def find(
-  table: str, model: str, patch_size: int, kernel_size: int
+  table: str, model: str, patch_size: int | None, kernel_size: int | None
 ) -> Published | None:
-  """The row of a table, or None if it has none such."""
+  """Finds a row of a table; None if it does not exist."""
   wanted = (table, model, patch_size, kernel_size)
   for row in read():
     if (row.table, row.model, row.patch_size, row.kernel_size) == wanted:

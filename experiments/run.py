@@ -1,18 +1,18 @@
-"""Runs a sweep: every cell with every seed, each in a process of its own.
+"""Trains a sweep: every cell with every seed, each run in its own process.
 
   python -m experiments.run smoke --root runs
   python -m experiments.run cifar10_ablation --root runs --dry_run
   python -m experiments.run patch_kernel --root runs --only 3/16
 
-Runs lie in ROOT/SWEEP/CELL/seedS, as training leaves them, with what they print
-in log.txt. What is finished is skipped, what was interrupted goes on where it
-stopped, and what fails is recorded in failed.txt and does not stop the others;
-the same command tries it again. Ctrl-C or SIGTERM saves all runs under way. Of
-several GPUs each takes a run of its own.
+A run's workdir is ROOT/SWEEP/CELL/seedS; its output is log.txt in there. Rerun
+the command to continue: finished runs are skipped, interrupted runs resume, and
+failed runs, which have a failed.txt, are tried again. A failure does not stop
+the other runs. Ctrl-C or SIGTERM makes the active runs save their state and
+end. With several GPUs, each trains a run of its own.
 """
 
 import dataclasses
-import json
+import functools
 import os
 from pathlib import Path
 import signal
@@ -21,43 +21,42 @@ import sys
 import time
 
 from absl import flags
-import jax.numpy as jnp
+import jax
 import numpy as np
-import rich.live
-import rich.table
+import tqdm
 
-import benchmarks
 from convmixer_jax import cli
 from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import sharding
+from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
+from experiments import scores
 from experiments import sweeps
 
 _FLAGS = flags.FlagValues()
-_ROOT = flags.DEFINE_string(
-  "root",
-  None,
-  "Where the sweep's folder is made: --root runs.",
-  flag_values=_FLAGS,
+_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
+_ROOT = _string(
+  "root", None, "Folder in which the sweep's folder is made: --root runs."
 )
-_ONLY = flags.DEFINE_string(
+_ONLY = _string(
   "only",
   None,
-  "Part I of N of the runs, I from 1 to N, for job arrays: --only 3/16.",
-  flag_values=_FLAGS,
+  "Only part I of N of the runs, for job arrays; I from 1 to N: --only 3/16.",
 )
 _DRY_RUN = flags.DEFINE_bool(
   "dry_run",
   False,
-  "Print the runs, their parameters and FLOPs, and the hours that they take at"
-  " the speed of a step measured here, and stop: --dry_run.",
+  "Train nothing; print the runs with parameters, FLOPs and estimated hours,"
+  " from the speed of a training step on this machine: --dry_run.",
   flag_values=_FLAGS,
 )
 _JOBS = flags.DEFINE_integer(
   "jobs",
   None,
-  "Runs at a time: --jobs 4. They share the GPUs, or on a CPU its cores, among"
-  " them. Default: one for each GPU, or one.",
+  "Runs at a time: --jobs 4. They share the GPUs, or split the CPU's cores."
+  " Default: one per GPU, or one.",
   lower_bound=1,
   flag_values=_FLAGS,
 )
@@ -65,7 +64,7 @@ _JOBS = flags.DEFINE_integer(
 
 @dataclasses.dataclass
 class Run:
-  """A cell with a seed, and how far it is."""
+  """A cell with a seed, and its status."""
 
   cell: sweeps.Cell
   seed: int
@@ -77,17 +76,9 @@ class Run:
   def name(self) -> str:
     return f"{self.cell.name}/seed{self.seed}"
 
-  def command(self) -> list[str]:
-    """What trains it, as a user would write it."""
-    fields = {**self.cell.overrides, "seed": self.seed}
-    return [
-      sys.executable,
-      "-m",
-      "convmixer_jax.main",
-      f"--config={self.cell.config}",
-      f"--workdir={self.workdir.absolute()}",
-      *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]
+  @functools.cached_property
+  def epochs(self) -> int:
+    return self.cell.resolve(self.seed).epochs
 
 
 def main(*names: str) -> None:
@@ -99,7 +90,7 @@ def main(*names: str) -> None:
     for cell, seed in _part(sweep.runs(), _ONLY.value)
   ]
   for run in runs:
-    if finished(run.workdir):
+    if scores.finished(run.workdir):
       run.status = "finished"
   print(f"{names[0]}: {sweep.about} {len(runs)} runs")
   if not runs:  # More parts than runs.
@@ -112,18 +103,17 @@ def main(*names: str) -> None:
   except OSError as e:
     raise UserError(f"--root={_ROOT.value}: {e.strerror}") from e
   gpus = _gpus()
-  for signum in (signal.SIGINT, signal.SIGTERM):  # Also where they are ignored.
+  # Background jobs of a shell ignore SIGINT unless it is set.
+  for signum in (signal.SIGINT, signal.SIGTERM):
     signal.signal(signum, signal.default_int_handler)
   interrupted = _run_all(runs, _JOBS.value or max(1, len(gpus)), gpus)
-  counts = {s: sum(run.status == s for run in runs) for s in
-            ("finished", "failed", "waiting", "interrupted")}  # fmt: skip
-  print(", ".join(f"{n} {status}" for status, n in counts.items() if n))
+  print(_counts(runs, "finished", "failed", "waiting", "interrupted"))
   for run in runs:
     if run.status == "failed":
       print(f"failed: {run.workdir}: {_last_line(run)}", file=sys.stderr)
   if interrupted:
     sys.exit(128 + signal.SIGINT)
-  if counts["failed"]:
+  if any(run.status == "failed" for run in runs):
     sys.exit(1)
 
 
@@ -135,23 +125,12 @@ def _part(runs, only):
   except ValueError:
     part, parts = 0, 0
   if not 1 <= part <= parts:
-    raise UserError(f"--only={only}: must be I/N with I from 1 to N")
+    raise UserError(f"--only={only}: must be I/N, with I from 1 to N")
   return runs[part - 1 :: parts]
 
 
-def finished(workdir: Path) -> bool:
-  """Whether a run has trained to its end and been scored."""
-  try:
-    start = json.loads((workdir / "run.json").read_text())["starts"][-1]
-    steps = [(r["kind"], r["step"]) for r in logger.read_metrics(workdir)]
-    last = ("eval", start["last_step"])
-    return start["status"] == "finished" and steps[-1] == last
-  except (OSError, ValueError, LookupError, TypeError):
-    return False
-
-
 def _gpus() -> list[str]:
-  """The GPUs' numbers; asked of another process, which gives them back."""
+  """Numbers of the GPUs. Another process looks, so that this one holds none."""
   code = (
     "import jax\n"
     "if jax.default_backend() == 'gpu': print(jax.local_device_count())"
@@ -167,29 +146,43 @@ def _gpus() -> list[str]:
 
 
 def _run_all(runs, jobs, gpus):
-  """Returns whether Ctrl-C ended it. It reaches the runs too, which save."""
+  """Trains what is waiting. Returns whether it was interrupted."""
   slots: list[Run | None] = [None] * jobs
   waiting = [run for run in runs if run.status == "waiting"]
   stopping = False
-  with rich.live.Live(_table(runs), refresh_per_second=2) as live:
+  with tqdm.tqdm(
+    total=len(runs),
+    initial=sum(map(_share_done, runs)),
+    bar_format="{percentage:3.0f} %|{bar}| {elapsed}<{remaining}{postfix}",
+    disable=None,
+  ) as bar:
     while any(slots) or (waiting and not stopping):
       try:
         for i, run in enumerate(slots):
           if run and run.process and run.process.poll() is not None:
             slots[i] = None
-            _ended(run, stopping, live)
+            _ended(run, stopping)
           if slots[i] is None and waiting and not stopping:
             slots[i] = waiting.pop(0)
             _start(slots[i], i, jobs, gpus)
-        live.update(_table(runs))
+        if not bar.disable:
+          bar.set_postfix_str(_summary(runs), refresh=False)
+          bar.update(sum(map(_share_done, runs)) - bar.n)
+          bar.refresh()
         time.sleep(0.5)
       except KeyboardInterrupt:
         stopping = True
-        live.console.print("stopping: each run under way saves its state")
+        _say("stopping: the active runs save their state")
         for run in slots:
           if run and run.process:
             run.process.send_signal(signal.SIGTERM)
   return stopping
+
+
+def _say(text):
+  """Prints a line above the bar."""
+  tqdm.tqdm.write(text, file=sys.stdout)
+  sys.stdout.flush()
 
 
 def _start(run, slot, jobs, gpus):
@@ -198,28 +191,28 @@ def _start(run, slot, jobs, gpus):
   env = dict(os.environ)
   if gpus:
     env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
-    if jobs > len(gpus):  # Memory is taken as it is needed.
+    if jobs > len(gpus):  # They share its memory.
       env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   with (run.workdir / "log.txt").open("a") as log:
     run.process = subprocess.Popen(
-      run.command(),
+      run.cell.command(run.seed, run.workdir),
       stdout=log,
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
       env=env,
       cwd=sweeps.ROOT,
-      start_new_session=True,  # Ctrl-C comes by way of this process, once.
+      start_new_session=True,  # Ctrl-C reaches it through this process only.
     )
   if not gpus and hasattr(os, "sched_setaffinity"):
-    # Cores of its own: threads of two runs on one core wait for each other.
+    # Threads of two runs on the same core would wait for each other.
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(run.process.pid, cores[slot::jobs] or cores)
   run.status = "running"
 
 
-def _ended(run, stopping, live):
+def _ended(run, stopping):
   code = run.process.returncode
-  if code == 0 and finished(run.workdir):
+  if code == 0 and scores.finished(run.workdir):
     run.status = "finished"
   elif stopping and code == 128 + signal.SIGTERM:
     run.status = "interrupted"
@@ -227,7 +220,9 @@ def _ended(run, stopping, live):
     run.status = "failed"
     text = f"exit code {code}: {_last_line(run)}\n"
     (run.workdir / "failed.txt").write_text(text)
-  live.console.print(f"{run.name}: {run.status}{_score(run)}")
+  evals = _records(run, "eval")
+  score = f"  top-1 {evals[-1]['top1']:.2f} %" if evals else ""
+  _say(f"{run.name}: {run.status}{score}")
 
 
 def _last_line(run):
@@ -240,79 +235,86 @@ def _records(run, kind):
   return [record for record in records if record.get("kind") == kind]
 
 
-def _score(run):
-  scores = _records(run, "eval")
-  return f"  top-1 {scores[-1]['top1']:.2f} %" if scores else ""
+def _share_done(run):
+  """From 0 to 1; a failed run counts as done, for the time that is left."""
+  if run.status in ("finished", "failed"):
+    return 1.0
+  records = _records(run, "train")
+  return records[-1].get("epoch", 0.0) / run.epochs if records else 0.0
 
 
-def _table(runs):
-  """What is running, and how many are not."""
-  table = rich.table.Table("run", "step", "loss", "img/s", "top-1", box=None)
+def _summary(runs):
+  """How many runs are in each status, and where the active ones are."""
+  counts = _counts(runs, "finished", "running", "waiting", "failed")
+  active = []
   for run in runs:
-    if run.status == "running":
-      last = _records(run, "train")[-1:]
-      cells = [
-        f"{r['step']}|{r['loss']:.3f}|{r['images_per_second']:.0f}".split("|")
-        for r in last
-      ] or [["", "", ""]]
-      table.add_row(run.name, *cells[0], _score(run).strip())
-  counts = [sum(run.status == s for run in runs) for s in
-            ("waiting", "finished", "failed")]  # fmt: skip
-  table.caption = "{} waiting, {} finished, {} failed".format(*counts)
-  return table
+    records = _records(run, "train") if run.status == "running" else []
+    if records:
+      last = records[-1]
+      active.append(f"{run.name} step {last['step']} loss {last['loss']:.3f}")
+  return "; ".join([counts, *active])
+
+
+def _counts(runs, *statuses):
+  """'3 finished, 1 failed', without those of which there are none."""
+  found = {s: sum(run.status == s for run in runs) for s in statuses}
+  return ", ".join(f"{n} {status}" for status, n in found.items() if n)
 
 
 def _dry_run(runs):
-  speed, where = _measured_speed(runs)
-  table = rich.table.Table(
-    "run", "parameters", "GFLOP/image", "epochs", "hours", "", box=None
-  )
+  speed, measured = _measured_speed(runs)
+  width = max(len(run.name) for run in runs)
+  print(f"{'run':{width}}  parameters  GFLOP/image  epochs  hours")
   total = 0.0
   for run in runs:
     config, model = run.cell.resolve(run.seed), run.cell.model()
     flops = models.flops(model, config.data.image_size)
-    images = config.epochs * _TRAINING_IMAGES[config.data.name]
+    images = config.epochs * _training_data(config).size
     hours = 3 * flops * images / speed / 3600
     total += hours * (run.status != "finished")
-    table.add_row(
-      run.name,
-      f"{sweeps.count_parameters(model):,}",
-      f"{flops / 1e9:.3g}",
-      str(config.epochs),
-      f"{hours:.2g}",
-      run.status if run.status == "finished" else "",
+    print(
+      f"{run.name:{width}}{sweeps.count_parameters(model):12,}"
+      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:7.2g}"
+      + ("  finished" if run.status == "finished" else "")
     )
-  rich.print(table)
   print(
-    f"about {total:.2g} hours to go, one run at a time, at the"
-    f" {speed / 1e9:.3g} GFLOP/s of a training step {where}"
+    f"about {total:.2g} hours to go, one run at a time, at {speed / 1e9:.3g}"
+    f" GFLOP/s in training ({measured})"
   )
 
 
-# For estimates; a run itself counts what it reads.
-_TRAINING_IMAGES = {
-  "digits": 1437,
-  "cifar10": 50_000,
-  "imagenet2012": 1_281_167,
-}
+def _training_data(config):
+  """The number of images and classes, also where the data are not."""
+  d = config.data
+  return sources.describe(d.name, d.dir, d.train_split, d.image_size)
 
 
 def _measured_speed(runs):
-  """FLOP/s of a training step, three forward passes, of the smallest cell."""
+  """FLOP/s of training, as three forward passes, of the smallest cell."""
   cost = lambda cell: models.flops(
     cell.model(), cell.resolve(0).data.image_size
   )
   cell = min((run.cell for run in runs), key=cost)
   config = cell.resolve(0)
-  batch, size = min(config.batch_size, 64), config.data.image_size
-  with config.unlocked():
-    config.accum_steps, config.model.bn_group_size = 1, 0
-  images = jnp.zeros((batch, size, size, 3), jnp.uint8)
-  targets = jnp.full((batch, cell.model().num_classes), 0.1)
-  step = benchmarks.train_step(config, images, targets)
-  seconds = np.median(benchmarks.seconds(step, repeats=5))
-  where = f"of {cell.name} with {batch} images, measured here"
-  return 3 * batch * cost(cell) / seconds, where
+  config.batch_size = min(config.batch_size, 64)
+  config.accum_steps = 1
+  config.model.bn_group_size = config.augment.mix_group_size = 0
+  data = _training_data(config)
+  recipe = recipe_lib.build(config, data)
+  state = recipe.init_state()
+  batch = {
+    k: np.zeros(s.shape, s.dtype) for k, s in recipe.batch_shapes().items()
+  }
+  batch = sharding.to_global(recipe.mesh, batch, config.batch_size)
+  seconds = []
+  for _ in range(6):  # The first compiles, and is left out.
+    start = time.perf_counter()
+    state, metrics = recipe.train_step(recipe.seed, state, batch)
+    jax.block_until_ready((state, metrics))
+    seconds.append(time.perf_counter() - start)
+  return 3 * config.batch_size * cost(cell) / np.median(seconds[1:]), (
+    f"measured here: {cell.name}, {config.batch_size} images a step"
+  )
 
 
 if __name__ == "__main__":

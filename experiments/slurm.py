@@ -1,19 +1,20 @@
-"""Trains on Slurm: a sweep as one job array, or one run on many GPUs or hosts.
+"""Trains on Slurm: a sweep as a job array, or one run on many GPUs or hosts.
 
   python -m experiments.slurm patch_kernel --root runs --partition gpu --gpus 1
   python -m experiments.slurm --partition gpu --nodes 4 --gpus 8 --hours 24 \\
       --sbatch account=vision,qos=low -- \\
       --config configs/imagenet.py --workdir runs/imagenet
 
-What follows -- goes to convmixer_jax.main. A job has a task for each GPU, or on
-hosts without any, one for each host; several tasks train one run together
-(--distributed). When Slurm pre-empts a job, or its hours are over, it saves its
-state, goes back into the queue, and goes on from there. The root and the
-workdir must be on a file system that all hosts share. Needs submitit.
+Flags after -- are passed to convmixer_jax.main. A job has one task per GPU, or
+one per host without GPUs; several tasks train one run together (--distributed).
+When Slurm pre-empts a job, or its hours are over, the job saves its state, is
+queued again, and resumes. The root and the workdir must be on a file system
+that all hosts share. Needs submitit.
 """
 
 import contextlib
 import dataclasses
+import functools
 import io
 import os
 from pathlib import Path
@@ -25,95 +26,94 @@ from absl import flags
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
-from convmixer_jax import main as main_lib
 from convmixer_jax.errors import UserError
-from experiments import run as run_lib
+from experiments import scores
 from experiments import sweeps
 
 _FLAGS = flags.FlagValues()
-_ROOT = flags.DEFINE_string(
+_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
+_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
+_ROOT = _string(
   "root",
   "runs",
-  "Where the sweep's folder is made, and slurm/ for what jobs print:"
+  "Folder for the sweep's folder, and for slurm/, the output of the jobs:"
   " --root runs.",
-  flag_values=_FLAGS,
 )
-_PARTITION = flags.DEFINE_string(
-  "partition",
-  None,
-  "Slurm's partition: --partition gpu. Default: Slurm's.",
-  flag_values=_FLAGS,
+_PARTITION = _string(
+  "partition", None, "Slurm partition: --partition gpu. Default: Slurm's."
 )
-_NODES = flags.DEFINE_integer(
-  "nodes",
-  1,
-  "Hosts that each run takes: --nodes 4. Default: 1.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+_NODES = _integer(
+  "nodes", 1, "Hosts per run: --nodes 4. Default: 1.", lower_bound=1
 )
-_GPUS = flags.DEFINE_integer(
+_GPUS = _integer(
   "gpus",
   0,
-  "GPUs on each of these hosts, each with a task: --gpus 8. Default: none, and"
-  " one task on each host.",
+  "GPUs per host, with a task each: --gpus 8. Default: none, and one task per"
+  " host.",
   lower_bound=0,
-  flag_values=_FLAGS,
 )
-_CPUS = flags.DEFINE_integer(
+_CPUS = _integer(
   "cpus",
   None,
-  "CPU cores for each task: --cpus 12. Default: Slurm's.",
+  "CPU cores per task: --cpus 12. Default: Slurm's.",
   lower_bound=1,
-  flag_values=_FLAGS,
 )
 _HOURS = flags.DEFINE_float(
   "hours",
   24,
-  "After which a job saves its state and goes back into the queue: --hours 24.",
+  "Hours after which a job saves its state and is queued again: --hours 24.",
   lower_bound=0.01,
   flag_values=_FLAGS,
 )
-_PARALLEL = flags.DEFINE_integer(
+_PARALLEL = _integer(
   "parallel",
   256,
-  "How many runs of a sweep may run at a time: --parallel 16. Default: 256.",
+  "Runs of a sweep at a time, at most: --parallel 16. Default: 256.",
   lower_bound=1,
-  flag_values=_FLAGS,
 )
 _SBATCH = flags.DEFINE_list(
   "sbatch",
   [],
-  "More options of sbatch, without dashes: --sbatch account=vision,exclusive.",
+  "More sbatch options, without dashes: --sbatch account=vision,exclusive.",
   flag_values=_FLAGS,
 )
+
+# The flags of convmixer_jax.main, to find mistakes before a job is queued.
+_RUN_FLAGS = flags.FlagValues()
+_CONFIG = cli.define_config(_RUN_FLAGS)
+for _name in ("workdir", "mode", "coordinator", "num_processes", "process_id",
+              "timeout"):  # fmt: skip
+  flags.DEFINE_string(_name, None, "", flag_values=_RUN_FLAGS)
+for _name in ("accept_changes", "distributed"):
+  flags.DEFINE_bool(_name, False, "", flag_values=_RUN_FLAGS)
 
 
 @dataclasses.dataclass
 class Task:
-  """What each task of a job does; submitit asks `checkpoint` before the end."""
+  """One task of a job. submitit calls `checkpoint` before time is up."""
 
   command: list[str]
   folder: str  # Where it runs.
 
   def __call__(self) -> None:
-    """Trains; a run that has saved its state waits for Slurm to end the job."""
+    """Trains. A run that has saved its state waits until Slurm ends the job."""
     os.chdir(self.folder)
     print(*self.command, flush=True)
-    # Not subprocess, which a signal handler may not wait with.
+    # Not subprocess: a signal handler must not wait with it.
     self.pid = os.posix_spawn(self.command[0], self.command, os.environ)
     signal.signal(signal.SIGTERM, self._stop)
     code = os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
     stops = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
     if code in [128 + signum for signum in stops]:
-      time.sleep(3600)  # To end by itself would be to fail, not to be requeued.
+      time.sleep(3600)  # A job that ends by itself is not queued again.
     sys.exit(code)
 
   def checkpoint(self) -> "submitit.helpers.DelayedSubmission":  # noqa: F821
-    """Called in the first task when time is up: what to go on with."""
+    """Called in the first task when time is up. Returns what resumes it."""
     import submitit
 
     self._stop()
-    with contextlib.suppress(ChildProcessError):  # It was waited for already.
+    with contextlib.suppress(ChildProcessError):  # __call__ has waited.
       os.waitpid(self.pid, 0)
     again = Task(self.command, self.folder)
     return submitit.helpers.DelayedSubmission(again)
@@ -132,8 +132,8 @@ def main(*words: str) -> None:
     name, tasks = words[0], _sweep(words[0], root)
   else:
     raise UserError(
-      "give a sweep, or -- and what convmixer_jax.main is to get; the sweeps"
-      f" are {', '.join(sweeps.SWEEPS)}"
+      "Give the name of a sweep, or -- and the flags of convmixer_jax.main."
+      f" Sweeps: {', '.join(sweeps.SWEEPS)}"
     )
   if not tasks:
     print(f"{name}: all runs are finished; nothing to do")
@@ -144,9 +144,8 @@ def main(*words: str) -> None:
   jobs = _submit(name, tasks, root / "slurm")
   number = jobs[0].job_id.partition("_")[0]
   print(
-    f"submitted {name} as job {number}, {len(jobs)} runs; squeue -j {number}"
-    f" shows it, scancel {number} stops it, and {root}/slurm/{number}_* is what"
-    " it prints"
+    f"submitted {name} as job {number}, {len(jobs)} runs. Show it: squeue -j"
+    f" {number}. Stop it: scancel {number}. Output: {root}/slurm/{number}_*"
   )
 
 
@@ -155,30 +154,27 @@ def _num_tasks():
 
 
 def _single(args):
-  """What one run does; its flags are checked here and not after hours."""
-  cli.parse_flags(["main", *args], main_lib._FLAGS)
-  config_lib.check(cli.given(main_lib._CONFIG), _num_tasks())
+  """The task of one run. Mistakes in its flags are found before it queues."""
+  cli.parse_flags(["main", *args], _RUN_FLAGS)
+  config_lib.check(cli.given(_CONFIG), _num_tasks())
   command = [sys.executable, "-m", "convmixer_jax.main", *args]
   return Task(command, os.getcwd())
 
 
 def _sweep(name, root):
-  runs = [
-    run_lib.Run(cell, seed, root / name / cell.name / f"seed{seed}")
-    for cell, seed in sweeps.get(name).runs()
-  ]
-  return [
-    Task(run.command(), str(sweeps.ROOT))
-    for run in runs
-    if not run_lib.finished(run.workdir)
-  ]
+  tasks = []
+  for cell, seed in sweeps.get(name).runs():
+    workdir = root / name / cell.name / f"seed{seed}"
+    if not scores.finished(workdir):
+      tasks.append(Task(cell.command(seed, workdir), str(sweeps.ROOT)))
+  return tasks
 
 
 def _submit(name, tasks, folder):
   try:
     import submitit
   except ImportError as e:
-    raise UserError(f"{e}; pip install submitit") from e
+    raise UserError(f"{e}. Install it: pip install submitit") from e
   options = [option.partition("=") for option in _SBATCH.value]
   given = {
     "partition": _PARTITION.value,
@@ -186,7 +182,7 @@ def _submit(name, tasks, folder):
     "cpus_per_task": _CPUS.value,
   }
   try:
-    # Of the executor's own limits none is meant: a run may need many jobs.
+    # No limit on how often a job is queued again: a run may need many jobs.
     executor = submitit.SlurmExecutor(folder, max_num_timeout=10**6)
     executor.update_parameters(
       job_name=name,
@@ -204,7 +200,7 @@ def _submit(name, tasks, folder):
       },
       **{k: v for k, v in given.items() if v is not None},
     )
-    # What sbatch says, submitit prints and raises.
+    # submitit prints sbatch's message, and raises it too.
     with contextlib.redirect_stderr(io.StringIO()), executor.batch():
       return [executor.submit(task) for task in tasks]
   except (RuntimeError, OSError) as e:

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import dataclasses
 import difflib
 from pathlib import Path
+import sys
 from typing import Any
 
+import flax.linen as nn
 import jax
 import ml_collections
 
@@ -20,14 +22,14 @@ ROOT = Path(__file__).parents[1]
 
 @dataclasses.dataclass(frozen=True)
 class Cell:
-  """One cell of a table: a config but for its seed.
+  """One cell of a table: a config without its seed.
 
   Attributes:
-    name: of its folder.
-    config: file and variant.
+    name: name of its folder.
+    config: config file, with variant.
     overrides: dotted field -> value.
-    table: of `paper`, '' if nobody published such a cell.
-    row: the model or label under which that table has it.
+    table: the table in paper.csv; '' if the cell was not published.
+    row: the model or label of its row in that table.
   """
 
   name: str
@@ -37,13 +39,25 @@ class Cell:
   row: str = "convmixer_256_8"
 
   def resolve(self, seed: int) -> ml_collections.ConfigDict:
-    """The whole config of one run."""
+    """The config of one run."""
     config = config_lib.load_file(str(ROOT / self.config)).lock()
     config.update_from_flattened_dict({**self.overrides, "seed": seed})
     return config
 
-  def model(self) -> models.ConvMixer:
-    """With 1000 classes for ImageNet and 10 otherwise."""
+  def command(self, seed: int, workdir: Path) -> list[str]:
+    """The command line that trains it."""
+    fields = {**self.overrides, "seed": seed}
+    return [
+      sys.executable,
+      "-m",
+      "convmixer_jax.main",
+      f"--config={self.config}",
+      f"--workdir={workdir.absolute()}",
+      *(f"--config.{name}={value}" for name, value in fields.items()),
+    ]
+
+  def model(self) -> nn.Module:
+    """The model, with 1000 classes for ImageNet and 10 otherwise."""
     config = self.resolve(0)
     classes = 1000 if config.data.name == "imagenet2012" else 10
     return models.create_model(num_classes=classes, **config.model)
@@ -51,12 +65,13 @@ class Cell:
   def published(self) -> paper.Published | None:
     """The paper's row, or None."""
     model = self.model()
-    return paper.find(self.table, self.row, model.patch_size, model.kernel_size)
+    sizes = (getattr(model, f"{n}_size", None) for n in ("patch", "kernel"))
+    return paper.find(self.table, self.row, *sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """What it asks, its cells, and the seeds that each of them is run with."""
+  """The question, the cells, and the seeds that each cell is trained with."""
 
   about: str
   cells: Sequence[Cell]
@@ -81,7 +96,7 @@ def _grid(config, table, patches, kernels, **overrides):
 
 
 def _ablation():
-  """Switches of model and recipe, one at a time; named as in the paper."""
+  """One change of model or recipe per cell, named as in the paper."""
   changes = {
     "baseline": {},
     "no depthwise residual": {"model.depthwise_residual": False},
@@ -136,12 +151,12 @@ def _imagenet():
 _SCRIPT, _PAPER = "configs/cifar10.py:script", "configs/cifar10.py:paper"
 SWEEPS: dict[str, Sweep] = {
   "smoke": Sweep(
-    "The runner itself, on the digits: minutes on a CPU.",
+    "A test of the runner, on the digits: minutes on a CPU.",
     _grid("configs/digits.py", "", (1, 2), (3, 5), epochs=4),
     seeds=(0, 1),
   ),
   "patch_kernel": Sweep(
-    "Patch and kernel size, by the authors' CIFAR-10 script.",
+    "Patch and kernel size, with the authors' CIFAR-10 script.",
     _grid(_SCRIPT, "cifar10_script_grid", (1, 2, 4, 8), (3, 5, 7, 9)),
   ),
   "patch_kernel_small": Sweep(
@@ -163,7 +178,7 @@ SWEEPS: dict[str, Sweep] = {
     seeds=(0, 1),
   ),
   "cifar10_script": Sweep(
-    "The authors' script, and its independently rerun grid.",
+    "The authors' script, and the grid that others reran with it.",
     [
       Cell("script", _SCRIPT, {}, "cifar10_script"),
       *(
@@ -200,16 +215,16 @@ SWEEPS: dict[str, Sweep] = {
       for depth in (4, 8, 12)
     ],
   ),
-  "cifar10_ablation": Sweep("What each part is good for.", _ablation()),
-  "imagenet": Sweep("The paper's models.", _imagenet(), seeds=(0,)),
+  "cifar10_ablation": Sweep("What each part contributes.", _ablation()),
+  "imagenet": Sweep("The paper's ImageNet models.", _imagenet(), seeds=(0,)),
 }
 
 
 def get(*names: str) -> Sweep:
-  """A sweep by its name, the only word of a command line.
+  """Finds a sweep by its name, the only argument of a command line.
 
   Raises:
-    UserError: no such sweep, or one whose cells no longer fit their config.
+    UserError: no such sweep, or a cell with an invalid config.
   """
   if len(names) != 1:
     raise UserError(f"SWEEP: give one of {', '.join(SWEEPS)}")
@@ -217,14 +232,14 @@ def get(*names: str) -> Sweep:
   if name not in SWEEPS:
     near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
     raise UserError(
-      f"{name}: no such sweep; nearest is {near}; there are {', '.join(SWEEPS)}"
+      f"{name}: no such sweep; nearest is {near}; known are {', '.join(SWEEPS)}"
     )
   for cell, seed in SWEEPS[name].runs():
     config_lib.check(cell.resolve(seed), num_devices=1)
   return SWEEPS[name]
 
 
-def count_parameters(model: models.ConvMixer) -> int:
-  """Trainable parameters, for RGB images."""
+def count_parameters(model: nn.Module) -> int:
+  """Number of trainable parameters, for RGB images."""
   leaves = jax.tree.leaves(models.variable_shapes(model)["params"])
   return sum(leaf.size for leaf in leaves)

@@ -1,19 +1,18 @@
 #!/usr/bin/env bash
 # Runs one command on all workers of a TPU VM, or pod, through gcloud.
 #
-#   scripts/tpu_pod.sh NAME setup       copies this checkout, sets up its .venv
-#   scripts/tpu_pod.sh NAME run CMD...  runs CMD in the checkout, on all workers
-#   scripts/tpu_pod.sh NAME log         what worker 0 has printed, as it comes
-#   scripts/tpu_pod.sh NAME stop        SIGTERM: a run saves its state and ends
+#   scripts/tpu_pod.sh NAME setup       copies this checkout and sets up .venv
+#   scripts/tpu_pod.sh NAME run CMD...  runs CMD in the checkout on all workers
+#   scripts/tpu_pod.sh NAME log         follows the output of worker 0
+#   scripts/tpu_pod.sh NAME stop        sends SIGTERM: a run saves and ends
 #
-# For example, with zone and project as gcloud config has them, or in ZONE and
-# PROJECT:
+# Zone and project come from gcloud config, or from $ZONE and $PROJECT. Example:
 #
 #   scripts/tpu_pod.sh pod setup
 #   scripts/tpu_pod.sh pod run python -m convmixer_jax.main \
 #       --config configs/imagenet.py --workdir /mnt/bucket/run --distributed
 #
-# A run goes on when this terminal is gone. What is committed is copied, no more.
+# A run continues when this terminal closes. Only committed files are copied.
 set -euo pipefail
 
 usage() {
@@ -42,7 +41,7 @@ main() {
     run "$@"
     ;;
   log) on_workers 0 "tail -n +1 -F convmixer_jax/pod.log" ;;
-  # The command leads a group of its own, and all of it is told.
+  # The command leads its own process group; the whole group gets the signal.
   stop) on_workers all 'kill -TERM -- "-$(cat convmixer_jax/pod.pid)"' ;;
   *) fail "$action: must be setup, run, log or stop" ;;
   esac
@@ -61,13 +60,13 @@ setup() {
   local root archive jax
   root=$(cd "$(dirname "$0")/.." && pwd)
   archive=$(mktemp -d)
-  # shellcheck disable=SC2064  # The folder of now.
+  # shellcheck disable=SC2064  # Expand $archive now.
   trap "rm -rf '$archive'" EXIT
   git -C "$root" archive --prefix=convmixer_jax/ -o "$archive/code.tar.gz" HEAD
   jax=$(sed -n 's/^jax==//p' "$root/requirements.txt")
   gcloud compute tpus tpu-vm scp "$archive/code.tar.gz" "$tpu:convmixer_jax.tar.gz" \
     "${where[@]}" --worker=all
-  # Ubuntu 22.04 has Python 3.11 beside its own; later ones have a later one.
+  # Ubuntu 22.04 packages Python 3.11; later releases have a newer default.
   on_workers all "set -e
     sudo apt-get update -q
     sudo apt-get install -yq make python3.11-venv || sudo apt-get install -yq make python3-venv
@@ -80,7 +79,7 @@ setup() {
 run() {
   local command
   command=$(printf '%q ' "$@")
-  # setsid makes a group of its own, for stop; nohup lets it outlive the ssh.
+  # setsid makes a process group, for stop; nohup lets it outlive the ssh.
   on_workers all "cd convmixer_jax && PATH=\$PWD/.venv/bin:\$PATH && {
     nohup setsid bash -c 'echo \$\$ >pod.pid; exec \"\$@\"' - $command >pod.log 2>&1 </dev/null &
   }"

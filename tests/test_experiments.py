@@ -15,6 +15,7 @@ from convmixer_jax import models
 from convmixer_jax.errors import UserError
 from experiments import paper
 from experiments import run as run_lib
+from experiments import scores
 from experiments import sweeps
 from experiments import tables
 from tests import common
@@ -103,9 +104,9 @@ def test_tables(tmp_path):
   (half / "run.json").write_text("{")
   (tmp_path / "notes").mkdir()
 
-  results, problems = tables.collect(sweep, tmp_path)
-  rows = [tables.row(result) for result in results]
-  by_name = {row[0]: dict(zip(tables.COLUMNS, row)) for row in rows}
+  results, problems = scores.collect(sweep, tmp_path)
+  rows = [scores.row(result) for result in results]
+  by_name = {row[0]: dict(zip(scores.COLUMNS, row)) for row in rows}
   assert by_name["baseline"] == {
     "cell": "baseline",
     "parameters": "706,570",
@@ -125,16 +126,16 @@ def test_tables(tmp_path):
     assert by_name[name]["ours"] == "missing"
   assert len(problems) == 4
   said = "\n".join(problems)
-  assert f"{edited}: epochs is 300; the sweep's is 200" in said
-  assert f"{cut}: not finished, or its files are damaged" in said
-  assert f"{half}: not finished" in said
-  assert f"{tmp_path / 'notes'}: not of this sweep" in said
+  assert f"{edited}: epochs is 300; in the sweep 200" in said
+  assert f"{cut}: is not finished, or its files are damaged" in said
+  assert f"{half}: is not finished" in said
+  assert f"{tmp_path / 'notes'}: not part of this sweep" in said
 
   read = list(csv.reader(io.StringIO(tables.render(rows, "csv"))))
-  assert read == [[*tables.COLUMNS], *map(list, rows)]
+  assert read == [[*scores.COLUMNS], *map(list, rows)]
   markdown = tables.render(rows, "markdown").splitlines()
   assert len(markdown) == 2 + len(rows)
-  assert {line.count("|") for line in markdown} == {len(tables.COLUMNS) + 1}
+  assert {line.count("|") for line in markdown} == {len(scores.COLUMNS) + 1}
   latex = tables.render(rows, "latex")
   assert r"95.50 $\pm$ 0.71 (2)" in latex
   assert latex.count(r"\\") == 1 + len(rows)
@@ -199,16 +200,16 @@ def test_a_sweep_skips_records_and_resumes(tmp_path, monkeypatch):
   assert not run_lib._run_all(runs, 2, [])
   assert [run.status for run in runs] == ["finished", "failed"]
   assert "has no images" in (runs[1].workdir / "failed.txt").read_text()
-  assert run_lib.finished(runs[0].workdir)
-  results, problems = tables.collect(sweeps.Sweep("", cells, (0,)), tmp_path)
+  assert scores.finished(runs[0].workdir)
+  results, problems = scores.collect(sweeps.Sweep("", cells, (0,)), tmp_path)
   assert len(results[0].scores) == 1
-  assert tables.row(results[1])[4] == "missing"
+  assert scores.row(results[1])[4] == "missing"
   assert len(problems) == 1
   assert "bad" in problems[0]
 
 
 def test_committed_results_are_whole():
-  results, problems = tables.collect(
+  results, problems = scores.collect(
     sweeps.get("patch_kernel_small"),
     common.ROOT / "experiments" / "results" / "patch_kernel_small",
   )
@@ -222,8 +223,8 @@ def test_committed_results_are_whole():
 )
 def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
   code = "import os, time; time.sleep(1); print(os.sched_getaffinity(0))"
-  command = lambda self: [sys.executable, "-c", code]
-  monkeypatch.setattr(run_lib.Run, "command", command)
+  command = lambda *args: [sys.executable, "-c", code]
+  monkeypatch.setattr(sweeps.Cell, "command", command)
   cells = sweeps.get("smoke").cells[:2]
   runs = [run_lib.Run(cell, 0, tmp_path / cell.name) for cell in cells]
   run_lib._run_all(runs, 2, [])

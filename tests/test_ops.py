@@ -1,6 +1,7 @@
 """The operations against float64, and the library that some of them are in."""
 
 from concurrent import futures
+import functools
 import os
 from pathlib import Path
 import shutil
@@ -371,7 +372,7 @@ def test_batch_norm_and_its_gradients(implementation, train, activation, dtype):
         {"params": params, "batch_stats": stats},
         x,
         train,
-        conv=common.Layer(bias),
+        conv=common.add(bias),
         residual=residual,
         mutable=["batch_stats"],
       )[0]
@@ -421,7 +422,7 @@ def test_norm_within_a_convolution(
       {"params": {"scale": scale, "bias": offset}, "batch_stats": stats},
       x,
       False,
-      conv=common.Layer(bias, kernel, conv),
+      conv=ops.Convolution(conv, kernel, bias),
       residual=residual,
     )
 
@@ -461,7 +462,7 @@ def test_norm_within_a_convolution_of_several_devices_and_vmap(conv):
 
   @jax.jit
   def apply(x):
-    layer = common.Layer(bias, kernel, conv)
+    layer = ops.Convolution(conv, kernel, bias)
     return module.apply(variables, x, False, conv=layer)
 
   one_by_one = jnp.stack([apply(images) for images in x])
@@ -487,7 +488,7 @@ def test_batch_norm_of_mixed_dtypes_and_vmap():
       variables,
       x,
       True,
-      conv=common.Layer(bias),
+      conv=common.add(bias),
       residual=residual,
       mutable=["batch_stats"],
     )

@@ -9,11 +9,12 @@ from convmixer_jax import models
 from convmixer_jax import train
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from experiments import measures
 from experiments import pictures
 from tests import common
 
 
-def trained(seed=0, cls=pictures.Trained, **overrides):
+def trained(seed=0, cls=measures.Trained, **overrides):
   """A model with random weights and statistics."""
   model = common.tiny_model(**overrides)
   rng = np.random.default_rng(seed)
@@ -60,7 +61,7 @@ def test_cka_is_the_direct_formula():
   """Of two models of different shapes, over two batches."""
   a, b = trained(0), trained(1, dim=6, depth=1, patch_size=4)
   batches = noise(2, 7, 8, 8, 3)
-  found = pictures.cka(a, b, batches)
+  found = measures.cka(a, b, batches)
   assert found.shape == (3, 2)
   # [layer][batch] -> [n, d]
   rows_a, rows_b = (
@@ -73,7 +74,7 @@ def test_cka_is_the_direct_formula():
       assert found[i, j] == pytest.approx(direct_cka(pairs), abs=1e-4)
 
 
-class Rotated(pictures.Trained):
+class Rotated(measures.Trained):
   def features(self, variables, x, num_blocks):
     maps = super().features(variables, x, num_blocks)
     random = np.random.default_rng(num_blocks).normal(size=(8, 8))
@@ -83,11 +84,11 @@ class Rotated(pictures.Trained):
 
 def test_cka_with_itself_is_1_also_rotated_scaled_and_shifted():
   batches = noise(2, 9, 8, 8, 3)
-  itself = pictures.cka(trained(), trained(), batches)
+  itself = measures.cka(trained(), trained(), batches)
   assert np.diag(itself) == pytest.approx(np.ones(3), abs=1e-6)
   assert itself == pytest.approx(itself.T, abs=1e-6)
   assert np.abs(itself - np.eye(3)).max() > 0.01
-  rotated = pictures.cka(trained(), trained(cls=Rotated), batches)
+  rotated = measures.cka(trained(), trained(cls=Rotated), batches)
   assert rotated == pytest.approx(itself, abs=1e-4)
 
 
@@ -97,9 +98,9 @@ def test_hsic_of_unrelated_features_is_0_on_average():
   x, y = rng.normal(size=(2, 2000, 8, 30))
   grams = [features @ features.swapaxes(1, 2) for features in (x, y)]
   found = [
-    pictures.unbiased_hsic(a[None], b[None])[0, 0] for a, b in zip(*grams)
+    measures.unbiased_hsic(a[None], b[None])[0, 0] for a, b in zip(*grams)
   ]
-  own = [pictures.unbiased_hsic(a[None], a[None])[0, 0] for a in grams[0]]
+  own = [measures.unbiased_hsic(a[None], a[None])[0, 0] for a in grams[0]]
   assert own[0] == pytest.approx((u_centred(grams[0][0]) ** 2).sum() / (8 * 5))
   assert abs(np.mean(found)) < 4 * np.std(found) / np.sqrt(2000)
   assert abs(np.mean(found)) < 0.02 * np.mean(own)
@@ -117,7 +118,7 @@ def test_the_field_has_the_support_that_kernel_and_patch_allow(patch, kernel):
     (0, 0, 0),
     (1, (kernel - 1) // 2, kernel // 2),
   ):
-    field = pictures.receptive_field(model, batches, blocks)
+    field = measures.receptive_field(model, batches, blocks)
     allowed = np.zeros((side, side), bool)
     rows = slice((5 - before) * patch, (5 + after + 1) * patch)
     allowed[rows, rows] = True
@@ -128,7 +129,7 @@ def test_the_field_is_the_mean_of_absolute_differences():
   """Against finite differences of one image at a time."""
   model = trained(depth=1)
   batches = noise(2, 2, 8, 8, 3)
-  field = pictures.receptive_field(model, batches, 1)
+  field = measures.receptive_field(model, batches, 1)
   middle = jax.jit(
     lambda x: model.features(model.variables, x[None], 1)[0, 2, 2].sum()
   )
@@ -145,11 +146,11 @@ def test_the_field_is_the_mean_of_absolute_differences():
 def test_reach():
   field = np.zeros((20, 20))
   field[10:12, 10:12] = 1  # The middle patch of 2 x 2.
-  assert pictures.reach(field, 2, 0.5) == 2
-  assert pictures.reach(field, 2, 1.0) == 2
+  assert measures.reach(field, 2, 0.5) == 2
+  assert measures.reach(field, 2, 1.0) == 2
   field[8:14, 8:14] += 1
-  assert pictures.reach(field, 2, 0.2) == 2
-  assert pictures.reach(field, 2, 0.95) == 6
+  assert measures.reach(field, 2, 0.2) == 2
+  assert measures.reach(field, 2, 0.95) == 6
 
 
 # --- Scores.
@@ -166,7 +167,7 @@ def test_the_confusion_matrix_counts_every_image():
   assert 0 < hits.sum() < len(source)
   assert not hits[0]  # With which the last batch is padded.
   keep = np.sum(~hits) - 1
-  counts, mistakes = pictures.score(model, batches, keep)
+  counts, mistakes = measures.score(model, batches, keep)
   assert counts.sum() == len(source) == 360
   assert np.trace(counts) == hits.sum()
   assert counts.sum(1).tolist() == np.bincount(source.labels).tolist()
@@ -192,7 +193,7 @@ def test_spread():
   delta = np.zeros((4, 4, 2))
   delta[1, 1] = 1  # On the output's location; padding is below and right.
   delta[1, 3, 1] = -1  # Two to the right, as heavy.
-  distances, means, rms = pictures.spread(delta)
+  distances, means, rms = measures.spread(delta)
   assert distances.tolist()[:4] == pytest.approx([0, 1, 2**0.5, 2])
   assert means[:4] == pytest.approx([1, 0, 0, 0.5 / 2])
   assert rms == pytest.approx([0, 2**0.5])
@@ -200,7 +201,7 @@ def test_spread():
 
 def test_filters_side_by_side():
   kernels = np.random.default_rng(0).normal(size=(8, 8, 3, 5))
-  images = pictures.colors(kernels)
+  images = pictures.scaled(kernels)
   assert images.min() >= 0
   assert images.max() <= 1
   ratio = kernels[..., 3] / (images[3] - 0.5)
@@ -266,7 +267,7 @@ def test_every_picture_of_a_run(tmp_path):
 
 def test_a_class_may_have_any_name(tmp_path):
   names = ["a $\\frac$", "<b>", "c" * 99]
-  mistake = pictures.Mistake(noise(8, 8, 3), 0, 2, 0.5)
+  mistake = measures.Mistake(noise(8, 8, 3), 0, 2, 0.5)
   for drawn in (
     pictures._draw_confusion(np.eye(3, dtype=int), names, "title"),
     pictures._draw_mistakes([mistake], names),

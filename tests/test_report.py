@@ -7,9 +7,10 @@ import matplotlib
 import pytest
 from selenium import webdriver
 
+from experiments import plots
 from experiments import report
+from experiments import scores
 from experiments import sweeps
-from experiments import tables
 from tests import common
 
 HOSTILE = "<script>document.title = 'hostile'</script><img src=x>"
@@ -61,11 +62,11 @@ def page(root):
     line.removeprefix(f"left out: {folder}/").split(": ", 1)
     for line in err.splitlines()
   )
-  damaged = "not finished, or its files are damaged"
-  no_record = "metrics.jsonl: has a line that is no record of a run"
+  damaged = "is not finished, or its files are damaged"
+  no_record = "metrics.jsonl: has a line that is not a valid record"
   assert left_out == {
-    "\\udc80 <b>": "not of this sweep",
-    "p1_k3/seed0": f"optim is {HOSTILE}; the sweep's is None",
+    "\\udc80 <b>": "not part of this sweep",
+    "p1_k3/seed0": f"optim is {HOSTILE}; in the sweep None",
     "p1_k5/seed0": damaged,
     "p1_k7/seed0": no_record,
     "p1_k9/seed0": no_record,
@@ -87,7 +88,7 @@ def test_the_page_needs_nothing_else_and_trusts_no_file(page):
   assert len(set(ids)) == len(ids)
   used = re.findall(r'(?:href="#|url\(#|labelledby=")([^")]*)', text)
   assert set(used) <= set(ids)
-  assert report._INK not in text
+  assert plots._INK not in text
 
 
 def test_the_page_shows_what_is_missing(root, page):
@@ -96,15 +97,15 @@ def test_the_page_shows_what_is_missing(root, page):
   cells = re.findall(r"<td[^>]*>([^<]*)</td>", row)
   assert cells[3:] == ["missing", "", "", *3 * ["missing"], "none published"]
   assert len(re.findall(r">missing</text>", text)) == 1  # In the heat map.
-  results, _ = tables.collect(sweeps.get("patch_kernel"), root / "patch_kernel")
+  results, _ = scores.collect(sweeps.get("patch_kernel"), root / "patch_kernel")
   for result in results:
     assert result.mean is None or f">{result.mean:.2f}</text>" in text
 
 
 def test_a_sweep_without_runs_has_a_page(tmp_path):
   sweep = sweeps.get("smoke")
-  results, problems = tables.collect(sweep, tmp_path)
-  pictures = report.draw(results)
+  results, problems = scores.collect(sweep, tmp_path)
+  pictures = plots.draw(results)
   text = report.render("smoke", sweep, tmp_path, results, problems, pictures)
   assert "No run is finished." in text
   assert text.count("<figure>") == 1
@@ -117,20 +118,20 @@ def test_curves_are_means_of_common_steps(tmp_path):
     0: [{"kind": "eval", "step": s, "top1": t} for s, t in ((5, 1), (10, 2))],
     1: [{"kind": "eval", "step": s, "top1": t} for s, t in ((7, 5), (10, 6))],
   }
-  result = tables.Result(cell, runs)
-  steps, values = report._series(result, "eval", "top1")
+  result = scores.Result(cell, runs)
+  steps, values = plots._series(result, "eval", "top1")
   assert (steps, values.tolist()) == ([10], [[2], [6]])
-  drawn = report._curves([result], "eval", "top1", "top-1, %")
+  drawn = plots._curves([result], "eval", "top1", "top-1, %")
   (line,) = drawn.axes[0].lines
   assert line.get_xydata().tolist() == [[4.0, 4.0]]  # The sweep's 4 epochs.
 
 
 def test_only_a_grid_has_a_heat_map():
   as_results = lambda name: [
-    tables.Result(cell, {}) for cell in sweeps.get(name).cells
+    scores.Result(cell, {}) for cell in sweeps.get(name).cells
   ]
   grid = {
-    name: report._grid(as_results(name)) is not None for name in sweeps.SWEEPS
+    name: plots._grid(as_results(name)) is not None for name in sweeps.SWEEPS
   }
   assert {name for name in grid if grid[name]} == {
     "smoke", "patch_kernel", "patch_kernel_small", "cifar10_script",
@@ -142,13 +143,13 @@ def test_colors_are_legible_on_both_pages():
   assert "--paper: #fff;" in style
   assert f"--paper: {DARK};" in style
   contrast = lambda a, b: (max(a, b) + 0.05) / (min(a, b) + 0.05)
-  light, dark = report._luminance(LIGHT), report._luminance(DARK)
-  assert contrast(light, report._luminance("#000")) == pytest.approx(21)
-  for color in report.COLORS:
-    assert contrast(report._luminance(color), light) >= 3, color
-    assert contrast(report._luminance(color), dark) >= 3, color
+  light, dark = plots._luminance(LIGHT), plots._luminance(DARK)
+  assert contrast(light, plots._luminance("#000")) == pytest.approx(21)
+  for color in plots.COLORS:
+    assert contrast(plots._luminance(color), light) >= 3, color
+    assert contrast(plots._luminance(color), dark) >= 3, color
   for shade in matplotlib.colormaps["viridis"].colors:
-    value = report._luminance(shade)
+    value = plots._luminance(shade)
     assert contrast(value, 0.0 if value > 0.179 else 1.0) >= 4.5
 
 
@@ -248,7 +249,7 @@ def test_in_a_browser(browser, page, tmp_path):
   [
     ([], "--root: must be given"),
     (["smoek", "--root=x", "--out=y"], "nearest is smoke"),
-    (["smoke", "--root=x", "--out=y"], "--root=x: holds no smoke"),
+    (["smoke", "--root=x", "--out=y"], "--root=x: has no folder smoke"),
   ],
 )
 def test_mistakes_get_one_line(args, says):

@@ -17,7 +17,7 @@ import pytest
 
 from convmixer_jax import checkpoint
 from convmixer_jax.errors import UserError
-from experiments import run as run_lib
+from experiments import scores
 from experiments import slurm as slurm_lib
 from experiments import sweeps
 from tests import common
@@ -191,7 +191,7 @@ def test_an_array_of_two_runs_finishes(slurm, tmp_path, monkeypatch):
   number = re.search(r"as job (\d+), 2 runs", submitted(argv))[1]
   workdirs = [tmp_path / "two" / "tiny" / f"seed{seed}" for seed in (0, 1)]
   try:
-    wait(lambda: all(map(run_lib.finished, workdirs)))
+    wait(lambda: all(map(scores.finished, workdirs)))
   except AssertionError:
     for path in (tmp_path / "slurm").glob("*.out"):
       print(path.read_text())
@@ -225,7 +225,7 @@ def test_a_job_that_is_sent_away_comes_back(slurm, tmp_path, way):
   # refuses what was sent away.
   time.sleep(5)
   slurm_says(slurm, "scontrol", "update", f"job={job}", "StartTime=now")
-  wait(lambda: run_lib.finished(workdir))
+  wait(lambda: scores.finished(workdir))
   _, second = starts(workdir)
   assert second["first_step"] == saved
   assert second["last_step"] == 2000
@@ -241,7 +241,7 @@ def test_two_tasks_equal_one_process(slurm, tmp_path):
   one = common.run_main(*flags, f"--workdir={tmp_path / 'one'}")
   out, err = one.communicate(timeout=120)
   assert one.returncode == 0, out + err
-  wait(lambda: run_lib.finished(tmp_path / "two"))
+  wait(lambda: scores.finished(tmp_path / "two"))
   wait(lambda: not slurm_says(slurm, "squeue", "-h", "-j", job), 60)
   (start,) = starts(tmp_path / "two")
   assert start["num_processes"] == 2
@@ -267,7 +267,7 @@ def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
   ("args", "says"),
   [
     (["smok"], "nearest is smoke"),
-    ([], "give a sweep, or --"),
+    ([], "Give the name of a sweep, or --"),
     (["--", "--config=configs/digits.py", "--config.epoch=1"], "no such field"),
     (
       ["--nodes=7", "--", "--config=configs/digits.py"],
@@ -279,6 +279,6 @@ def test_mistakes_are_found_before_they_queue(args, says, monkeypatch):
   argv = ["slurm", *args]
   monkeypatch.setattr(sys, "argv", argv)
   slurm_lib._FLAGS.unparse_flags()
-  slurm_lib.main_lib._FLAGS.unparse_flags()
+  slurm_lib._RUN_FLAGS.unparse_flags()
   with pytest.raises(UserError, match=says):
     slurm_lib.main(*slurm_lib._FLAGS(argv)[1:])

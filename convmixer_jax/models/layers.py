@@ -152,7 +152,7 @@ class LayerNorm(nn.LayerNorm):
     x: jax.Array,
     train: bool,
     *,
-    conv: ops.Convolution | None = None,
+    conv: ops.Convolution | nn.Module | None = None,
     residual: jax.Array | None = None,
   ) -> jax.Array:
     """Returns [B, H', W', D]; see `ops.BatchNorm` for the arguments."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import functools
 import math
 from typing import Any
-from typing import Protocol
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -35,17 +35,19 @@ AVERAGES = "running_averages"
 ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
 
 
-class Convolution(Protocol):
-  """A layer whose convolution is left to the norm that follows it."""
+class Convolution(NamedTuple):
+  """A convolution that the norm after it computes: see `BatchNorm`.
 
-  def operands(
-    self, x: jax.Array
-  ) -> tuple[Callable[..., jax.Array], jax.Array, jax.Array, jax.Array]:
-    """Returns operation, x, kernel and bias.
+  A layer is one as well, if it has `operands`; see `models.layers.Conv`.
+  """
 
-    The layer's result is operation(x, kernel, implementation=...) + bias.
-    """
-    ...
+  operation: Callable[..., jax.Array]  # (x, kernel, implementation=...) -> y
+  kernel: jax.Array
+  bias: jax.Array
+
+  def operands(self, x: jax.Array) -> tuple[Any, ...]:
+    """Returns operation, x, kernel and bias."""
+    return self.operation, x, self.kernel, self.bias
 
 
 class BatchNorm(nn.Module):
@@ -83,7 +85,7 @@ class BatchNorm(nn.Module):
     x: jax.Array,
     train: bool,
     *,
-    conv: Convolution | None = None,
+    conv: Convolution | nn.Module | None = None,
     residual: jax.Array | None = None,
   ) -> jax.Array:
     """Returns [B, H', W', D], of x's dtype; sums are computed in float32.

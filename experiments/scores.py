@@ -1,0 +1,163 @@
+"""What the runs of a sweep scored: their folders read, checked, summarised."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import dataclasses
+import json
+from pathlib import Path
+import statistics
+from typing import Any
+
+from convmixer_jax import config as config_lib
+from convmixer_jax import logger
+from convmixer_jax import models
+from convmixer_jax.errors import UserError
+from experiments import sweeps
+
+COLUMNS = ("cell", "parameters", "GFLOP/image", "img/s", "ours", "paper",
+           "difference")  # fmt: skip
+# A run may differ from the sweep in these: where the data are, and its pace.
+_FREE = {*config_lib.FREE_FIELDS, "data.dir"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+  """A cell and its finished runs: seed -> records of metrics.jsonl."""
+
+  cell: sweeps.Cell
+  runs: Mapping[int, list[dict[str, Any]]]
+
+  @property
+  def scores(self) -> dict[int, float]:
+    """Seed -> top-1 after the last step, in percent."""
+    return {seed: records[-1]["top1"] for seed, records in self.runs.items()}
+
+  @property
+  def mean(self) -> float | None:
+    """Mean over seeds; None if no run is finished."""
+    return statistics.mean(self.scores.values()) if self.runs else None
+
+  @property
+  def std(self) -> float | None:
+    """Standard deviation over seeds; None for fewer than two."""
+    scores = self.scores.values()
+    return statistics.stdev(scores) if len(scores) > 1 else None
+
+
+def finished(workdir: Path) -> bool:
+  """Whether a run was trained to its end and evaluated."""
+  try:
+    start = json.loads((workdir / "run.json").read_text())["starts"][-1]
+    steps = [(r["kind"], r["step"]) for r in logger.read_metrics(workdir)]
+    last = ("eval", start["last_step"])
+    return start["status"] == "finished" and steps[-1] == last
+  except (OSError, ValueError, LookupError, TypeError):
+    return False
+
+
+def locate(names: Sequence[str], root: str) -> tuple[sweeps.Sweep, Path]:
+  """The sweep that a command line names, and its folder.
+
+  Raises:
+    UserError: there is no such sweep, or `root` has no folder of that name.
+  """
+  sweep, folder = sweeps.get(*names), Path(root).expanduser() / names[0]
+  if not folder.is_dir():
+    raise UserError(
+      f"--root={root}: has no folder {names[0]}; run experiments.run first"
+    )
+  return sweep, folder
+
+
+def collect(
+  sweep: sweeps.Sweep, folder: Path
+) -> tuple[list[Result], list[str]]:
+  """Reads the runs of a sweep.
+
+  Returns:
+    A result for each cell, and a line for everything that was left out.
+  """
+  results, problems = [], []
+  known = {
+    folder / cell.name / f"seed{seed}" for cell, seed in sweep.runs()
+  } | {folder / cell.name for cell in sweep.cells}
+  for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+    if path not in known:
+      problems.append(f"{path}: not part of this sweep")
+  for cell in sweep.cells:
+    runs = {}
+    for seed in sweep.seeds:
+      workdir = folder / cell.name / f"seed{seed}"
+      if not workdir.exists():
+        continue
+      if problem := _problem(cell, seed, workdir):
+        problems.append(f"{workdir}: {problem}")
+        continue
+      runs[seed] = logger.read_metrics(workdir)
+    results.append(Result(cell, runs))
+  return results, problems
+
+
+def _problem(cell, seed, workdir):
+  """Why a run is left out, or ''."""
+  try:
+    theirs = json.loads((workdir / "config.json").read_text())
+    wanted = json.loads(cell.resolve(seed).to_json())
+  except (OSError, ValueError) as e:
+    return f"config.json: {e}"
+  if not isinstance(theirs, dict):
+    return "config.json: is not a JSON object"
+  theirs, wanted = config_lib.flatten(theirs), config_lib.flatten(wanted)
+  for name in sorted((theirs.keys() | wanted.keys()) - _FREE):
+    if theirs.get(name) != wanted.get(name):
+      return f"{name} is {theirs.get(name)}; in the sweep {wanted.get(name)}"
+  if not finished(workdir):
+    return "is not finished, or its files are damaged"
+  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  records = logger.read_metrics(workdir)
+  if len(records) < len(lines) or not all(map(_is_record, records)):
+    return "metrics.jsonl: has a line that is not a valid record"
+  return ""
+
+
+def _is_record(record):
+  number = lambda value: isinstance(value, (int, float))
+  if record["kind"] == "eval":
+    good = number(record.get("top1")) and 0 <= record["top1"] <= 100
+  else:  # The first of a run that logs every step has no rate.
+    rate = record.get("images_per_second", 0)
+    good = number(record.get("loss")) and number(rate)
+  return good and isinstance(record["step"], int)
+
+
+def row(result: Result) -> tuple[str, ...]:
+  """A cell as values of `COLUMNS`."""
+  cell, model = result.cell, result.cell.model()
+  size = cell.resolve(0).data.image_size
+  published = cell.published()
+  rates = [
+    record["images_per_second"]
+    for records in result.runs.values()
+    for record in records
+    if "images_per_second" in record
+  ]
+  paper, difference = "", ""
+  if published:
+    paper = "unknown"
+    if published.value is not None:
+      paper = f"{published.value:.2f}"
+      if result.mean is not None:
+        difference = f"{result.mean - published.value:+.2f}"
+  ours = "missing"
+  if result.mean is not None:
+    spread = "" if result.std is None else f" +- {result.std:.2f}"
+    ours = f"{result.mean:.2f}{spread} ({len(result.runs)})"
+  return (
+    cell.name,
+    f"{sweeps.count_parameters(model):,}",
+    f"{models.flops(model, size) / 1e9:.3g}",
+    f"{statistics.median(rates):.0f}" if rates else "",
+    ours,
+    paper,
+    difference,
+  )
