@@ -11,6 +11,7 @@ import difflib
 import os
 from pathlib import Path
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -283,7 +284,7 @@ class _TfdsReader:
 
 def _tfds(name, directory, split, image_size):
   builder, image, label = _prepared_builder(name, directory)
-  # Checks the split's name and slice before TFDS does, in our words.
+  # Raises our own error for a wrong split, before TFDS raises its own.
   _slice(split, {k: v.num_examples for k, v in builder.info.splits.items()})
   source = builder.as_data_source(
     split, decoders={image: tfds.decode.SkipDecoding()}
@@ -299,7 +300,7 @@ def _tfds(name, directory, split, image_size):
   with tqdm.tqdm(
     total=size, desc=f"reading {name} {split}", unit="img", disable=None
   ) as progress:
-    for start in range(0, size, 1000):  # Records are read faster in chunks.
+    for start in range(0, size, 1000):  # Reading in chunks is faster.
       chunk = range(start, min(start + 1000, size))
       for i, record in zip(chunk, source.__getitems__(chunk)):
         images[i] = decode.whole_image(record[image], image_size)
@@ -325,13 +326,20 @@ def _builder(name, directory):
 
 
 def _prepared_builder(name, directory):
-  """Likewise; its data are on disk, prepared if need be, as ArrayRecord."""
+  """The same for a data set on disk as ArrayRecord; prepares it if needed."""
   builder, image, label = _builder(name, directory)
   array_record = tfds.core.FileFormat.ARRAY_RECORD
   if not builder.is_prepared():
     try:
       builder = tfds.builder(name, data_dir=directory, file_format=array_record)
       builder.download_and_prepare()
+    except ImportError as e:
+      raise UserError(
+        f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
+        f" it failed: {first_line(e)}. Reading a prepared set does not need"
+        " TensorFlow; preparing one does. Install it with:"
+        f" {sys.executable} -m pip install tensorflow-cpu"
+      ) from e
     except Exception as e:
       manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
       raise UserError(
@@ -341,8 +349,8 @@ def _prepared_builder(name, directory):
   elif array_record not in builder.info.available_file_formats():
     raise UserError(
       f"data.name={name}: {builder.data_path} is in the format"
-      f" {builder.info.file_format.value}, which has no random access; add"
-      " ArrayRecord beside it with: python -m venv /tmp/convert &&"
+      f" {builder.info.file_format.value}, which has no random access. Add an"
+      " ArrayRecord copy with: python -m venv /tmp/convert &&"
       " /tmp/convert/bin/pip install apache-beam array_record mlcroissant"
       " importlib_resources tensorflow-cpu tensorflow-datasets &&"
       " /tmp/convert/bin/tfds convert_format --out_file_format=array_record"
