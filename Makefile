@@ -1,7 +1,8 @@
-# Needs Python 3.11 and make; everything else goes into .venv.
+# Needs Python 3.11, 3.12 or 3.13 and make; everything else goes into .venv.
 
 PYTHON ?= $(or $(shell command -v python3.11),python3)
 RUN := .venv/bin/python -m
+PIP := $(RUN) pip install --disable-pip-version-check
 
 .PHONY: train test test-slow lint bench docs clean .venv
 
@@ -9,11 +10,11 @@ RUN := .venv/bin/python -m
 train: .venv
 	$(RUN) convmixer_jax.main --config configs/digits.py --workdir runs/digits
 
-## test: all but the tests that take minutes; eight minutes on two cores
+## test: the fast tests; eight minutes on two cores
 test: .venv/dev
 	$(RUN) pytest -m "not slow" --numprocesses=2 --dist=loadscope
 
-## test-slow: accuracies, and what needs CIFAR-10
+## test-slow: the slow tests: accuracies, kills, and those that need CIFAR-10
 test-slow: .venv/dev
 	$(RUN) pytest -m slow
 
@@ -26,20 +27,23 @@ lint: .venv/dev
 bench: .venv/dev
 	$(RUN) benchmarks.table --out benchmarks/results/throughput.json
 
-## .venv: sets up and does nothing else
+## .venv: installs requirements.txt and runs nothing
 .venv: .venv/ready
 
 .venv/ready: requirements.txt
-	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 11) and f"error: Python 3.11 is needed, {sys.executable} is {v[0]}.{v[1]}; make PYTHON=...")'
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(not (3, 11) <= v < (3, 14) and f"error: {sys.executable} is Python {v[0]}.{v[1]}; choose 3.11, 3.12 or 3.13: make PYTHON=python3.12")'
 	$(PYTHON) -m venv .venv
-	$(RUN) pip install --disable-pip-version-check -r requirements.txt
+	$(PIP) -r requirements.txt
 	@touch $@
 
 .venv/dev: requirements-dev.txt .venv/ready
-	$(RUN) pip install --disable-pip-version-check -r requirements-dev.txt
-# The compiler for TPUs, of jax 0.10.2, for the tests of plan. Apart, since every
-# process that finds it loads it; not made for all systems.
-	-$(RUN) pip install --disable-pip-version-check --no-deps --upgrade --target .venv/libtpu libtpu==0.0.42.1
+	$(PIP) -r requirements-dev.txt
+# The TPU compiler that fits the jax of requirements.txt, for the tests of plan. It
+# goes to a folder of its own, because jax loads it wherever it is importable. Some
+# systems have no build of it: then those tests are skipped.
+	-$(PIP) --no-deps --upgrade --target .venv/libtpu \
+	  'libtpu==0.0.42.1; python_version < "3.12"' \
+	  'libtpu==0.0.50.1; python_version >= "3.12"'
 	@touch $@
 
 ## docs: writes docs/config.md from convmixer_jax/config.py

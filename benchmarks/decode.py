@@ -19,6 +19,7 @@ import io
 import json
 import os
 from pathlib import Path
+import sys
 
 from absl import flags
 import numpy as np
@@ -47,8 +48,12 @@ def main() -> None:
   """Runs what the flags say; see --help."""
   os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
   os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-  import tensorflow as tf
-
+  try:
+    import tensorflow as tf
+  except ImportError as e:
+    raise UserError(
+      f"{e}; install it with: {sys.executable} -m pip install tensorflow-cpu"
+    ) from e
   tf.config.threading.set_intra_op_parallelism_threads(1)
   tf.config.threading.set_inter_op_parallelism_threads(1)
   photos = [Path(path).read_bytes() for path in _files()]

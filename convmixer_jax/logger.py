@@ -114,9 +114,6 @@ class Logger:
   def overview(self, params: Any) -> None:
     """Prints the table of parameters."""
     if self._active:
-      # Imports tensorflow if it is there, whose chatter is about computing.
-      os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-      os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")
       from clu import parameter_overview
 
       table = parameter_overview.get_parameter_overview(

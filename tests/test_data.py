@@ -374,36 +374,51 @@ def test_labels_are_those_of_train(folder, tmp_path):
   assert len(sources.open_source("folder", str(root), "train", 16)) == 21
 
 
+def prepare(root, name, images, shape):
+  """Prepares a TFDS data set of `images`, as ArrayRecord."""
+
+  class Builder(tfds.core.GeneratorBasedBuilder):
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+      features = {
+        "id": tfds.features.Text(),
+        "picture": tfds.features.Image(shape=shape),
+        "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
+      }
+      return self.dataset_info_from_configs(
+        features=tfds.features.FeaturesDict(features), disable_shuffling=True
+      )
+
+    def _split_generators(self, dl_manager):
+      return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+      for i, image in enumerate(images):
+        # TFDS encodes arrays with tensorflow, and copies encoded files.
+        file = io.BytesIO(encoded(Image.fromarray(image), format="PNG"))
+        yield i, {"id": str(i), "picture": file, "kind": i % 3}
+
+  Builder.name = name
+  Builder(data_dir=root, file_format="array_record").download_and_prepare()
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
-  """Two prepared sets with the same images: ArrayRecord and TFRecord."""
+  """Two sets with the same images as ArrayRecord, and one as TFRecord."""
   root = tmp_path_factory.mktemp("tfds")
   images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
-  for name, file_format, shape in (
-    ("small", "array_record", (8, 8, 3)),
-    ("photos", "array_record", (None, None, 3)),
-    ("old", "tfrecord", (8, 8, 3)),
-  ):
-    tfds.dataset_builders.store_as_tfds_dataset(
-      name=name,
-      version="1.0.0",
-      features=tfds.features.FeaturesDict(
-        {
-          "id": tfds.features.Text(),
-          "picture": tfds.features.Image(shape=shape),
-          "kind": tfds.features.ClassLabel(names=["a", "b", "c"]),
-        }
-      ),
-      split_datasets={
-        "train": [
-          (str(i), {"id": str(i), "picture": image, "kind": i % 3})
-          for i, image in enumerate(images)
-        ]
-      },
-      data_dir=root,
-      file_format=file_format,
-      disable_shuffling=True,
-    )
+  with tfds.core.registered.skip_registration():
+    prepare(root, "small", images, (8, 8, 3))
+    prepare(root, "photos", images, (None, None, 3))
+  # Writing a real TFRecord needs tensorflow. Refusing one reads no record.
+  old = shutil.copytree(root / "small", root / "old") / "1.0.0"
+  info = (old / "dataset_info.json").read_text()
+  info = info.replace("array_record", "tfrecord").replace("small", "old")
+  (old / "dataset_info.json").write_text(info)
+  for file in old.glob("small-*"):
+    name = file.name.replace("array_record", "tfrecord").replace("small", "old")
+    file.rename(old / name)
   return root, images
 
 
@@ -429,6 +444,19 @@ def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
   same(collect(source, 1, stop=2, num_workers=2), collect(source, 2, stop=2))
 
 
+def test_preparing_names_the_command_that_installs_tensorflow(
+  tfds_dir, monkeypatch
+):
+  root, _ = tfds_dir
+
+  def prepare(builder):
+    raise ModuleNotFoundError("No module named 'tensorflow'")
+
+  monkeypatch.setattr(tfds.core.DatasetBuilder, "download_and_prepare", prepare)
+  with pytest.raises(UserError, match="-m pip install tensorflow-cpu"):
+    sources.open_source("cifar100", str(root), "train", 8)
+
+
 def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   root, _ = tfds_dir
 
@@ -447,4 +475,4 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   refused(r"eval_split=train\[:9: has train, test", "digits", None, "train[:9")
   refused("has train, test", "digits", None, "all[:10]")
   refused("has no images", "digits", None, "train[5:5]")
-  refused("not an image classification set", "glue/cola", str(root), "train")
+  refused("not an image classification set", "voc/2007", str(root), "train")

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -26,6 +27,8 @@ from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from tests import common
 from tests import test_data
+
+tfds_dir = test_data.tfds_dir
 
 # Ten steps of 32 images.
 TEN_STEPS = {"data.train_split": "train[:320]", "log_every": 2}
@@ -146,6 +149,42 @@ def test_five_steps_and_five_more_equal_ten(
     found = accumulator.Scalars(f"{kind}/{name}")
     assert {e.step: e.value for e in found} == pytest.approx(expected, rel=1e-6)
     assert len(found) == len(expected)
+
+
+WITHOUT_TENSORFLOW = """
+import importlib.machinery, pathlib, sys
+
+finder = importlib.machinery.PathFinder
+find = finder.find_spec
+finder.find_spec = lambda name, *args: (
+  None if name == "tensorflow" else find(name, *args)
+)
+from tensorboard.backend.event_processing import event_accumulator
+from convmixer_jax import train
+from convmixer_jax.data import sources
+from tests import common
+
+workdir, prepared = sys.argv[1:]
+config = common.digits_config(**{"data.train_split": "train[:64]"})
+train.train_and_evaluate(config, workdir)
+(events,) = pathlib.Path(workdir).glob("events.*")
+accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
+assert [e.step for e in accumulator.Scalars("eval/top1")] == [2]
+assert len(sources.open_source("small", prepared, "train", 8)) == 24
+"""
+
+
+def test_it_works_without_tensorflow(tmp_path, tfds_dir):
+  """Trains, writes TensorBoard events, and reads a prepared TFDS set."""
+  root, _ = tfds_dir
+  process = subprocess.run(
+    [sys.executable, "-c", WITHOUT_TENSORFLOW, tmp_path / "run", root],
+    cwd=common.ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  assert "Total: 322 -- 1,288 bytes" in process.stdout  # clu's overview.
 
 
 def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys):

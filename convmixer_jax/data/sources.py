@@ -11,6 +11,7 @@ import difflib
 import os
 from pathlib import Path
 import re
+import sys
 from typing import Any
 
 import numpy as np
@@ -340,6 +341,13 @@ def _prepared_builder(name, directory):
     try:
       builder = tfds.builder(name, data_dir=directory, file_format=array_record)
       builder.download_and_prepare()
+    except ImportError as e:
+      raise UserError(
+        f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
+        f" it failed: {first_line(e)}. Reading a prepared set does not need"
+        " TensorFlow; preparing one does. Install it with:"
+        f" {sys.executable} -m pip install tensorflow-cpu"
+      ) from e
     except Exception as e:
       manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
       raise UserError(
@@ -349,8 +357,8 @@ def _prepared_builder(name, directory):
   elif array_record not in builder.info.available_file_formats():
     raise UserError(
       f"data.name={name}: {builder.data_path} is in the format"
-      f" {builder.info.file_format.value}, which has no random access; add"
-      " ArrayRecord beside it with: python -m venv /tmp/convert &&"
+      f" {builder.info.file_format.value}, which has no random access. Add an"
+      " ArrayRecord copy with: python -m venv /tmp/convert &&"
       " /tmp/convert/bin/pip install apache-beam array_record mlcroissant"
       " importlib_resources tensorflow-cpu tensorflow-datasets &&"
       " /tmp/convert/bin/tfds convert_format --out_file_format=array_record"
