@@ -101,11 +101,8 @@ def define_json(flag_values: flags.FlagValues) -> flags.FlagHolder:
 
 
 def title(model: nn.Module) -> str:
-  """One line: dim/depth, patch size, kernel size, dtype."""
-  return (
-    f"ConvMixer-{model.dim}/{model.depth}, patch {model.patch_size}, kernel"
-    f" {model.kernel_size}, {jnp.dtype(model.dtype).name}"
-  )
+  """The model's sizes and dtype in one line."""
+  return f"{models.describe(model)}, {jnp.dtype(model.dtype).name}"
 
 
 def seconds(run: Callable[[], Any], calls: int = 1) -> float:

@@ -302,9 +302,8 @@ def _measured_speed(runs):
   data = _training_data(config)
   recipe = recipe_lib.build(config, data)
   state = recipe.init_state()
-  batch = {
-    k: np.zeros(s.shape, s.dtype) for k, s in recipe.batch_shapes().items()
-  }
+  zeros = lambda like: np.zeros(like.shape, like.dtype)
+  batch = jax.tree.map(zeros, recipe.batch_shapes())
   batch = sharding.to_global(recipe.mesh, batch, config.batch_size)
   seconds = []
   for _ in range(6):  # The first compiles, and is left out.
