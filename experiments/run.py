@@ -153,7 +153,8 @@ def _run_all(runs, jobs, gpus):
   with tqdm.tqdm(
     total=len(runs),
     initial=sum(map(_share_done, runs)),
-    bar_format="{percentage:3.0f} %|{bar}| {elapsed}<{remaining}{postfix}",
+    bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}<{remaining}{postfix}",
+    dynamic_ncols=True,
     disable=None,
   ) as bar:
     while any(slots) or (waiting and not stopping):
@@ -264,7 +265,7 @@ def _counts(runs, *statuses):
 def _dry_run(runs):
   speed, measured = _measured_speed(runs)
   width = max(len(run.name) for run in runs)
-  print(f"{'run':{width}}  parameters  GFLOP/image  epochs  hours")
+  print(f"{'run':{width}}  parameters  GFLOP/image  epochs   hours")
   total = 0.0
   for run in runs:
     config, model = run.cell.resolve(run.seed), run.cell.model()
@@ -274,7 +275,7 @@ def _dry_run(runs):
     total += hours * (run.status != "finished")
     print(
       f"{run.name:{width}}{sweeps.count_parameters(model):12,}"
-      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:7.2g}"
+      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:8.2g}"
       + ("  finished" if run.status == "finished" else "")
     )
   print(
