@@ -28,8 +28,7 @@ import tqdm
 from convmixer_jax import cli
 from convmixer_jax import logger
 from convmixer_jax import models
-from convmixer_jax import sharding
-from convmixer_jax import train
+from convmixer_jax import recipe
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import scores
@@ -300,12 +299,8 @@ def _measured_speed(runs):
   config.batch_size = min(config.batch_size, 64)
   config.accum_steps = 1
   config.model.bn_group_size = config.augment.mix_group_size = 0
-  data = _training_data(config)
-  model, shapes = train.make_model(config, data.num_classes)
-  tx, _ = train.make_optimizer(config, shapes, data.size)
-  mesh = sharding.make_mesh()
-  step = train.jit_step(config, model, tx, mesh, crop=True)
-  state = train.init_state(config, model, tx, mesh)
+  built = recipe.build(config, _training_data(config), jax.local_devices()[:1])
+  state = built.init_state()
   size = (config.batch_size, *2 * [config.data.image_size], 3)
   batch = {
     "image": np.zeros(size, np.uint8),
@@ -314,7 +309,7 @@ def _measured_speed(runs):
   seconds = []
   for _ in range(6):  # The first compiles, and is left out.
     start = time.perf_counter()
-    state, metrics = step(state, batch)
+    state, metrics = built.train_step(built.seed, state, batch)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - start)
   return 3 * config.batch_size * cost(cell) / np.median(seconds[1:]), (
