@@ -88,6 +88,7 @@ def main() -> None:
   versions = {}
   with contextlib.ExitStack() as stack:
     if _AGAINST.value:
+      work.stage_sizes(model, size)  # torch_peer knows ConvMixer only.
       folder = stack.enter_context(tempfile.TemporaryDirectory())
       peer = _start_peer(Path(folder), model, arrays)
       stack.callback(peer.kill)

@@ -28,8 +28,7 @@ import tqdm
 from convmixer_jax import cli
 from convmixer_jax import logger
 from convmixer_jax import models
-from convmixer_jax import recipe as recipe_lib
-from convmixer_jax import sharding
+from convmixer_jax import recipe
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import scores
@@ -153,7 +152,8 @@ def _run_all(runs, jobs, gpus):
   with tqdm.tqdm(
     total=len(runs),
     initial=sum(map(_share_done, runs)),
-    bar_format="{percentage:3.0f} %|{bar}| {elapsed}<{remaining}{postfix}",
+    bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}<{remaining}{postfix}",
+    dynamic_ncols=True,
     disable=None,
   ) as bar:
     while any(slots) or (waiting and not stopping):
@@ -264,7 +264,7 @@ def _counts(runs, *statuses):
 def _dry_run(runs):
   speed, measured = _measured_speed(runs)
   width = max(len(run.name) for run in runs)
-  print(f"{'run':{width}}  parameters  GFLOP/image  epochs  hours")
+  print(f"{'run':{width}}  parameters  GFLOP/image  epochs   hours")
   total = 0.0
   for run in runs:
     config, model = run.cell.resolve(run.seed), run.cell.model()
@@ -274,7 +274,7 @@ def _dry_run(runs):
     total += hours * (run.status != "finished")
     print(
       f"{run.name:{width}}{sweeps.count_parameters(model):12,}"
-      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:7.2g}"
+      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:8.2g}"
       + ("  finished" if run.status == "finished" else "")
     )
   print(
@@ -299,16 +299,14 @@ def _measured_speed(runs):
   config.batch_size = min(config.batch_size, 64)
   config.accum_steps = 1
   config.model.bn_group_size = config.augment.mix_group_size = 0
-  data = _training_data(config)
-  recipe = recipe_lib.build(config, data)
-  state = recipe.init_state()
+  built = recipe.build(config, _training_data(config), jax.local_devices()[:1])
+  state = built.init_state()
   zeros = lambda like: np.zeros(like.shape, like.dtype)
-  batch = jax.tree.map(zeros, recipe.batch_shapes())
-  batch = sharding.to_global(recipe.mesh, batch, config.batch_size)
+  batch = jax.tree.map(zeros, built.batch_shapes())
   seconds = []
   for _ in range(6):  # The first compiles, and is left out.
     start = time.perf_counter()
-    state, metrics = recipe.train_step(recipe.seed, state, batch)
+    state, metrics = built.train_step(built.seed, state, batch)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - start)
   return 3 * config.batch_size * cost(cell) / np.median(seconds[1:]), (
