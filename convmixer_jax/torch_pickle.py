@@ -31,8 +31,8 @@ _STORAGES = {
   "ByteStorage": np.dtype("u1"),
   "BoolStorage": np.dtype("?"),
 }
-# Classes that occur in training checkpoints beside tensors. Their objects are
-# not needed: `_Inert` replaces them.
+# Other classes in training checkpoints. Their objects are not needed; `_Inert`
+# replaces them.
 _INERT = {
   ("argparse", "Namespace"),
   ("numpy", "dtype"),
@@ -206,7 +206,7 @@ class _Unpickler(pickle._Unpickler):
 def _rebuild_tensor(storage, offset, shape, strides, *_):
   """Returns a view of `storage`; checks that it lies inside.
 
-  It must not be larger than `storage` either: strides of zero could make it so.
+  A view with strides of zero could be larger than `storage`. It is refused.
   """
   numbers = (offset, *shape, *strides)
   if len(shape) != len(strides) or not all(

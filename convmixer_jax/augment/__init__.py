@@ -1,6 +1,6 @@
 """Augmentation on the device, inside the train step.
 
-All functions are pure; what is random comes from their PRNG key.
+All functions are pure; their randomness comes from a PRNG key.
 """
 
 from collections.abc import Callable

@@ -114,8 +114,8 @@ def _supervised(
         with contextlib.suppress(queue.Empty):
           batch, error = results.get(timeout=_POLL)
           break
-        # Whoever killed the worker may be about to stop this process as well.
-        # Then `stopped` tells, and there is no error.
+        # A signal to the whole process group kills a worker and stops this
+        # process too. Leave time to see `stopped`: then it is not an error.
         if failure():
           deadline = min(deadline, time.monotonic() + _GRACE)
         if time.monotonic() > deadline:
@@ -140,7 +140,7 @@ def _supervised(
 
 
 def _start_thread(call: Callable[[], object]) -> threading.Thread:
-  """Starts a daemon thread: it may never end, and must not keep the program."""
+  """Starts a daemon thread. If it never ends, the program still can."""
   thread = threading.Thread(target=call, daemon=True)
   thread.start()
   return thread

@@ -194,6 +194,7 @@ def bilinear(
 
 @functools.cache
 def _op(name, attributes):
+  """Returns an op as a function that can be sharded and vmapped."""
   takes, gives = (
     [dims.split() for dims in side.split(",")]
     for side in _OPS[name].split("->")
@@ -231,11 +232,11 @@ def _op(name, attributes):
     shard = lambda dims: jax.NamedSharding(mesh, spec(dims, axes))
     return mesh, part, [*map(shard, gives)], tuple(map(shard, takes))
 
-  whole = dict.fromkeys(d for dims in takes for d in dims if d != "b")
+  not_sharded = dict.fromkeys(d for dims in takes for d in dims if d != "b")
   op.def_partition(
     partition,
     sharding_rule=_OPS[name],
-    need_replication_factors=tuple(whole),
+    need_replication_factors=tuple(not_sharded),
   )
 
   @jax.custom_batching.custom_vmap
