@@ -15,9 +15,9 @@ import ml_collections
 import numpy as np
 
 from convmixer_jax import augment
-from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import optim
+from convmixer_jax import runtime
 from convmixer_jax import step as step_lib
 from convmixer_jax.errors import UserError
 
@@ -154,7 +154,7 @@ def provenance() -> dict[str, Any]:
     "command": " ".join(
       ["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
     ),
-    "commit": logger.provenance()["commit"],
+    "commit": runtime.provenance()["commit"],
     "device": jax.devices()[0].device_kind,
     "cpu": _cpu(),
     "cores": len(os.sched_getaffinity(0)),

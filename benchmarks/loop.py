@@ -23,9 +23,9 @@ import tqdm
 
 import benchmarks
 from convmixer_jax import cli
-from convmixer_jax import logger
 from convmixer_jax import sharding
 from convmixer_jax import train
+from convmixer_jax import workdir as workdir_lib
 
 _FLAGS = flags.FlagValues()
 _CONFIG = cli.define_config(_FLAGS)
@@ -34,7 +34,7 @@ _REPEATS = benchmarks.define_repeats(_FLAGS)
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config = cli.given(_CONFIG)
+  config = cli.required(_CONFIG)
   config.eval_every = config.save_every = 2**31
   rng = np.random.default_rng(0)
   size = (config.batch_size, config.data.image_size, config.data.image_size, 3)
@@ -83,7 +83,7 @@ def _train(config):
     contextlib.redirect_stdout(io.StringIO()),
   ):
     state = train.train_and_evaluate(config, workdir)
-    records = logger.read_metrics(workdir)
+    records = workdir_lib.read_metrics(workdir)
   train.jit_step = jit_step
   records = [r for r in records if "images_per_second" in r]
   seconds = [config.batch_size / r["images_per_second"] for r in records]

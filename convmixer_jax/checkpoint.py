@@ -4,12 +4,9 @@ They hold arrays in orbax's format and JSON, nothing that is executed when it is
 read, and beside every array a checksum of its bytes.
 """
 
-from collections.abc import Iterator
-import contextlib
 import logging as std_logging
 import os
 from pathlib import Path
-import re
 import sys
 from typing import Any
 from typing import cast
@@ -22,7 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
+from convmixer_jax.errors import reason
 from convmixer_jax.errors import UserError
+from convmixer_jax.errors import writing
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # The newest ones.
@@ -46,7 +45,7 @@ class Checkpointer:
 
   def __init__(self, workdir: str | os.PathLike):
     self._directory = Path(_directory(workdir))
-    with self._writing():
+    with writing(self._directory, ValueError, RuntimeError):
       self._manager = ocp.CheckpointManager(
         self._directory,
         item_handlers=ocp.StandardCheckpointHandler(),
@@ -66,7 +65,7 @@ class Checkpointer:
     if not self._directory.is_dir():  # orbax would make it anew, and go on.
       raise UserError(f"{self._directory}: is there no more; was it unmounted?")
     state = jax.jit(models.unstack_blocks)(state)
-    with self._writing():
+    with writing(self._directory, ValueError, RuntimeError):
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
@@ -97,7 +96,7 @@ class Checkpointer:
     folder = self._directory.with_name("damaged")
     path = folder / str(step)
     if jax.process_index() == 0:
-      with self._writing():
+      with writing(self._directory, ValueError, RuntimeError):
         folder.mkdir(exist_ok=True)
         number = 0
         while path.exists():
@@ -122,19 +121,8 @@ class Checkpointer:
     Raises:
       UserError: it could not be.
     """
-    with self._writing():
+    with writing(self._directory, ValueError, RuntimeError):
       self._manager.close()
-
-  @contextlib.contextmanager
-  def _writing(self) -> Iterator[None]:
-    """Says in one line what the system or tensorstore says in many."""
-    try:
-      yield
-    except (OSError, ValueError, RuntimeError) as e:
-      raise UserError(
-        f"{self._directory}: cannot be written: {_reason(e)}; what is saved"
-        " there is whole, and the same command goes on from it"
-      ) from e
 
 
 def restore(
@@ -197,7 +185,7 @@ def _load(workdir):
       )
       problem = _difference(manager, step, state)
   except Exception as e:  # Whatever orbax makes of a damaged file.
-    state, problem = {}, _reason(e)
+    state, problem = {}, reason(e)
   if problem:
     raise UserError(
       f"{path}: is damaged ({problem}); the command that trains goes on from"
@@ -240,7 +228,7 @@ def _read(manager, template, step):
   try:
     there = _named(manager.item_metadata(step))
   except Exception as e:  # Whatever orbax makes of a damaged file.
-    return None, _reason(e)
+    return None, reason(e)
   if not there:
     return None, "its metadata are missing"
   here = _named(saved)
@@ -259,7 +247,7 @@ def _read(manager, template, step):
     state = cast(TrainState, manager.restore(step, args=args))
     return state, _difference(manager, step, state)
   except Exception as e:
-    return None, _reason(e)
+    return None, reason(e)
 
 
 def _named(tree):
@@ -288,10 +276,3 @@ def _difference(manager, step, state):
   got = _checksums(state)
   wrong = [k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k)]
   return f"{min(wrong)} has other bytes than were saved" if wrong else ""
-
-
-def _reason(error):
-  """What the system said, where it said something; tensorstore adds much."""
-  text = str(error) or type(error).__name__
-  code = re.search(r"os_error_code='(\d+)'", text)
-  return os.strerror(int(code[1])) if code else text.splitlines()[0][:200]

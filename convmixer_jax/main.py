@@ -97,7 +97,7 @@ _TIMEOUT = flags.DEFINE_integer(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config = cli.given(_CONFIG)
+  config = cli.required(_CONFIG)
   workdir = os.path.expanduser(_WORKDIR.value or _default_workdir())
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):

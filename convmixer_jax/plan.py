@@ -42,9 +42,9 @@ import numpy as np
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import hlo
-from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import ops
+from convmixer_jax import runtime
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
@@ -126,7 +126,7 @@ _MOST_DEVICES = 10_000  # A pod of v5p has 8,960.
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config = cli.given(_CONFIG)
+  config = cli.required(_CONFIG)
   devices = open_topology(_TOPOLOGY.value)
   # A program from the cache may name operations of another version's source.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -157,7 +157,7 @@ def main() -> None:
     "command": shlex.join(
       ["python", "-m", "convmixer_jax.plan", *sys.argv[1:]]
     ),
-    **logger.provenance(),
+    **runtime.provenance(),
   }
   if devices[0].platform == "tpu":
     *_, build = devices[0].client.platform_version.splitlines()

@@ -59,7 +59,7 @@ def train_and_evaluate(
   """
   # --- Data. All that can be wrong is found before anything is written.
   config_lib.check(config, jax.device_count())
-  changes = workdir_lib.changes(config, workdir, config_lib.FREE_FIELDS)
+  changes = workdir_lib.config_changes(config, workdir, config_lib.FREE_FIELDS)
   if changes and not accept_changes:
     raise UserError(
       f"{workdir} holds a run of another config ({'; '.join(changes)}); give"
@@ -105,7 +105,7 @@ def train_and_evaluate(
       raise UserError(
         f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
       )
-    scored = logger_lib.read_eval(workdir, first_step)
+    scored = workdir_lib.read_eval(workdir, first_step)
     if first_step == total_steps and scored:
       if jax.process_index() == 0:
         print(
@@ -128,8 +128,8 @@ def train_and_evaluate(
     status = "failed"
     stack.callback(lambda: logger.close(status, step))
     if first_step == 0:
-      logger.classes(train_source.class_names)
-      logger.overview(shapes["params"])
+      logger.write_classes(train_source.class_names)
+      logger.print_parameters(shapes["params"])
     else:
       logger.say(f"going on in {workdir} from step {first_step}")
     operations = ops.chosen(model.implementation, model.dtype)
@@ -158,7 +158,7 @@ def train_and_evaluate(
     # A run that was stopped while it scored a step scores it now.
     if first_step and due(first_step, config.eval_every) and not scored:
       metrics = evaluate(state, stopped)
-      logger.evaluated(step, metrics)
+      logger.log_eval(step, metrics)
     batches = stack.enter_context(
       contextlib.closing(
         train_batches(
@@ -176,7 +176,7 @@ def train_and_evaluate(
       if len(pending) > AHEAD:
         pending[-1 - AHEAD]["loss"].block_until_ready()
       if due(step, config.log_every):
-        logger.train(
+        logger.log_train(
           step,
           finite(),
           epoch=step / steps_per_epoch,
@@ -185,7 +185,7 @@ def train_and_evaluate(
         pending = []
       if due(step, config.eval_every):
         metrics = evaluate(state, stopped)
-        logger.evaluated(step, metrics)
+        logger.log_eval(step, metrics)
       if due(step, config.save_every):
         finite()
         checkpointer.save(step, state)
@@ -383,7 +383,7 @@ def evaluate_checkpoint(
   fixed = ("model.", "data.image_size", "data.mean", "data.std")
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
   free += config_lib.FREE_FIELDS
-  if changes := workdir_lib.changes(config, workdir, free):
+  if changes := workdir_lib.config_changes(config, workdir, free):
     raise UserError(
       f"{workdir} holds a run of another config: {'; '.join(changes)}"
     )

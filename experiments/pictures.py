@@ -122,7 +122,7 @@ class Trained:
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  workdir = cli.given(_WORKDIR)
+  workdir = cli.required(_WORKDIR)
   config = workdir_lib.load_config(workdir)
   trained, names = _load(workdir)
   blocks = _blocks(trained.model.depth, _BLOCKS.value)

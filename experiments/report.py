@@ -111,7 +111,7 @@ class Picture:
 
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
-  root, out = cli.given(_ROOT), cli.given(_OUT)
+  root, out = cli.required(_ROOT), cli.required(_OUT)
   sweep, folder = tables.locate(names, root)
   results, problems = tables.collect(sweep, folder)
   pictures = draw(results)

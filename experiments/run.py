@@ -28,8 +28,8 @@ import rich.table
 
 import benchmarks
 from convmixer_jax import cli
-from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import sweeps
 
@@ -93,7 +93,7 @@ class Run:
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   sweep = sweeps.get(*names)
-  root = Path(cli.given(_ROOT)).expanduser() / names[0]
+  root = Path(cli.required(_ROOT)).expanduser() / names[0]
   runs = [
     Run(cell, seed, root / cell.name / f"seed{seed}")
     for cell, seed in _part(sweep.runs(), _ONLY.value)
@@ -143,7 +143,7 @@ def finished(workdir: Path) -> bool:
   """Whether a run has trained to its end and been scored."""
   try:
     start = json.loads((workdir / "run.json").read_text())["starts"][-1]
-    steps = [(r["kind"], r["step"]) for r in logger.read_metrics(workdir)]
+    steps = [(r["kind"], r["step"]) for r in workdir_lib.read_metrics(workdir)]
     last = ("eval", start["last_step"])
     return start["status"] == "finished" and steps[-1] == last
   except (OSError, ValueError, LookupError, TypeError):
@@ -236,7 +236,7 @@ def _last_line(run):
 
 
 def _records(run, kind):
-  records = logger.read_metrics(run.workdir)
+  records = workdir_lib.read_metrics(run.workdir)
   return [record for record in records if record.get("kind") == kind]
 
 

@@ -157,7 +157,7 @@ def _num_tasks():
 def _single(args):
   """What one run does; its flags are checked here and not after hours."""
   cli.parse_flags(["main", *args], main_lib._FLAGS)
-  config_lib.check(cli.given(main_lib._CONFIG), _num_tasks())
+  config_lib.check(cli.required(main_lib._CONFIG), _num_tasks())
   command = [sys.executable, "-m", "convmixer_jax.main", *args]
   return Task(command, os.getcwd())
 

@@ -25,8 +25,8 @@ from absl import flags
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
-from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import run as run_lib
 from experiments import sweeps
@@ -77,7 +77,7 @@ class Result:
 
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
-  results, problems = collect(*locate(names, cli.given(_ROOT)))
+  results, problems = collect(*locate(names, cli.required(_ROOT)))
   print(render([row(r) for r in results], _FORMAT.value), end="")
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
@@ -119,7 +119,7 @@ def collect(
       if problem := _problem(cell, seed, workdir):
         problems.append(f"{workdir}: {problem}")
         continue
-      runs[seed] = logger.read_metrics(workdir)
+      runs[seed] = workdir_lib.read_metrics(workdir)
     results.append(Result(cell, runs))
   return results, problems
 
@@ -140,7 +140,7 @@ def _problem(cell, seed, workdir):
   if not run_lib.finished(workdir):
     return "not finished, or its files are damaged"
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  records = logger.read_metrics(workdir)
+  records = workdir_lib.read_metrics(workdir)
   if len(records) < len(lines) or not all(map(_is_record, records)):
     return "metrics.jsonl: has a line that is no record of a run"
   return ""

@@ -1268,7 +1268,7 @@ def run(tmp_path_factory):
   checkpointer = checkpoint.Checkpointer(workdir)
   for step in (1, 2):
     checkpointer.save(step, state.replace(step=state.step + step))
-    log.evaluated(step, {"top1": 9.0, "top5": 50.0, "loss": 2.3, "count": 64})
+    log.log_eval(step, {"top1": 9.0, "top5": 50.0, "loss": 2.3, "count": 64})
   checkpointer.close()
   log.close("finished", 2)
   return workdir
@@ -1420,9 +1420,9 @@ def test_damaged_workdirs_are_read_or_refused(run, folder):
       before = tree(workdir)
       model = abuse(weights.load_model, str(workdir), folder=folder,
                     names=[str(workdir)])  # fmt: skip
-      records = abuse(logger.read_metrics, workdir, folder=folder,
+      records = abuse(workdir_lib.read_metrics, workdir, folder=folder,
                       names=[str(workdir)])  # fmt: skip
-      abuse(workdir_lib.changes, RUN, workdir, (), folder=folder,
+      abuse(workdir_lib.config_changes, RUN, workdir, (), folder=folder,
             names=[str(workdir)])  # fmt: skip
       assert all(record["step"] in (1, 2) for record in records or ())
       readable.append(model is not None)
