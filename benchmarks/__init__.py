@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 import tqdm
 
-from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import runtime
 from convmixer_jax.errors import UserError
 
 
@@ -168,7 +168,7 @@ def provenance() -> dict[str, Any]:
     "command": " ".join(
       ["python -m", sys.modules["__main__"].__spec__.name, *sys.argv[1:]]
     ),
-    "commit": logger.provenance()["commit"],
+    "commit": runtime.provenance()["commit"],
     "device": jax.devices()[0].device_kind,
     "cpu": _cpu(),
     "cores": len(os.sched_getaffinity(0)),

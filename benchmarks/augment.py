@@ -37,7 +37,7 @@ _STEP = flags.DEFINE_bool(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config = cli.given(_CONFIG)
+  config = cli.required(_CONFIG)
   config_lib.check(config, num_devices=1)
   batch, size, classes = config.batch_size, config.data.image_size, 1000
   rng = np.random.default_rng(0)

@@ -22,10 +22,10 @@ import numpy as np
 
 import benchmarks
 from convmixer_jax import cli
-from convmixer_jax import logger
 from convmixer_jax import recipe
 from convmixer_jax import sharding
 from convmixer_jax import train
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 
 _FLAGS = flags.FlagValues()
@@ -35,7 +35,7 @@ _REPEATS = benchmarks.define_repeats(_FLAGS)
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config = cli.given(_CONFIG)
+  config = cli.required(_CONFIG)
   config.eval_every = config.save_every = 2**31
   data = config.data
   built = recipe.build(
@@ -51,7 +51,7 @@ def main() -> None:
       contextlib.redirect_stdout(io.StringIO()),
     ):
       train.train_and_evaluate(config, workdir)
-      records = logger.read_metrics(workdir)
+      records = workdir_lib.read_metrics(workdir)
     records = [r for r in records if "images_per_second" in r]
     waits[:] = [record["data_wait"] for record in records]
     return np.mean(

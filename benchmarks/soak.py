@@ -28,7 +28,7 @@ import tqdm
 import benchmarks
 from convmixer_jax import checkpoint
 from convmixer_jax import cli
-from convmixer_jax import logger
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 
 _FLAGS = flags.FlagValues()
@@ -57,8 +57,8 @@ _KILL_EVERY = flags.DEFINE_float(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  cli.given(_CONFIG)
-  root = Path(cli.given(_ROOT)).expanduser()
+  cli.required(_CONFIG)
+  root = Path(cli.required(_ROOT)).expanduser()
   if root.exists():
     raise UserError(f"--root={root}: exists; remove it or choose another")
   flags_of_config = [
@@ -77,7 +77,7 @@ def main() -> None:
     if unbroken.poll() is None:
       unbroken.kill()
   last = {
-    name: logger.read_metrics(root / name)[-1]
+    name: workdir_lib.read_metrics(root / name)[-1]
     for name in ("unbroken", "killed")
   }
   result = {
@@ -127,7 +127,7 @@ def _killed_again_and_again(workdir, config, core) -> list[dict[str, Any]]:
           break
         time.sleep(0.2)
       code = process.wait()
-      records = logger.read_metrics(workdir)
+      records = workdir_lib.read_metrics(workdir)
       used["step"] = records[-1]["step"] if records else 0
       used["files_of_workdir"] = _num_files(workdir)
       starts.append(used)

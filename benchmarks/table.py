@@ -49,7 +49,7 @@ _OUT = flags.DEFINE_string(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  out = Path(cli.given(_OUT))
+  out = Path(cli.required(_OUT))
   records = json.loads(out.read_text()) if out.exists() else {}
   print("| work | images/s | PyTorch, its faster way | ratio | spread |")
   print("|---|---|---|---|---|", flush=True)

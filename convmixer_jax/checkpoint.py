@@ -4,12 +4,9 @@ A checkpoint holds arrays in orbax's format, JSON, and a checksum of every
 array. Reading one executes nothing that is in it.
 """
 
-from collections.abc import Iterator
-import contextlib
 import logging as std_logging
 import os
 from pathlib import Path
-import re
 import sys
 from typing import Any
 from typing import cast
@@ -22,8 +19,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
-from convmixer_jax.errors import first_line
+from convmixer_jax.errors import reason
 from convmixer_jax.errors import UserError
+from convmixer_jax.errors import writing
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # Number of checkpoints; older ones are deleted.
@@ -47,7 +45,7 @@ class Checkpointer:
 
   def __init__(self, workdir: str | os.PathLike):
     self._directory = Path(_directory(workdir))
-    with self._writing():
+    with writing(self._directory, ValueError, RuntimeError):
       self._manager = ocp.CheckpointManager(
         self._directory,
         item_handlers=ocp.StandardCheckpointHandler(),
@@ -69,7 +67,7 @@ class Checkpointer:
         f"{self._directory}: no longer exists; check that the disk is mounted"
       )
     state = jax.jit(models.unstack_blocks)(state)
-    with self._writing():
+    with writing(self._directory, ValueError, RuntimeError):
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
@@ -103,7 +101,7 @@ class Checkpointer:
     folder = self._directory.with_name("damaged")
     path = folder / str(step)
     if jax.process_index() == 0:
-      with self._writing():
+      with writing(self._directory, ValueError, RuntimeError):
         folder.mkdir(exist_ok=True)
         number = 0
         while path.exists():
@@ -128,19 +126,8 @@ class Checkpointer:
     Raises:
       UserError: it cannot be written.
     """
-    with self._writing():
+    with writing(self._directory, ValueError, RuntimeError):
       self._manager.close()
-
-  @contextlib.contextmanager
-  def _writing(self) -> Iterator[None]:
-    """Turns errors of the system or tensorstore into one line."""
-    try:
-      yield
-    except (OSError, ValueError, RuntimeError) as e:
-      raise UserError(
-        f"{self._directory}: cannot write: {_reason(e)}; saved checkpoints are"
-        " intact, rerun the command to resume"
-      ) from e
 
 
 def restore(
@@ -207,7 +194,7 @@ def _load(workdir):
       )
       problem = _difference(manager, step, state)
   except Exception as e:  # orbax raises anything for a damaged file.
-    state, problem = {}, _reason(e)
+    state, problem = {}, reason(e)
   if problem:
     raise UserError(
       f"{path}: is damaged ({problem}); rerun the training command, which"
@@ -250,7 +237,7 @@ def _read(manager, template, step):
   try:
     there = _named(manager.item_metadata(step))
   except Exception as e:  # orbax raises anything for a damaged file.
-    return None, _reason(e)
+    return None, reason(e)
   if not there:
     return None, "metadata missing"
   here = _named(saved)
@@ -269,7 +256,7 @@ def _read(manager, template, step):
     state = cast(TrainState, manager.restore(step, args=args))
     return state, _difference(manager, step, state)
   except Exception as e:
-    return None, _reason(e)
+    return None, reason(e)
 
 
 def _named(tree):
@@ -298,9 +285,3 @@ def _difference(manager, step, state):
   got = _checksums(state)
   wrong = [k for k in wanted.keys() | got.keys() if wanted.get(k) != got.get(k)]
   return f"{min(wrong)} does not match its checksum" if wrong else ""
-
-
-def _reason(error):
-  """The system's message, if tensorstore's long text has one; or a line."""
-  code = re.search(r"os_error_code='(\d+)'", str(error))
-  return os.strerror(int(code[1])) if code else first_line(error)[:200]

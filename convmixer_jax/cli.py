@@ -1,10 +1,8 @@
-"""What the command lines share: flags, --help, one-line errors, a cache."""
+"""What the commands share: flags, --help and one-line errors."""
 
 from collections.abc import Callable
 import contextlib
-import ctypes
 import difflib
-import hashlib
 import inspect
 import os
 import re
@@ -17,16 +15,14 @@ from typing import Any
 from absl import app
 from absl import flags
 from absl import logging
-import jax
 import ml_collections
 from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import runtime
 from convmixer_jax.errors import UserError
-from convmixer_jax.ops import build
 
-_LINGER = 10.0  # Seconds that a process may take to end.
-_CACHE_BYTES = 2**30  # What was used longest ago goes first.
+_LINGER = 10.0  # Seconds that a process may take to exit.
 
 
 def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
@@ -59,17 +55,17 @@ def define_weights(
   model = flags.DEFINE_string(
     "model",
     None,
-    "The variant that the weights of a file are of: --model convmixer_768_32."
-    " Default: what the weights themselves tell.",
+    "The variant that a file holds the weights of: --model convmixer_768_32."
+    " Default: it is inferred from the weights.",
     flag_values=flag_values,
   )
   return weights, model
 
 
-def given(flag: flags.FlagHolder) -> Any:
-  """The flag's value, which must have been given."""
+def required(flag: flags.FlagHolder) -> Any:
+  """The value of a flag; raises UserError if it is not set."""
   if flag.value is None:
-    raise UserError(f"--{flag.name}: must be given; see --help")
+    raise UserError(f"--{flag.name}: is required; see --help")
   return flag.value
 
 
@@ -140,69 +136,29 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     logging.set_verbosity(verbosity)
 
 
-def keep_pages() -> None:
-  """Makes glibc's malloc keep the memory that is freed, until the end.
-
-  XLA allocates its buffers on a CPU anew at every call, and malloc would give
-  those that are large back to the system, which then has to zero and map every
-  page again. Other systems are left as they are, and so is a malloc that the
-  environment tunes already, by MALLOC_... variables (see `man mallopt`).
-  """
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  tuned = any(name.startswith("MALLOC_") for name in os.environ)
-  if mallopt is not None and not tuned:
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
-    mallopt(m_mmap_max, 0)  # All from one heap,
-    mallopt(m_arena_max, 1)
-    mallopt(m_top_pad, 64 << 20)  # which grows in large steps
-    mallopt(m_trim_threshold, -1)  # and never shrinks.
-
-
-def keep_compiled() -> None:
-  """Keeps compiled programs for the next start, in the user's cache folder.
-
-  Unless JAX_COMPILATION_CACHE_DIR says where, or the folder cannot be written.
-  What XLA compiles for a CPU depends on its features and on how many cores it
-  may use, neither of which is in jax's keys: so each has a folder of its own.
-  """
-  if jax.config.jax_compilation_cache_dir is not None:
-    return
-  if (cache := build.cache_folder()) is None:
-    return
-  try:
-    cores = len(os.sched_getaffinity(0))
-  except AttributeError:  # Not Linux.
-    cores = os.cpu_count()
-  kind = hashlib.sha256(build.cpu().encode()).hexdigest()[:8]
-  folder = cache / "xla" / f"{kind}-{cores}"
-  jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
-
-
 def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
-  """Calls `main`: one line and exit code 2 for a user's mistake.
+  """Runs a command; a UserError prints one line and exits with code 2.
 
-  Every command line has flags of its own, so that several of them can be
-  imported together.
+  Each command has its own FlagValues, so that several can be imported together.
 
   Args:
-    main: takes what on the command line is no flag, as separate arguments; one
-      that takes none has it refused.
-    flag_values: its flags.
+    main: is called with the arguments that are not flags. If it takes none,
+      such arguments are an error.
+    flag_values: the command's flags.
   """
   logging.set_verbosity(logging.WARNING)
-  # Reading a damaged checkpoint ends at the first array that is damaged. The
-  # reads of the others then find the event loop of orbax closed.
+  # Reading a checkpoint stops at the first damaged array. The pending reads of
+  # the other arrays then find orbax's event loop closed.
   report = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (
     None
     if "Event loop is closed" in str(unraisable.exc_value)
     else report(unraisable)
   )
-  # Names of files and classes need not be text of the terminal's.
+  # Names of files and classes may not be printable in the terminal's encoding.
   sys.stdout.reconfigure(errors="backslashreplace")
-  keep_pages()
-  keep_compiled()
+  runtime.keep_pages()
+  runtime.keep_compiled()
   takes_words = bool(inspect.signature(main).parameters)
 
   def call(argv):
@@ -210,7 +166,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
       raise UserError(f"{argv[1]}: not a flag; see --help")
     main(*argv[1:])
 
-  code = 1  # Of what is not caught here.
+  code = 1  # For exceptions that are not caught here.
   try:
     app.run(call, flags_parser=lambda argv: parse_flags(argv, flag_values))
   except UserError as e:
@@ -221,8 +177,8 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   except SystemExit as e:
     code = e.code or 0
   finally:
-    # Python waits for threads and locks, of which one may be stuck in a dead
-    # file system, or held by a dead process.
+    # At exit Python waits for threads and locks. A dead file system or a dead
+    # process may block one of them for ever.
     with contextlib.suppress(OSError):
       sys.stdout.flush()
     timer = threading.Timer(_LINGER, os._exit, [code])

@@ -99,7 +99,7 @@ def evaluate_checkpoint(
   fixed = ("model.", "data.image_size", "data.mean", "data.std")
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
   free += config_lib.FREE_FIELDS
-  if changes := workdir_lib.changes(config, workdir, free):
+  if changes := workdir_lib.config_changes(config, workdir, free):
     raise UserError(
       f"{workdir} holds a run of another config: {'; '.join(changes)}"
     )

@@ -53,7 +53,7 @@ TOLERANCE = 1e-4
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  where, out = cli.given(_WEIGHTS), Path(cli.given(_OUT)).expanduser()
+  where, out = cli.required(_WEIGHTS), Path(cli.required(_OUT)).expanduser()
   model, variables, data = weights.load_model(where, _MODEL.value)
   model = model.clone(dtype=jnp.float32)
   try:
@@ -100,7 +100,8 @@ def inference_function(
 
   def function(images):
     with ops.portable():
-      return model.apply(variables, normalize(images), train=False)
+      logits = model.apply(variables, normalize(images), train=False)
+    return jnp.asarray(logits)
 
   return function
 

@@ -58,7 +58,9 @@ _JSON = flags.DEFINE_bool(
 def main(*arguments: str) -> None:
   """Runs what the flags say; see --help."""
   files = image_files(arguments)
-  model, variables, data = weights.load_model(cli.given(_WEIGHTS), _MODEL.value)
+  model, variables, data = weights.load_model(
+    cli.required(_WEIGHTS), _MODEL.value
+  )
   normalize = augment.make_normalize(data["mean"], data["std"])
 
   @jax.jit

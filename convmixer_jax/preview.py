@@ -55,7 +55,7 @@ LINE = 12  # Height of a line of text.
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  config, out = cli.given(_CONFIG), cli.given(_OUT)
+  config, out = cli.required(_CONFIG), cli.required(_OUT)
   images, targets, names = training_images(config, _STEP.value)
   sheet = contact_sheet(images[: _NUM.value], targets[: _NUM.value], names)
   try:

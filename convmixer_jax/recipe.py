@@ -141,14 +141,13 @@ class Recipe:
     self, batch_size: int | None = None
   ) -> dict[str, jax.ShapeDtypeStruct]:
     """A batch, image uint8 [B, S, S, 3] and label int32 [B], as shapes."""
-    batch_size = batch_size or self.config.batch_size
-    size = self.config.data.image_size
+    b, size = batch_size or self.config.batch_size, self.config.data.image_size
     like = functools.partial(
       jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
     )
     return {
-      "image": like((batch_size, size, size, 3), np.uint8),
-      "label": like((batch_size,), np.int32),
+      "image": like((b, size, size, 3), np.uint8),
+      "label": like((b,), np.int32),
     }
 
   def train_batches(

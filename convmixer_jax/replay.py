@@ -54,8 +54,8 @@ _JSON = flags.DEFINE_bool(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  workdir = os.path.expanduser(cli.given(_WORKDIR))
-  record = replay(workdir, cli.given(_STEP))
+  workdir = os.path.expanduser(cli.required(_WORKDIR))
+  record = replay(workdir, cli.required(_STEP))
   if _JSON.value:
     print(json.dumps(record, indent=2))
     return

@@ -1,12 +1,10 @@
 """Training: `train_and_evaluate` reads from top to bottom."""
 
-from collections.abc import Iterator
 import contextlib
 import json
 import os
 from pathlib import Path
 import signal
-import threading
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +17,7 @@ from convmixer_jax import evaluate as evaluate_lib
 from convmixer_jax import logger as logger_lib
 from convmixer_jax import ops
 from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import runtime
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import weights
@@ -52,7 +51,7 @@ def train_and_evaluate(
   """
   # --- 1. Data and recipe. Mistakes are found before anything is written.
   config_lib.check(config, jax.device_count())
-  changes = workdir_lib.changes(config, workdir, config_lib.FREE_FIELDS)
+  changes = workdir_lib.config_changes(config, workdir, config_lib.FREE_FIELDS)
   if changes and not accept_changes:
     raise UserError(
       f"{workdir} holds a run of another config ({'; '.join(changes)}); give"
@@ -93,7 +92,7 @@ def train_and_evaluate(
       raise UserError(
         f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
       )
-    metrics = logger_lib.read_eval(workdir, first_step)
+    metrics = workdir_lib.read_eval(workdir, first_step)
     if first_step == total_steps and metrics:
       if jax.process_index() == 0:
         print(
@@ -116,8 +115,8 @@ def train_and_evaluate(
     status = "failed"
     stack.callback(lambda: logger.close(status, step))
     if first_step == 0:
-      logger.classes(train_source.class_names)
-      logger.overview(recipe.shapes["params"])
+      logger.write_classes(train_source.class_names)
+      logger.print_parameters(recipe.shapes["params"])
     else:
       logger.say(f"resuming {workdir} from step {first_step}")
     operations = ops.chosen(None, config.model.dtype or "float32")
@@ -132,12 +131,12 @@ def train_and_evaluate(
     # --- 4. The loop. Step n means n updates done. Logging and saving wait for
     # the device; other steps wait for the one AHEAD before, so that the device
     # always has one to do.
-    received = stack.enter_context(_stop_signals())
+    received = stack.enter_context(runtime.stop_signals())
     stopped = lambda: bool(received)
     # A run that was stopped while it evaluated a step does that now.
     if first_step and not metrics and recipe.is_due(step, config.eval_every):
       metrics = evaluate(state, stopped)
-      logger.evaluated(step, metrics)
+      logger.log_eval(step, metrics)
     batches = stack.enter_context(
       contextlib.closing(recipe.train_batches(step, total_steps, stopped))
     )
@@ -153,7 +152,7 @@ def train_and_evaluate(
         pending[-1 - AHEAD]["loss"].block_until_ready()
       if recipe.is_due(step, config.log_every):
         _check_finite(recipe, workdir, checkpointer, step, pending)
-        logger.train(
+        logger.log_train(
           step,
           jax.device_get(pending),
           epoch=step / recipe.steps_per_epoch,
@@ -162,7 +161,7 @@ def train_and_evaluate(
         pending = []
       if recipe.is_due(step, config.eval_every):
         metrics = evaluate(state, stopped)
-        logger.evaluated(step, metrics)
+        logger.log_eval(step, metrics)
       if recipe.is_due(step, config.save_every):
         _check_finite(recipe, workdir, checkpointer, step, pending)
         checkpointer.save(step, state)
@@ -220,35 +219,3 @@ def _check_finite(recipe, workdir, checkpointer, step, pending):
       " the images of this step, and python -m convmixer_jax.replay --workdir"
       f" {workdir} --step {number} repeats it"
     )
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-  """Yields a list that receives the number of a signal to stop.
-
-  These are SIGINT, SIGTERM, and those that Slurm can be told to send, SIGUSR1
-  and SIGUSR2. A second Ctrl-C stops at once. With several processes jax handles
-  SIGTERM, and stops all of them at the same step (`Checkpointer.preempted`);
-  the other signals become SIGTERM.
-  """
-  received = []
-
-  def note(signum, frame):
-    del frame
-    if jax.process_count() > 1:
-      os.kill(os.getpid(), signal.SIGTERM)
-    else:
-      received.append(signum)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-  signals = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
-  if jax.process_count() == 1:
-    signals.append(signal.SIGTERM)
-  if threading.current_thread() is not threading.main_thread():
-    signals = []  # Python allows no other thread to handle them.
-  previous = {signum: signal.signal(signum, note) for signum in signals}
-  try:
-    yield received
-  finally:
-    for signum, handler in previous.items():
-      signal.signal(signum, handler)

@@ -80,7 +80,7 @@ def canvases(rng: np.random.Generator, count: int, held_out: bool):
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  model, variables, data = weights.load_model(cli.given(_WEIGHTS))
+  model, variables, data = weights.load_model(cli.required(_WEIGHTS))
   normalize = augment.make_normalize(data["mean"], data["std"])
   head = nn.Dense(BACKGROUND + 1)
 

@@ -76,7 +76,7 @@ MISTAKES = 25
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  workdir = cli.given(_WORKDIR)
+  workdir = cli.required(_WORKDIR)
   config = workdir_lib.load_config(workdir)
   trained, names = _load(workdir)
   blocks = _blocks(trained.depth, _BLOCKS.value)

@@ -42,7 +42,7 @@ _FIGURES = _string(
 
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
-  root, out = cli.given(_ROOT), cli.given(_OUT)
+  root, out = cli.required(_ROOT), cli.required(_OUT)
   sweep, folder = scores.locate(names, root)
   results, problems = scores.collect(sweep, folder)
   pictures = plots.draw(results)

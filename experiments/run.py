@@ -26,9 +26,9 @@ import numpy as np
 import tqdm
 
 from convmixer_jax import cli
-from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import recipe
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import scores
@@ -83,7 +83,7 @@ class Run:
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   sweep = sweeps.get(*names)
-  root = Path(cli.given(_ROOT)).expanduser() / names[0]
+  root = Path(cli.required(_ROOT)).expanduser() / names[0]
   runs = [
     Run(cell, seed, root / cell.name / f"seed{seed}")
     for cell, seed in _part(sweep.runs(), _ONLY.value)
@@ -231,7 +231,7 @@ def _last_line(run):
 
 
 def _records(run, kind):
-  records = logger.read_metrics(run.workdir)
+  records = workdir_lib.read_metrics(run.workdir)
   return [record for record in records if record.get("kind") == kind]
 
 

@@ -9,8 +9,8 @@ import statistics
 from typing import Any
 
 from convmixer_jax import config as config_lib
-from convmixer_jax import logger
 from convmixer_jax import models
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import sweeps
 
@@ -48,7 +48,7 @@ def finished(workdir: Path) -> bool:
   """Whether a run was trained to its end and evaluated."""
   try:
     start = json.loads((workdir / "run.json").read_text())["starts"][-1]
-    steps = [(r["kind"], r["step"]) for r in logger.read_metrics(workdir)]
+    steps = [(r["kind"], r["step"]) for r in workdir_lib.read_metrics(workdir)]
     last = ("eval", start["last_step"])
     return start["status"] == "finished" and steps[-1] == last
   except (OSError, ValueError, LookupError, TypeError):
@@ -93,7 +93,7 @@ def collect(
       if problem := _problem(cell, seed, workdir):
         problems.append(f"{workdir}: {problem}")
         continue
-      runs[seed] = logger.read_metrics(workdir)
+      runs[seed] = workdir_lib.read_metrics(workdir)
     results.append(Result(cell, runs))
   return results, problems
 
@@ -114,7 +114,7 @@ def _problem(cell, seed, workdir):
   if not finished(workdir):
     return "is not finished, or its files are damaged"
   lines = (workdir / "metrics.jsonl").read_text().splitlines()
-  records = logger.read_metrics(workdir)
+  records = workdir_lib.read_metrics(workdir)
   if len(records) < len(lines) or not all(map(_is_record, records)):
     return "metrics.jsonl: has a line that is not a valid record"
   return ""

@@ -156,7 +156,7 @@ def _num_tasks():
 def _single(args):
   """The task of one run. Mistakes in its flags are found before it queues."""
   cli.parse_flags(["main", *args], _RUN_FLAGS)
-  config_lib.check(cli.given(_CONFIG), _num_tasks())
+  config_lib.check(cli.required(_CONFIG), _num_tasks())
   command = [sys.executable, "-m", "convmixer_jax.main", *args]
   return Task(command, os.getcwd())
 

@@ -37,7 +37,7 @@ _FORMAT = flags.DEFINE_enum(
 
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
-  results, problems = scores.collect(*scores.locate(names, cli.given(_ROOT)))
+  results, problems = scores.collect(*scores.locate(names, cli.required(_ROOT)))
   print(render([scores.row(r) for r in results], _FORMAT.value), end="")
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)

@@ -356,9 +356,9 @@ def test_the_model_and_the_step_need_no_data_library():
 
 COMPILES = """
 import jax
-from convmixer_jax import cli
+from convmixer_jax import runtime
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
-cli.keep_compiled()
+runtime.keep_compiled()
 jax.jit(lambda x: 3 * x)(1.0)
 """
 

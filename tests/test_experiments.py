@@ -145,7 +145,7 @@ def test_tables(tmp_path):
   ("args", "says"),
   [
     (["smok", "--root=x"], "nearest is smoke"),
-    (["smoke"], "--root: must be given"),
+    (["smoke"], "--root: is required"),
     (["smoke", "--root=README.md"], "Not a directory"),
     (["smoke", "--root=x", "--only=5/4"], "--only=5/4: must be I/N"),
     ([], "give one of smoke"),

@@ -52,11 +52,11 @@ def run(tmp_path_factory):
   state = recipe_lib.build(RUN, data).init_state()
   log = logger.Logger(workdir, RUN.to_json(), first_step=0, total_steps=2,
                       batch_size=32, active=True)  # fmt: skip
-  log.classes([str(i) for i in range(10)])
+  log.write_classes([str(i) for i in range(10)])
   checkpointer = checkpoint.Checkpointer(workdir)
   for step in (1, 2):
     checkpointer.save(step, state.replace(step=state.step + step))
-    log.evaluated(step, {"top1": 9.0, "top5": 50.0, "loss": 2.3, "count": 64})
+    log.log_eval(step, {"top1": 9.0, "top5": 50.0, "loss": 2.3, "count": 64})
   checkpointer.close()
   log.close("finished", 2)
   return workdir
@@ -203,8 +203,8 @@ def test_damaged_workdirs_are_read_or_refused(run, folder):
       before = tree(workdir)
       said = dict(folder=folder, names=[str(workdir)])
       model = abuse(weights.load_model, str(workdir), **said)
-      records = abuse(logger.read_metrics, workdir, **said)
-      abuse(workdir_lib.changes, RUN, workdir, (), **said)
+      records = abuse(workdir_lib.read_metrics, workdir, **said)
+      abuse(workdir_lib.config_changes, RUN, workdir, (), **said)
       assert all(record["step"] in (1, 2) for record in records or ())
       readable.append(model is not None)
       assert tree(workdir) == before

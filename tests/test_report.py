@@ -247,7 +247,7 @@ def test_in_a_browser(browser, page, tmp_path):
 @pytest.mark.parametrize(
   ("args", "says"),
   [
-    ([], "--root: must be given"),
+    ([], "--root: is required"),
     (["smoek", "--root=x", "--out=y"], "nearest is smoke"),
     (["smoke", "--root=x", "--out=y"], "--root=x: has no folder smoke"),
   ],

@@ -23,6 +23,7 @@ from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import weights
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from tests import common
@@ -49,7 +50,7 @@ def records(workdir):
   clock = ("time", "images_per_second", "data_wait")
   return [
     {k: v for k, v in record.items() if k not in clock}
-    for record in logger.read_metrics(workdir)
+    for record in workdir_lib.read_metrics(workdir)
   ]
 
 
@@ -221,9 +222,9 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
       now[0] += 10  # An evaluation counts neither here nor there.
       log.start_clock(step)
     if step in (2, 8):
-      log.train(step, [{"loss": 1.0}])
+      log.log_train(step, [{"loss": 1.0}])
   log.close("finished", 8)
-  for record in logger.read_metrics(tmp_path):
+  for record in workdir_lib.read_metrics(tmp_path):
     assert record["data_wait"] == 75
     assert record["images_per_second"] == 0.5
 

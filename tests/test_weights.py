@@ -465,7 +465,7 @@ def test_torch_is_not_needed():
 @pytest.mark.parametrize(
   ("args", "says"),
   [
-    (["a.jpg"], "--weights: must be given"),
+    (["a.jpg"], "--weights: is required"),
     (["--weights=none.pth", "a.jpg"], "none.pth: No such file"),
     (["--weights=tests", "a.jpg"], "tests: holds no checkpoints"),
     (["--weights=README.md", "a.jpg"], "neither a PyTorch checkpoint"),

@@ -341,18 +341,16 @@ def _prepared_builder(name, directory):
     try:
       builder = tfds.builder(name, data_dir=directory, file_format=array_record)
       builder.download_and_prepare()
-    except ImportError as e:
-      raise UserError(
-        f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
-        f" it failed: {first_line(e)}. Reading a prepared set does not need"
-        " TensorFlow; preparing one does. Install it with:"
-        f" {sys.executable} -m pip install tensorflow-cpu"
-      ) from e
     except Exception as e:
-      manual = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+      advice = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
+      if isinstance(e, ImportError):
+        advice = (
+          "Only preparing needs TensorFlow; install it with:"
+          f" {sys.executable} -m pip install tensorflow-cpu"
+        )
       raise UserError(
         f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
-        f" it failed: {first_line(e)} {manual}"
+        f" it failed: {first_line(e)}. {advice}"
       ) from e
   elif array_record not in builder.info.available_file_formats():
     raise UserError(

@@ -25,8 +25,8 @@ from absl import flags
 import jax
 
 from convmixer_jax import cli
-from convmixer_jax import logger
 from convmixer_jax import plan
+from convmixer_jax import runtime
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from convmixer_jax.plan import report
@@ -72,7 +72,7 @@ _JSON = flags.DEFINE_bool(
 
 def main() -> None:
   """Prints the plan that the flags ask for; see --help."""
-  config = cli.given(_CONFIG)
+  config = cli.required(_CONFIG)
   devices = topology.open_topology(_TOPOLOGY.value)
   # A cached program may name operations of another version of the source.
   jax.config.update("jax_enable_compilation_cache", False)
@@ -97,7 +97,7 @@ def main() -> None:
     "command": shlex.join(
       ["python", "-m", "convmixer_jax.plan", *sys.argv[1:]]
     ),
-    **logger.provenance(),
+    **runtime.provenance(),
   }
   if devices[0].platform == "tpu":
     *_, build = devices[0].client.platform_version.splitlines()

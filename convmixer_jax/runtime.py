@@ -1,0 +1,117 @@
+"""The process: memory, compiled programs, signals and versions."""
+
+from collections.abc import Iterator
+import contextlib
+import ctypes
+import hashlib
+import importlib.metadata
+import os
+from pathlib import Path
+import platform
+import signal
+import subprocess
+import threading
+from typing import Any
+
+import jax
+
+from convmixer_jax.ops import build
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+
+_CACHE_BYTES = 2**30  # The least recently used programs are removed first.
+
+
+def keep_pages() -> None:
+  """Makes glibc's malloc keep freed memory in the process.
+
+  On a CPU, XLA allocates its buffers at every call. By default malloc returns
+  large ones to the system, which must then map and zero every page again.
+  Does nothing without glibc, or if a MALLOC_... variable is set (see `man
+  mallopt`).
+  """
+  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+  tuned = any(name.startswith("MALLOC_") for name in os.environ)
+  if mallopt is not None and not tuned:
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    mallopt(m_mmap_max, 0)  # Use one heap only,
+    mallopt(m_arena_max, 1)
+    mallopt(m_top_pad, 64 << 20)  # which grows in large steps
+    mallopt(m_trim_threshold, -1)  # and never shrinks.
+
+
+def keep_compiled() -> None:
+  """Keeps compiled programs in ~/.cache/convmixer_jax for the next start.
+
+  JAX_COMPILATION_CACHE_DIR overrides the folder. Nothing is kept if it cannot
+  be written. XLA's programs for a CPU depend on its features and on the number
+  of cores. jax's cache keys contain neither, so each pair has its own folder.
+  """
+  if jax.config.jax_compilation_cache_dir is not None:
+    return
+  if (cache := build.cache_folder()) is None:
+    return
+  try:
+    cores = len(os.sched_getaffinity(0))
+  except AttributeError:  # Not Linux.
+    cores = os.cpu_count()
+  kind = hashlib.sha256(build.cpu().encode()).hexdigest()[:8]
+  folder = cache / "xla" / f"{kind}-{cores}"
+  jax.config.update("jax_compilation_cache_dir", str(folder))
+  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[list[int]]:
+  """Yields a list that receives the number of a signal to stop.
+
+  These are SIGINT, SIGTERM, and those that Slurm can be told to send, SIGUSR1
+  and SIGUSR2. A second Ctrl-C stops at once. With several processes jax handles
+  SIGTERM, and stops all of them at the same step (`Checkpointer.preempted`);
+  the other signals become SIGTERM.
+  """
+  received = []
+
+  def note(signum, frame):
+    del frame
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
+    else:
+      received.append(signum)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+  signals = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+  if jax.process_count() == 1:
+    signals.append(signal.SIGTERM)
+  if threading.current_thread() is not threading.main_thread():
+    signals = []  # Python allows no other thread to handle them.
+  previous = {signum: signal.signal(signum, note) for signum in signals}
+  try:
+    yield received
+  finally:
+    for signum, handler in previous.items():
+      signal.signal(signum, handler)
+
+
+def provenance() -> dict[str, Any]:
+  """What produced a result: commit, Python, versions of `PACKAGES`."""
+  git = lambda *args: subprocess.run(
+    ["git", *args],
+    cwd=Path(__file__).parent,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout.strip()
+  try:
+    commit = git("rev-parse", "HEAD")
+    # Results that are being written are not a change of the code.
+    results = ":(top,exclude,glob)*/results/**"
+    if git("status", "--porcelain", "--untracked-files=no", "--", results):
+      commit += "+changes"
+  except (OSError, subprocess.CalledProcessError):
+    commit = None
+  return {
+    "commit": commit,
+    "python": platform.python_version(),
+    "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+  }
