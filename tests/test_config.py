@@ -53,6 +53,7 @@ def test_configs_trace_one_step_on_their_real_shapes(path):
   config = common.load_config(path)
   config_lib.check(config, num_devices=8)
   assert set(config_lib.flatten(config)) == set(config_lib.FIELDS)
+  config.model.scan = True  # It is traced sooner.
   classes = 1000 if "imagenet" in path else 10
   model, shapes = train.make_model(config, classes)
   assert model.dtype == jnp.dtype(config.model.dtype or "float32")
