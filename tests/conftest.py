@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
     XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
     JAX_PLATFORMS="cpu",
     JAX_COMPILATION_CACHE_DIR=cache.name,
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.05",
     # With a limit jax locks the cache, which the workers share.
     JAX_COMPILATION_CACHE_MAX_SIZE=str(2**30),
     TF_CPP_MIN_LOG_LEVEL="3",
@@ -22,6 +22,19 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
   )
 
 MEMORY = 1 << 30  # What a test may take beyond what it began with, in bytes.
+
+
+@pytest.fixture
+def portable():
+  """Runs in plain XLA, for tests of all but the operations.
+
+  jax's cache keeps no program of native operations on several devices: it holds
+  the address of a Python object. So each run would be compiled anew.
+  """
+  from convmixer_jax import ops
+
+  with ops.portable():
+    yield
 
 
 @pytest.fixture

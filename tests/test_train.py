@@ -146,7 +146,7 @@ def test_five_steps_and_five_more_equal_ten(
     assert len(found) == len(expected)
 
 
-def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys):
+def test_it_works_without_tensorboard(tmp_path, monkeypatch, capsys, portable):
   monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
   train_digits(tmp_path)
   out = capsys.readouterr().out
@@ -196,7 +196,7 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
   ],
 )
 def test_the_loop_moves_only_what_it_means_to(
-  tmp_path, monkeypatch, mistake, error
+  tmp_path, monkeypatch, portable, mistake, error
 ):
   """No implicit transfer, and so no hidden wait, from the first batch on.
 
@@ -265,7 +265,7 @@ def test_another_config_is_refused(unbroken):
   assert sorted(p.name for p in workdir.iterdir()) == before
 
 
-def test_a_crash_is_recorded(tmp_path, monkeypatch):
+def test_a_crash_is_recorded(tmp_path, monkeypatch, portable):
   def broken(*args, **kwargs):
     yield from ()
     raise OSError("disk on fire")
@@ -277,7 +277,7 @@ def test_a_crash_is_recorded(tmp_path, monkeypatch):
   assert start["status"] == "failed"
 
 
-def test_init_from_a_run(unbroken, tmp_path, capsys):
+def test_init_from_a_run(unbroken, tmp_path, capsys, portable):
   workdir, state = unbroken
   frozen = {
     "init_from": str(workdir),
@@ -295,7 +295,9 @@ def test_init_from_a_run(unbroken, tmp_path, capsys):
     train_digits(tmp_path / "other", init_from=str(tmp_path / "none"))
 
 
-def test_a_resume_does_not_need_the_run_it_began_from(unbroken, tmp_path):
+def test_a_resume_does_not_need_the_run_it_began_from(
+  unbroken, tmp_path, portable
+):
   source = tmp_path / "source"
   shutil.copytree(unbroken[0], source)
   first = train_digits(tmp_path / "tuned", init_from=str(source))
@@ -314,7 +316,7 @@ def test_layer_norm_trains_resumes_and_evaluates(tmp_path):
   assert metrics["top1"] == records(tmp_path)[-1]["top1"]
 
 
-def test_evaluation_refuses_another_model(unbroken):
+def test_evaluation_refuses_another_model(unbroken, portable):
   config = common.digits_config(**TEN_STEPS)
   config.model.activation = "relu"
   with pytest.raises(UserError, match=r"model\.activation is None there"):
@@ -359,7 +361,7 @@ def photos(tmp_path_factory):
   return root
 
 
-def test_encoded_images_train(photos, tmp_path):
+def test_encoded_images_train(photos, tmp_path, portable):
   """The path of ImageNet: a folder of JPEGs, cropped by grain on the host."""
   config = common.load_config("configs/imagenet.py")
   config.update_from_flattened_dict(
