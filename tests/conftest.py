@@ -14,7 +14,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
     XLA_FLAGS=f"{os.environ.get('XLA_FLAGS', '')} {flag}".strip(),
     JAX_PLATFORMS="cpu",
     JAX_COMPILATION_CACHE_DIR=cache.name,
-    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.05",
+    JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0.2",
     # With a limit jax locks the cache, which the workers share.
     JAX_COMPILATION_CACHE_MAX_SIZE=str(2**30),
     TF_CPP_MIN_LOG_LEVEL="3",
