@@ -25,6 +25,19 @@ MEMORY = 1 << 30  # What a test may take beyond what it began with, in bytes.
 
 
 @pytest.fixture
+def portable():
+  """Runs in plain XLA, for tests of all but the operations.
+
+  jax's cache keeps no program of native operations on several devices: it holds
+  the address of a Python object. So each run would be compiled anew.
+  """
+  from convmixer_jax import ops
+
+  with ops.portable():
+    yield
+
+
+@pytest.fixture
 def little_memory(request):
   """Whatever a file claims to need; and no machine runs out of it meanwhile."""
 

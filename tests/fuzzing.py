@@ -34,13 +34,6 @@ def examples(count):
   )
 
 
-def drawn(strategy, count):
-  """So many examples, the same in every run."""
-  found = []
-  hypothesis.given(strategy)(examples(count)(found.append))()
-  return found[-count:]
-
-
 # --- What must not happen.
 
 CHANGES = str.split("""

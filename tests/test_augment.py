@@ -626,8 +626,9 @@ ERASE = {"erase_prob": 0.5, "erase_mode": "const"}
   ],
 )
 def test_each_switch_acts(base, changes):
+  # Not jitted: so many programs take longer to compile than to run.
   run = lambda config: np.asarray(
-    jax.jit(augment.make_augment(common.augment_config(**config), **STATS))(
+    augment.make_augment(common.augment_config(**config), **STATS)(
       jax.random.key(7), PHOTOS, TARGETS
     )[0]
   )

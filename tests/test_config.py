@@ -51,6 +51,7 @@ def test_configs_trace_one_step_on_their_real_shapes(path):
   config = common.load_config(path)
   config_lib.check(config, num_devices=8)
   assert set(config_lib.flatten(config)) == set(config_lib.FIELDS)
+  config.model.scan = True  # It is traced sooner.
   classes = 1000 if "imagenet" in path else 10
   size = config.data.image_size
   data = sources.Description(1000, classes, (size, size, 3), size)

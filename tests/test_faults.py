@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 from convmixer_jax import checkpoint
+from convmixer_jax import ops
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import replay
 from convmixer_jax import train
@@ -38,6 +39,13 @@ TEN_STEPS = {"data.train_split": "train[:320]", "log_every": 1, "save_every": 5}
 def train_digits(workdir, **overrides):
   config = common.digits_config(**(TEN_STEPS | overrides))
   return train.train_and_evaluate(config, workdir)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def portable():
+  """See conftest.py; here for the fixtures of this module too."""
+  with ops.portable():
+    yield
 
 
 # orbax leaves other reads or writes running when one has failed.

@@ -25,6 +25,7 @@ from convmixer_jax import evaluate
 from convmixer_jax import export
 from convmixer_jax import interop
 from convmixer_jax import models
+from convmixer_jax import ops
 from convmixer_jax import torch_pickle
 from convmixer_jax import train
 from convmixer_jax import weights
@@ -317,7 +318,8 @@ def run(tmp_path_factory):
   """A short run on the digits, and its weights as a PyTorch file."""
   workdir = tmp_path_factory.mktemp("run")
   config = common.digits_config(**{"data.train_split": "train[:320]"})
-  state = train.train_and_evaluate(config, workdir)
+  with ops.portable():
+    state = train.train_and_evaluate(config, workdir)
   variables = {"params": state.params, "batch_stats": state.batch_stats}
   tensors = interop.to_torch(jax.device_get(variables))
   path = workdir / "weights.pth"
@@ -327,7 +329,7 @@ def run(tmp_path_factory):
   return workdir, path, config
 
 
-def test_init_from_and_eval_of_a_file(run, tmp_path, capsys):
+def test_init_from_and_eval_of_a_file(run, tmp_path, capsys, portable):
   workdir, path, config = run
   by_workdir = evaluate.evaluate_checkpoint(config, workdir)
   config = common.digits_config(init_from=str(path))
@@ -511,7 +513,6 @@ def test_imagenets_names_are_built_in(tmp_path):
 @pytest.mark.parametrize(
   "options",
   [
-    {},
     {"pointwise_residual": True},
     {"depthwise_residual": False, "activation": "relu"},
     {"norm": "layer"},

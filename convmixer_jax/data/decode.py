@@ -129,7 +129,8 @@ def random_box(
     aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
     w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
     if 0 < w <= width and 0 < h <= height:
-      left, top = rng.integers(width - w + 1), rng.integers(height - h + 1)
+      left = int(rng.integers(width - w + 1))
+      top = int(rng.integers(height - h + 1))
       return left, top, left + w, top + h
   aspect = min(max(width / height, ratio[0]), ratio[1])
   w, h = min(width, round(height * aspect)), min(height, round(width / aspect))
