@@ -18,6 +18,7 @@ import scipy.special
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import sharding
+from convmixer_jax.models import layers
 from convmixer_jax.ops import build
 from convmixer_jax.ops import native
 from tests import common
@@ -527,7 +528,12 @@ class PlainBlock(nn.Module):
 def test_a_block_is_linens_layers(activation):
   """The same variables give the same output and gradients."""
   ours = models.convmixer.Block(
-    20, 4, activation, "batch", True, False, 0, jnp.float32, None
+    conv=functools.partial(layers.Conv, 20),
+    pointwise_conv=functools.partial(layers.PointwiseConv, 20),
+    norm=functools.partial(ops.BatchNorm, activation=activation),
+    kernel_size=4,
+    depthwise_residual=True,
+    pointwise_residual=False,
   )
   plain = PlainBlock(activation)
   x, grad = normal(0, 4, 6, 5, 20), normal(1, 4, 6, 5, 20)
