@@ -319,36 +319,34 @@ def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
   models.create_model(**config.model).check(config.data.image_size)
   if config.augment.randaugment:
     augment.parse(config.augment.randaugment)
-  warmup = config.optim.warmup_epochs
-  if warmup and config.optim.schedule == "onecycle":
-    raise UserError(
-      f"config.optim.warmup_epochs={warmup}: schedule=onecycle has its own"
-    )
-  if warmup >= config.epochs:
-    raise UserError(
-      f"config.optim.warmup_epochs={warmup}: must be below"
-      f" epochs={config.epochs}"
-    )
+
+  def require(condition, name, text):
+    if not condition:
+      raise UserError(f"config.{name}={values[name]}: {text}")
+
+  warmup, epochs = config.optim.warmup_epochs, config.epochs
+  require(
+    not warmup or config.optim.schedule != "onecycle",
+    "optim.warmup_epochs",
+    "schedule=onecycle has its own",
+  )
+  require(
+    warmup < epochs, "optim.warmup_epochs", f"must be below epochs={epochs}"
+  )
   if num_devices is None:
     return
   batch, accum = config.batch_size, config.accum_steps
-  group = config.model.bn_group_size or 1
-  if batch % num_devices:
-    raise UserError(
-      f"config.batch_size={batch}: must be a multiple of the {num_devices}"
-      " devices"
-    )
-  if batch % accum:
-    raise UserError(
-      f"config.accum_steps={accum}: must divide batch_size={batch}"
-    )
-  if batch // accum % group:
-    raise UserError(
-      f"config.model.bn_group_size={group}: must divide the {batch // accum}"
-      " images of batch_size / accum_steps"
-    )
+  require(
+    batch % num_devices == 0,
+    "batch_size",
+    f"must be a multiple of the {num_devices} devices",
+  )
+  divides = f"must divide batch_size={batch}"
+  require(batch % accum == 0, "accum_steps", divides)
+  require(
+    batch // accum % (config.model.bn_group_size or 1) == 0,
+    "model.bn_group_size",
+    f"must divide the {batch // accum} images of batch_size / accum_steps",
+  )
   mixed = config.augment.mix_group_size or 1
-  if batch % mixed:
-    raise UserError(
-      f"config.augment.mix_group_size={mixed}: must divide batch_size={batch}"
-    )
+  require(batch % mixed == 0, "augment.mix_group_size", divides)

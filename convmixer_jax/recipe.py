@@ -27,7 +27,7 @@ from convmixer_jax.data import stream
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-  """The parts of a run. Nothing is computed before it is asked for.
+  """The parts of a run.
 
   Attributes:
     config: of the run.
