@@ -61,16 +61,14 @@ def _numbers(count: int, low: float, high: float = _LARGEST) -> Rule:
   )
 
 
-def _ascending(rule: Rule) -> Rule:
-  text, test, _ = rule
-  ascending = lambda v: test(v) and list(v) == sorted(v)
-  return Rule(f"{text}, ascending", ascending, tuple)
+def _interval(low: float, high: float = _LARGEST) -> Rule:
+  text, test, kind = _numbers(2, low, high)
+  return Rule(f"{text}, ascending", lambda v: test(v) and v[0] <= v[1], kind)
 
 
 def _choice(*names: str) -> Rule:
   test = lambda v: isinstance(v, str) and v in names
-  text = f"one of {', '.join(names)}" if names[1:] else names[0]
-  return Rule(text, test, str)
+  return Rule(f"one of {', '.join(names)}", test, str)
 
 
 def _optional(rule: Rule) -> Rule:
@@ -140,9 +138,9 @@ FIELDS: dict[str, Field] = {
     "Unreadable image files that are tolerated; a warning names each."),
   "augment.flip": Field(True, _BOOL,
     "Mirror half of the images, left to right."),
-  "augment.crop_scale": Field((1.0, 1.0), _ascending(_numbers(2, 0.01, 1)),
+  "augment.crop_scale": Field((1.0, 1.0), _interval(0.01, 1),
     "Area of the random crop, as a fraction of the image."),
-  "augment.crop_ratio": Field((1.0, 1.0), _ascending(_numbers(2, 0.01, 100)),
+  "augment.crop_ratio": Field((1.0, 1.0), _interval(0.01, 100),
     "Width over height of the random crop."),
   "augment.interpolation": Field("bilinear",
     _choice("bilinear", "bicubic", "random"),
@@ -163,10 +161,9 @@ FIELDS: dict[str, Field] = {
     "Probability that a rectangle of the image is erased."),
   "augment.erase_mode": Field("pixel", _choice("pixel", "const"),
     "Fill it with noise for each pixel, or with 0, the mean colour."),
-  "augment.erase_area": Field((0.02, 1 / 3), _ascending(_numbers(2, 0.001, 1)),
+  "augment.erase_area": Field((0.02, 1 / 3), _interval(0.001, 1),
     "Its area, as a fraction of the image."),
-  "augment.erase_aspect": Field((0.3, 1 / 0.3),
-    _ascending(_numbers(2, 0.01, 100)),
+  "augment.erase_aspect": Field((0.3, 1 / 0.3), _interval(0.01, 100),
     "Its aspect ratio."),
   "augment.label_smoothing": Field(0.0, _number(0, 0.999),
     "Share of the target that is spread over all classes."),
