@@ -95,7 +95,7 @@ def evaluate_checkpoint(
     UserError: invalid config or workdir, or no weights.
   """
   config_lib.check(config, num_devices=None)
-  # What the weights were trained for is fixed; how they are scored is free.
+  # The model and its input are fixed; where and how it is evaluated is free.
   fixed = ("model.", "data.image_size", "data.mean", "data.std")
   free = [name for name in config_lib.FIELDS if not name.startswith(fixed)]
   free += config_lib.FREE_FIELDS

@@ -54,8 +54,8 @@ def train_and_evaluate(
   changes = workdir_lib.config_changes(config, workdir, config_lib.FREE_FIELDS)
   if changes and not accept_changes:
     raise UserError(
-      f"{workdir} holds a run of another config ({'; '.join(changes)}); give"
-      " another --workdir, or go on all the same with --accept_changes"
+      f"{workdir} holds a run of another config ({'; '.join(changes)}); pass"
+      " another --workdir, or --accept_changes to resume anyway"
     )
   data, batch_size = config.data, config.batch_size
   train_source, eval_source = (
@@ -78,7 +78,7 @@ def train_and_evaluate(
       config.init_from, recipe.model, fresh, new_head=True
     )
     loaded = jax.device_put(loaded, sharding.replicated(mesh))
-    # Copied, for the step donates its buffers one by one.
+    # Copied, because the step donates every buffer.
     averages = jax.tree.map(jnp.copy, loaded) if state.ema else {}
     state = state.replace(ema=averages, **loaded)
 
@@ -187,16 +187,10 @@ def train_and_evaluate(
 
 
 def _check_finite(recipe, workdir, checkpointer, step, pending):
-  """Raises UserError if a pending step's loss or gradient is not finite.
+  """Raises UserError if the loss or gradient of a pending step is not finite.
 
-  It writes nonfinite.json, which names the first such step and its images.
-
-  Args:
-    recipe: of the run.
-    workdir: likewise.
-    checkpointer: likewise; what it is writing is good, and is waited for.
-    step: updates done.
-    pending: metrics of the last steps, which are waited for.
+  `pending` are the metrics of the last steps before `step`. nonfinite.json
+  records the first such step and the images of its batch.
   """
   for number, values in enumerate(
     jax.device_get(pending), step + 1 - len(pending)
@@ -204,7 +198,7 @@ def _check_finite(recipe, workdir, checkpointer, step, pending):
     loss, norm = values["loss"], values["grad_norm"]
     if np.isfinite([loss, norm]).all():
       continue
-    checkpointer.close()
+    checkpointer.close()  # Waits for the checkpoint of an earlier step.
     config, path = recipe.config, Path(workdir) / "nonfinite.json"
     record = {"step": number, "loss": str(loss), "grad_norm": str(norm)}
     record["images"] = stream.image_ids(
