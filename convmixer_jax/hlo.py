@@ -313,7 +313,7 @@ def _size(shape: str, everywhere: bool = False) -> int:
 
 
 def _group_size(attributes: str) -> int:
-  """Of replica_groups={{0,1},{2,3}}, =[2,4]<=[8] or =mesh['a'=8] {'a'}."""
+  """Of replica_groups={{0,1}}, =[2,4]<=[8] or =mesh['a'=8] {'a':(4)2}."""
   if match := re.search(r"replica_groups=\{\{([\d,]*)\}", attributes):
     return len(match[1].split(","))
   if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
@@ -322,5 +322,7 @@ def _group_size(attributes: str) -> int:
     r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", attributes
   ):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", match[2]))
+    # 'a':(4)2 is a part of size 2 of the axis.
+    axes = re.findall(r"(\w+)'(?::\(\d+\)(\d+))?", match[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
   return 0
