@@ -155,6 +155,7 @@ def test_arrays_exchanged_by_loops_and_in_pairs():
     "[4,2]<=[8]",
     "mesh['a'=4,'b'=2] {'b'}",
     "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'b'}",
+    "mesh['a'=8] {'a':(4)2}",
   ],
 )
 def test_the_size_of_a_group(groups):

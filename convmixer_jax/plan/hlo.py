@@ -259,5 +259,7 @@ def _group_size(instruction):
   # The order of the devices may stand between the mesh and its axes.
   if mesh := re.match(r"mesh\[([^\]]*)\][^{]*\{([^}]*)\}", groups):
     sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
-    return math.prod(int(sizes[axis]) for axis in re.findall(r"\w+", mesh[2]))
+    # 'a':(4)2 is a part of size 2 of axis a.
+    axes = re.findall(r"(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+    return math.prod(int(part or sizes[axis]) for axis, part in axes)
   return 0
