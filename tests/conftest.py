@@ -50,7 +50,7 @@ def little_memory(request):
     return int(line.split()[1]) * 1024
 
   soft, hard = resource.getrlimit(resource.RLIMIT_AS)
-  limit = resident("VmSize") + 16 * MEMORY
+  limit = resident("VmSize") + 6 * MEMORY
   resource.setrlimit(resource.RLIMIT_AS, (limit, hard))
   Path("/proc/self/clear_refs").write_text("5")  # The peak is from here on.
   before = resident("VmRSS")

@@ -196,8 +196,9 @@ OBJECTS = [
   *ODD,
   *GLOBALS,
   *(
-    Called(name, [(), ("touch canary",), ("canary", "w"), (10**9,)][i % 4])
-    for i, name in enumerate(GLOBALS)
+    Called(name, arguments)
+    for arguments in (("touch canary",), ("open('canary', 'w')",), (10**9,))
+    for name in GLOBALS
   ),
   *(  # A state: attributes of what no file should change.
     Called(Name(*name), (), state)
