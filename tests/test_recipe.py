@@ -1,0 +1,192 @@
+"""A config's fields all arrive: a recipe's parts, beside ones wired by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from convmixer_jax import evaluate
+from convmixer_jax import models
+from convmixer_jax import optim
+from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import step as step_lib
+from convmixer_jax.data import sources
+from convmixer_jax.data import stream
+from tests import common
+
+# Every field that the step depends on, off its default and digits' own value.
+AUGMENT = {
+  "flip": True,
+  "crop_scale": (0.3, 0.7),
+  "crop_ratio": (0.5, 1.5),
+  "interpolation": "bicubic",
+  "randaugment": "rand-m9-inc1:Invert",
+  "color_jitter": 0.3,
+  "mixup_alpha": 0.4,
+  "cutmix_alpha": 0.6,
+  "cutmix_prob": 0.3,
+  "mix_group_size": 4,
+  "erase_prob": 0.6,
+  "erase_mode": "const",
+  "erase_area": (0.1, 0.2),
+  "erase_aspect": (0.5, 2.0),
+}
+OPTIM = {
+  "learning_rate": 0.03,
+  "schedule": "cosine",
+  "warmup_epochs": 0.5,
+  "weight_decay": 0.2,
+  "decay_all": True,
+  "eps": 1e-4,
+  "betas": (0.7, 0.8),
+  "clip_norm": 0.05,
+}
+MODEL = {"dim": 6, "depth": 1, "patch_size": 2, "kernel_size": 4,
+         "activation": "relu", "pointwise_residual": True,
+         "depthwise_residual": False, "bn_group_size": 4}  # fmt: skip
+MEAN, STD = (0.2, 0.3, 0.4), (0.3, 0.2, 0.5)
+RNG = np.random.default_rng(0)
+SOURCE = sources.InMemory(
+  RNG.integers(0, 256, (40, 8, 8, 3), np.uint8),
+  RNG.integers(0, 5, 40).astype(np.int32),
+  list("abcde"),
+)
+
+
+def make_recipe(**more):
+  fields = {f"augment.{k}": v for k, v in AUGMENT.items()}
+  fields |= {f"optim.{k}": v for k, v in OPTIM.items()}
+  fields |= {f"model.{k}": v for k, v in MODEL.items()}
+  config = common.digits_config(
+    **fields,
+    **{
+      "augment.label_smoothing": 0.3,
+      "data.mean": MEAN,
+      "data.std": STD,
+      "batch_size": 16,
+      "accum_steps": 2,
+      "ema_decay": 0.4,
+      "epochs": 2,
+      "seed": 5,
+      "freeze": ("stem",),
+      "backbone_lr_scale": 0.25,
+      **more,
+    },
+  )
+  return recipe_lib.build(config, SOURCE, jax.devices()[:1])
+
+
+def noisy(key, images, targets):
+  """A stand-in for augmentation, for its key and its place in the step."""
+  return images / 255 + jax.random.normal(key, images.shape), targets
+
+
+def test_the_step_is_what_the_config_says(monkeypatch):
+  asked = []
+
+  def make_augment(config, **options):
+    asked.append((dict(config), options))
+    return noisy
+
+  monkeypatch.setattr(recipe_lib.augment, "make_augment", make_augment)
+  recipe = make_recipe()
+  state = recipe.init_state()
+  batch = {"image": SOURCE.images[:16], "label": SOURCE.labels[:16]}
+  model = models.ConvMixer(num_classes=5, **MODEL)
+  schedule = optim.make_schedule("cosine", 0.03, 2, 40 / 16, 0.5)
+  tx = optim.make_optimizer(
+    schedule,
+    state.params,
+    OPTIM,
+    freeze=("stem",),
+    backbone_lr_scale=0.25,
+  )
+
+  @jax.jit
+  def by_hand(batch):
+    variables = model.init(jax.random.key(5), jnp.zeros((1, 8, 8, 3)), False)
+    params = variables["params"]
+    targets = step_lib.soft_targets(batch["label"], 5, 0.3)
+    key = jax.random.fold_in(jax.random.key(5), 0)
+    images, targets = noisy(key, batch["image"], targets)
+
+    def loss(params, half):
+      logits, updated = model.apply(
+        variables | {"params": params},
+        images[half],
+        True,
+        mutable="batch_stats",
+      )
+      losses = optax.softmax_cross_entropy(logits, targets[half])
+      return losses.mean(), updated["batch_stats"]
+
+    halves = [
+      jax.grad(loss, has_aux=True)(params, half)
+      for half in (slice(0, 8), slice(8, 16))
+    ]
+    grads, stats = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    new = {
+      "params": optax.apply_updates(params, updates),
+      "batch_stats": stats,
+    }
+    ema = jax.tree.map(lambda a, b: 0.4 * a + 0.6 * b, variables, new)
+    return new, ema, optax.tree.norm(grads)
+
+  new, ema, norm = by_hand(batch)
+  state, metrics = recipe.train_step(recipe.seed, state, batch)
+  assert common.tree_error(state.params, new["params"]) <= 2e-5
+  assert common.tree_error(state.batch_stats, new["batch_stats"]) <= 2e-5
+  assert common.tree_error(state.ema, ema) <= 2e-5
+  assert common.relative_error(metrics["grad_norm"], norm) <= 2e-5
+  ((config, options),) = asked
+  assert AUGMENT.items() <= config.items()
+  assert options == {"mean": MEAN, "std": STD, "crop": True}
+  assert (recipe.total_steps, recipe.steps_per_epoch) == (5, 2.5)
+  due = [n for n in range(1, 6) if recipe.is_due(n, None)]
+  assert due == [3, 5]  # Samples 48 and 80 are the first beyond 40 and 80.
+
+
+def test_batches_get_what_the_config_says(monkeypatch):
+  """The crops of images that the host decodes, and those of evaluation."""
+  fields = {
+    "data.num_workers": 3,
+    "data.max_unreadable": 7,
+    "data.crop_pct": 0.8,
+  }
+  recipe = make_recipe(**fields)
+  given = {}
+
+  def keep(source, **options):
+    given.update(options)
+    return iter(())
+
+  monkeypatch.setattr(stream, "train_batches", keep)
+  monkeypatch.setattr(stream, "eval_batches", keep)
+  recipe.train_batches(2, 4)
+  common_fields = {"batch_size": 16, "image_size": 8, "num_workers": 3,
+                   "max_unreadable": 7}  # fmt: skip
+  wanted = common_fields | {
+    "seed": 5,
+    "start": 2,
+    "stop": 4,
+    "scale": (0.3, 0.7),
+    "ratio": (0.5, 1.5),
+    "interpolation": "bicubic",
+  }
+  assert wanted.items() <= given.items()
+  given.clear()
+  score = evaluate.make_evaluate(recipe, SOURCE, recipe.init_state())
+  score(None, stopped=lambda: True)
+  assert (common_fields | {"crop_pct": 0.8}).items() <= given.items()
+  # Where the host decodes it crops too, and the step does not.
+  encoded = sources.Encoded(None, 40, list("abcde"))
+  for data, crops in ((SOURCE, True), (encoded, False)):
+    called = []
+    monkeypatch.setattr(
+      recipe_lib.augment,
+      "make_augment",
+      lambda *args, crop, called=called, **kw: called.append(crop),
+    )
+    _ = recipe_lib.build(recipe.config, data, jax.devices()[:1]).augment
+    assert called == [crops]
