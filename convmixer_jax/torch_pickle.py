@@ -31,17 +31,6 @@ _STORAGES = {
   "ByteStorage": np.dtype("u1"),
   "BoolStorage": np.dtype("?"),
 }
-# Other classes in training checkpoints. Their objects are not needed; `_Inert`
-# replaces them.
-_INERT = {
-  ("argparse", "Namespace"),
-  ("numpy", "dtype"),
-  ("numpy.core.multiarray", "scalar"),
-  ("numpy._core.multiarray", "scalar"),
-  ("_codecs", "encode"),
-  ("torch", "device"),
-  ("torch", "Size"),
-}
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 # The accepted operations of a pickle. Not among them are sets, which would hash
@@ -85,13 +74,13 @@ def load_zip(path: str) -> Any:
       if order != b"little":
         raise ValueError(f"{order.decode()}-endian, not little-endian")
 
+    @functools.cache
     def storage(dtype, key, size):
       array = np.frombuffer(archive.read(f"{root}data/{key}"), dtype)
       if len(array) != size:
         raise ValueError(f"{len(array)} numbers instead of {size}")
       return array
 
-    storage = functools.cache(storage)
     return _Unpickler(io.BytesIO(archive.read(pickled)), path, storage).load()
 
 
@@ -124,7 +113,7 @@ def load_legacy(path: str) -> Any:
 
 
 class _Inert:
-  """Replaces an object of a class in `_INERT`; keeps nothing of it."""
+  """Replaces an object that is not needed; keeps nothing of it."""
 
   def __init__(self, *args):
     del args
@@ -152,16 +141,10 @@ class _Unpickler(pickle._Unpickler):
     self._path, self._storage = path, storage
 
   def find_class(self, module, name):
-    if (module, name) == ("collections", "OrderedDict"):
-      return lambda: {}
-    if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-      return _rebuild_tensor
-    if (module, name) == ("torch._utils", "_rebuild_parameter"):
-      return lambda data, *_: data
     if module in ("torch", "torch.storage") and name in _STORAGES:
       return name  # A string: a pickle can neither call nor change it.
-    if (module, name) in _INERT:
-      return _Inert
+    if (module, name) in _CLASSES:
+      return _CLASSES[module, name]
     raise UserError(
       f"{self._path}: holds {module}.{name}; only tensors and plain data are"
       " read; save the model's state_dict() instead"
@@ -219,3 +202,19 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
   return np.lib.stride_tricks.as_strided(
     storage[offset:], shape, [s * storage.itemsize for s in strides]
   )
+
+
+# What takes the place of each accepted class or function. Checkpoints of
+# training hold the inert ones.
+_CLASSES = {
+  ("collections", "OrderedDict"): lambda: {},
+  ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+  ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+  ("argparse", "Namespace"): _Inert,
+  ("numpy", "dtype"): _Inert,
+  ("numpy.core.multiarray", "scalar"): _Inert,
+  ("numpy._core.multiarray", "scalar"): _Inert,
+  ("_codecs", "encode"): _Inert,
+  ("torch", "device"): _Inert,
+  ("torch", "Size"): _Inert,
+}

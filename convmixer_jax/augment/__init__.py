@@ -27,11 +27,8 @@ def make_normalize(
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns a function from images to float32 of zero mean and unit variance.
 
-  It takes images [..., C] with values in [0, 255].
-
-  Args:
-    mean: the channels' means, as fractions of 255 (0.485 for ImageNet's red).
-    std: the channels' standard deviations, as fractions of 255.
+  It takes images [..., C] with values in [0, 255]. The channels' means and
+  standard deviations are fractions of 255 (0.485 is ImageNet's mean red).
   """
 
   def normalize(images):

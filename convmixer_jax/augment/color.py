@@ -11,15 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# Operations that map each value of a channel by a table of 256 entries.
-TABLE_OPS = (
-  "AutoContrast",
-  "Equalize",
-  "Invert",
-  "Posterize",
-  "Solarize",
-  "SolarizeAdd",
-)
 # Operations that blend the image with a degenerate version of it.
 ENHANCE_OPS = ("Brightness", "Contrast", "Color", "Sharpness")
 
@@ -30,30 +21,17 @@ def lookup(
   """Applies one of `TABLE_OPS`, or none, to each image.
 
   Args:
-    images: uint8 [B, H, W, 3].
+    images: uint8 [B, H, W, 3], like the result.
     ops: name -> bool [B], the images to which it is applied.
     arg: [B], the operation's argument. Posterize: number of bits to keep, 0 to
       8. Solarize: values greater than or equal to it are inverted, 0 to 256.
       SolarizeAdd: added to values below 128. Unused by the others.
-
-  Returns:
-    uint8 [B, H, W, 3].
   """
-  value = jnp.arange(256)
   arg = jnp.floor(arg).astype(jnp.int32)[:, None, None]
-  make = {
-    "AutoContrast": lambda: _autocontrast(images),
-    "Equalize": lambda: _equalize(images),
-    "Invert": lambda: 255 - value,
-    "Posterize": lambda: value & -(1 << (8 - arg)),
-    "Solarize": lambda: jnp.where(value < arg, value, 255 - value),
-    "SolarizeAdd": lambda: jnp.where(
-      value < 128, jnp.minimum(value + arg, 255), value
-    ),
-  }
-  table = value
+  table = value = jnp.arange(256)
   for name, chosen in ops.items():
-    table = jnp.where(chosen[:, None, None], make[name](), table)
+    new = TABLE_OPS[name](images, value, arg)
+    table = jnp.where(chosen[:, None, None], new, table)
   batch, *_, channels = images.shape
   table = jnp.broadcast_to(table, (batch, channels, 256)).astype(jnp.uint8)
   index = images.astype(jnp.int32) + 256 * jnp.arange(channels)
@@ -63,7 +41,7 @@ def lookup(
   return flat.reshape(images.shape)
 
 
-def _autocontrast(images):
+def _autocontrast(images, value, _):
   """Tables [B, 3, 256] that stretch each channel to the range 0 to 255."""
   low = images.min((1, 2)).astype(jnp.int32)
   high = images.max((1, 2)).astype(jnp.int32)
@@ -71,7 +49,7 @@ def _autocontrast(images):
   short = jnp.asarray(_autocontrast_shortfall())[low, high]
   short = (short[..., None] >> jnp.arange(8, dtype=jnp.uint8)) & 1
   short = short.reshape(*low.shape, 256).astype(jnp.int32)
-  value, low, high = jnp.arange(256), low[..., None], high[..., None]
+  low, high = low[..., None], high[..., None]
   stretched = (value - low) * 255 // jnp.maximum(high - low, 1) - short
   return jnp.where(high > low, jnp.clip(stretched, 0, 255), value)
 
@@ -98,7 +76,7 @@ def _autocontrast_shortfall():
   return bits
 
 
-def _equalize(images):
+def _equalize(images, value, _):
   """Tables [B, 3, 256] that make each channel's histogram uniform."""
   histogram = _histogram(images)
   last = images.max((1, 2)).astype(jnp.int32)[..., None]
@@ -106,7 +84,7 @@ def _equalize(images):
   step = (images.shape[1] * images.shape[2] - in_last) // 255
   below = jnp.cumsum(histogram, -1) - histogram
   table = (step // 2 + below) // jnp.maximum(step, 1)
-  return jnp.where(step > 0, jnp.minimum(table, 255), jnp.arange(256))
+  return jnp.where(step > 0, jnp.minimum(table, 255), value)
 
 
 def _histogram(images):
@@ -124,20 +102,33 @@ def _histogram(images):
   return histogram
 
 
+def _solarize_add(_, value, arg):
+  return jnp.where(value < 128, jnp.minimum(value + arg, 255), value)
+
+
+# Operations that map each value of a channel by a table: name -> function of
+# images, values (0 to 255) and argument. It returns tables, [..., 256].
+TABLE_OPS = {
+  "AutoContrast": _autocontrast,
+  "Equalize": _equalize,
+  "Invert": lambda _, value, arg: 255 - value,
+  "Posterize": lambda _, value, arg: value & -(1 << (8 - arg)),
+  "Solarize": lambda _, value, arg: jnp.where(value < arg, value, 255 - value),
+  "SolarizeAdd": _solarize_add,
+}
+
+
 def enhance(
   images: jax.Array, ops: dict[str, jax.Array], factor: jax.Array
 ) -> jax.Array:
   """Applies one of `ENHANCE_OPS`, or none, to each image.
 
   Args:
-    images: uint8 [B, H, W, 3].
+    images: uint8 [B, H, W, 3], like the result.
     ops: name -> bool [B], the images to which it is applied.
     factor: [B], 0 gives the degenerate image, 1 the image itself, and more
       than 1 extrapolates. The degenerate image is black for Brightness, the
       mean grey for Contrast, grey for Color and smoothed for Sharpness.
-
-  Returns:
-    uint8 [B, H, W, 3].
   """
   values = images.astype(jnp.int32)
   make = {
@@ -183,18 +174,10 @@ def _smooth(values):
 def color_jitter(
   key: jax.Array, images: jax.Array, strength: float
 ) -> jax.Array:
-  """torchvision's ColorJitter(strength, strength, strength).
+  """torchvision's ColorJitter of uint8 [B, H, W, 3], with hue left alone.
 
   Changes brightness, contrast and saturation in random order. Each factor is
-  uniform in [max(0, 1 - strength), 1 + strength].
-
-  Args:
-    key: PRNG key.
-    images: uint8 [B, H, W, 3].
-    strength: at least 0.
-
-  Returns:
-    uint8 [B, H, W, 3].
+  uniform in [max(0, 1 - strength), 1 + strength], where strength >= 0.
   """
   names = ENHANCE_OPS[:3]
   order, factors = jitter_draws(key, images.shape[0], strength)

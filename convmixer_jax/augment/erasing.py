@@ -22,26 +22,20 @@ def random_erasing(
 
   Args:
     key: PRNG key.
-    images: float [B, H, W, C], of zero mean and unit variance.
+    images: normalised, float [B, H, W, C], like the result.
     prob: each image's probability of being erased.
     mode: 'pixel' fills with standard normal noise, 'const' with zeros.
     area: minimum and maximum area of the box, as a fraction of the image.
     aspect: minimum and maximum height / width of the box; log-uniform.
-
-  Returns:
-    float [B, H, W, C].
   """
   batch, height, width, _ = images.shape
   erased_key, box_key, noise_key = jax.random.split(key, 3)
-  erased = jax.random.bernoulli(erased_key, prob, (batch,))
-  top, left, box_height, box_width = _boxes(
-    box_key, batch, height, width, area, aspect
-  )
-  column = lambda values: values[:, None, None]
+  erased = jax.random.bernoulli(erased_key, prob, (batch, 1, 1))
+  boxes = _boxes(box_key, batch, height, width, area, aspect)
+  top, left, box_height, box_width = (v[:, None, None] for v in boxes)
   y, x = jnp.mgrid[:height, :width]
-  y, x = y - column(top), x - column(left)
-  inside = (y >= 0) & (y < column(box_height))
-  inside &= (x >= 0) & (x < column(box_width)) & column(erased)
+  y, x = y - top, x - left
+  inside = (y >= 0) & (y < box_height) & (x >= 0) & (x < box_width) & erased
   if mode == "pixel":
     # In strips, because drawing noise takes three times its memory.
     strips = math.gcd(height, 8)
@@ -63,17 +57,13 @@ def _boxes(key, batch, height, width, area, aspect):
   zero and nothing is erased.
   """
   size_key, top_key, left_key = jax.random.split(key, 3)
+  ratio = 1 / aspect[1], 1 / aspect[0]  # From height / width to width / height.
+  limits = height - 1, width - 1
   box_height, box_width, fits = geometry.random_sizes(
-    size_key,
-    batch,
-    height * width,
-    area,
-    (1 / aspect[1], 1 / aspect[0]),  # aspect is height / width.
-    (height - 1, width - 1),
+    size_key, batch, height * width, area, ratio, limits
   )
-  box_height, box_width = (
-    jnp.where(fits, x, 0) for x in (box_height, box_width)
-  )
+  box_height = jnp.where(fits, box_height, 0)
+  box_width = jnp.where(fits, box_width, 0)
   place = lambda key, room: jax.random.randint(key, (batch,), 0, room + 1)
   top = place(top_key, height - box_height)
   left = place(left_key, width - box_width)

@@ -1,6 +1,5 @@
 """Flips, crops and affine transforms, as torchvision and Pillow define them."""
 
-from collections.abc import Callable
 from collections.abc import Sequence
 import math
 
@@ -29,14 +28,11 @@ def random_resized_crop(
 
   Args:
     key: PRNG key.
-    images: [B, H, W, C], values in [0, 255].
+    images: [B, H, W, C], values in [0, 255]; the result is uint8.
     scale: see `random_boxes`.
     ratio: see `random_boxes`.
     interpolation: 'bilinear', 'bicubic' or 'random' (one of the two for each
       image, with equal probability).
-
-  Returns:
-    uint8 [B, H, W, C].
   """
   batch, height, width, _ = images.shape
   box_key, filter_key = jax.random.split(key)
@@ -49,9 +45,7 @@ def random_resized_crop(
     bicubic = jnp.full((batch, 1, 1), interpolation == "bicubic")
 
   def resample(equation, images, weights):
-    y = jnp.einsum(
-      equation, weights, images, precision=jax.lax.Precision.HIGHEST
-    )
+    y = jnp.einsum(equation, weights, images, precision="highest")
     return jnp.clip(jnp.floor(y + 0.5), 0, 255)
 
   weights = lambda start, length, size: jnp.where(
@@ -98,9 +92,8 @@ def random_boxes(
   box_width = jnp.where(fits, box_width, min(width, round(height * nearest)))
 
   def place(key, room):
-    return jnp.where(
-      fits, jax.random.randint(key, (batch,), 0, room + 1), room // 2
-    )
+    start = jax.random.randint(key, (batch,), 0, room + 1)
+    return jnp.where(fits, start, room // 2)
 
   top = place(top_key, height - box_height)
   left = place(left_key, width - box_width)
@@ -117,13 +110,8 @@ def random_sizes(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Draws ten box sizes for each image and takes the first that fits.
 
-  Args:
-    key: PRNG key.
-    batch: B, the number of boxes.
-    area: area of the image, in pixels.
-    scale: see `random_boxes`.
-    ratio: see `random_boxes`.
-    limits: maximum height and width that fit, in pixels.
+  See `random_boxes`. `area` is that of the image, and `limits` are the maximum
+  height and width that fit, in pixels.
 
   Returns:
     height and width in pixels, int32 [B] each; whether one fitted, bool [B].
@@ -136,32 +124,19 @@ def random_sizes(
   ratios = jnp.exp(uniform(ratio_key, *map(math.log, ratio)))
   widths = jnp.round(jnp.sqrt(areas * ratios)).astype(jnp.int32)
   heights = jnp.round(jnp.sqrt(areas / ratios)).astype(jnp.int32)
-  fits = (heights > 0) & (heights <= limits[0]) & (widths > 0)
-  fits &= widths <= limits[1]
+  fits = (heights > 0) & (heights <= limits[0])
+  fits &= (widths > 0) & (widths <= limits[1])
   first = fits.argmax(1)[:, None]
   pick = lambda values: jnp.take_along_axis(values, first, axis=1)[:, 0]
   return pick(heights), pick(widths), fits.any(1)
 
 
-def _resize_weights(
-  start: jax.Array,
-  length: jax.Array,
-  size: int,
-  kernel: Callable[[jax.Array], jax.Array],
-  support: float,
-) -> jax.Array:
+def _resize_weights(start, length, size, kernel, support):
   """Pillow's weights to resize pixels [start, start + length) to `size` pixels.
 
-  Args:
-    start: int [B], first pixel of the box.
-    length: int [B], number of pixels in the box.
-    size: number of pixels in the image and in the result.
-    kernel: the filter, a function of the distance; when the box is shrunk, the
-      filter is stretched by the same factor.
-    support: half the width of the filter.
-
-  Returns:
-    float32 [B, size (result), size (image)]; each row sums to one.
+  The result is float32 [B, size (result), size (image)]; each row sums to one.
+  `kernel` is a filter of the distance, `support` half its width. If the box is
+  shrunk, the filter is stretched by the same factor.
   """
   start, length = start[:, None, None], length[:, None, None]
   step = length / size
@@ -195,16 +170,13 @@ def affine(
   """Transforms images as Pillow's `Image.transform(..., AFFINE)`.
 
   Args:
-    images: uint8 [B, H, W, 3].
+    images: uint8 [B, H, W, 3], like the result.
     matrix: float32 [B, 2, 3]. Point (x, y) of the result is taken from point
       (m00 x + m01 y + m02, m10 x + m11 y + m12) of the image. The centre of
       pixel (i, j) is the point (i + 0.5, j + 0.5).
     fill: RGB of pixels taken from outside the image.
     bicubic: bool [B]: images with True are resampled by Pillow's bicubic
       filter, the others bilinearly. None: nearest pixel for all images.
-
-  Returns:
-    uint8 [B, H, W, 3].
   """
   batch, height, width, _ = images.shape
   m = matrix[:, :, :, None, None]
@@ -236,12 +208,8 @@ def affine(
     at, index = args
 
     def pixel(i, j):
-      values = jnp.take_along_axis(
-        packed,
-        (index + (j * (width + 4) + i)).reshape(batch, -1),
-        axis=1,
-        mode="promise_in_bounds",
-      )
+      flat = (index + (j * (width + 4) + i)).reshape(batch, -1)
+      values = jnp.take_along_axis(packed, flat, 1, mode="promise_in_bounds")
       return (values.reshape(index.shape)[..., None] >> shifts) & 255
 
     if bicubic is None:
@@ -256,9 +224,8 @@ def affine(
               for j in taps]  # fmt: skip
       values = jnp.clip(_interpolate(rows, dy, cubic), 0, 255)
     inside = ((at >= 0) & (at < limits)).all(1)[..., None]
-    return jnp.where(
-      inside, values.astype(jnp.uint8), jnp.array(fill, jnp.uint8)
-    )
+    values, outside = values.astype(jnp.uint8), jnp.array(fill, jnp.uint8)
+    return jnp.where(inside, values, outside)
 
   # In strips, because the sixteen neighbours of all pixels take much memory.
   strips = math.gcd(height, 8)

@@ -22,15 +22,12 @@ def mix(
 
   Args:
     key: PRNG key.
-    images: uint8 [B, H, W, C].
-    targets: float [B, K], probabilities.
+    images: uint8 [B, H, W, C], like the result.
+    targets: float [B, K], probabilities, like the result.
     mixup_alpha: the weight is drawn from Beta(alpha, alpha); 0 disables mixup.
     cutmix_alpha: the same for cutmix.
     switch_prob: probability of cutmix, if both are enabled.
     group_size: n, a divisor of B; 0 makes the whole batch one group.
-
-  Returns:
-    images, uint8 [B, H, W, C], and targets, float [B, K].
   """
   if not mixup_alpha and not cutmix_alpha:
     return images, targets
@@ -43,9 +40,8 @@ def mix(
   else:
     is_cutmix = jnp.full(groups, bool(cutmix_alpha))
   alpha = jnp.where(is_cutmix, cutmix_alpha, mixup_alpha)
-  first, second = map(
-    _log_gamma_variate, jax.random.split(weight_key), [alpha, alpha]
-  )
+  keys = jax.random.split(weight_key)
+  first, second = (_log_gamma_variate(key, alpha) for key in keys)
   weight = jax.nn.sigmoid(first - second)  # Beta(alpha, alpha).
 
   # The box has the image's aspect ratio and its centre anywhere in the image.

@@ -31,81 +31,66 @@ from convmixer_jax.errors import UserError
 
 GEOMETRIC_OPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
 
-# (level [B], sign [B], (height, width)) -> argument [B] of `apply_ops`.
+# (level [B], sign [B], (height, width)) -> argument [B] of `apply_ops`. A level
+# is a magnitude scaled to [0, 1].
 _Argument = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 
+_none = lambda level, *_: jnp.zeros_like(level)
+_rotate = lambda level, sign, _: sign * level * 30.0
+_shear = lambda level, sign, _: sign * level * 0.3
 
-def _signed(maximum: float) -> _Argument:
-  return lambda level, sign, size: sign * level * maximum
-
-
-def _none(level, sign, size):
-  return jnp.zeros_like(level)
-
-
-# Name of the operation in a policy -> (operation of `apply_ops`, its argument).
-# A level is a magnitude scaled to [0, 1].
-_TIMM_ENHANCE: _Argument = lambda level, sign, size: jnp.maximum(
+# timm's arguments.
+_timm_enhance = lambda level, sign, _: jnp.maximum(
   0.1, 1 + sign * (level * 0.9)
 )
+_timm_translate = lambda side: (
+  lambda level, sign, size: sign * level * 0.45 * size[side]
+)
+_timm_posterize = lambda level, *_: 4 - jnp.floor(level * 4)
+_timm_solarize = lambda level, *_: 256 - jnp.floor(level * 256)
+_timm_solarize_add = lambda level, *_: jnp.minimum(128, jnp.floor(level * 110))
+
+# torchvision's. It translates by whole pixels, with the opposite sign. It
+# inverts values that are at least 255 - 255 level. Values are integers, so that
+# the ceiling gives the same.
+_enhance = lambda level, sign, _: 1 + sign * level * 0.9
+_translate = lambda side: (
+  lambda level, sign, size: -sign * jnp.floor(level * (150 / 331 * size[side]))
+)
+_posterize = lambda level, *_: 8 - jnp.round(level * 4)
+_solarize = lambda level, *_: jnp.ceil(255 - 255 * level)
+
+# Name of the operation in a policy -> (operation of `apply_ops`, its argument).
 TIMM: Mapping[str, tuple[str, _Argument]] = {
   "AutoContrast": ("AutoContrast", _none),
   "Equalize": ("Equalize", _none),
   "Invert": ("Invert", _none),
-  "Rotate": ("Rotate", _signed(30.0)),
-  "PosterizeIncreasing": (
-    "Posterize",
-    lambda level, sign, size: 4 - jnp.floor(level * 4),
-  ),
-  "SolarizeIncreasing": (
-    "Solarize",
-    lambda level, sign, size: 256 - jnp.floor(level * 256),
-  ),
-  "SolarizeAdd": (
-    "SolarizeAdd",
-    lambda level, sign, size: jnp.minimum(128, jnp.floor(level * 110)),
-  ),
-  "ColorIncreasing": ("Color", _TIMM_ENHANCE),
-  "ContrastIncreasing": ("Contrast", _TIMM_ENHANCE),
-  "BrightnessIncreasing": ("Brightness", _TIMM_ENHANCE),
-  "SharpnessIncreasing": ("Sharpness", _TIMM_ENHANCE),
-  "ShearX": ("ShearX", _signed(0.3)),
-  "ShearY": ("ShearY", _signed(0.3)),
-  "TranslateXRel": (
-    "TranslateX",
-    lambda level, sign, size: sign * level * 0.45 * size[1],
-  ),
-  "TranslateYRel": (
-    "TranslateY",
-    lambda level, sign, size: sign * level * 0.45 * size[0],
-  ),
+  "Rotate": ("Rotate", _rotate),
+  "PosterizeIncreasing": ("Posterize", _timm_posterize),
+  "SolarizeIncreasing": ("Solarize", _timm_solarize),
+  "SolarizeAdd": ("SolarizeAdd", _timm_solarize_add),
+  "ColorIncreasing": ("Color", _timm_enhance),
+  "ContrastIncreasing": ("Contrast", _timm_enhance),
+  "BrightnessIncreasing": ("Brightness", _timm_enhance),
+  "SharpnessIncreasing": ("Sharpness", _timm_enhance),
+  "ShearX": ("ShearX", _shear),
+  "ShearY": ("ShearY", _shear),
+  "TranslateXRel": ("TranslateX", _timm_translate(1)),
+  "TranslateYRel": ("TranslateY", _timm_translate(0)),
 }
-_ENHANCE: _Argument = lambda level, sign, size: 1 + sign * level * 0.9
-# In whole pixels, and with the opposite sign to timm's.
-_translate = lambda side: (
-  lambda level, sign, size: -sign * jnp.floor(level * (150 / 331 * size[side]))
-)
 TORCHVISION: Mapping[str, tuple[str, _Argument]] = {
   "Identity": ("Identity", _none),
-  "ShearX": ("ShearX", _signed(0.3)),
-  "ShearY": ("ShearY", _signed(0.3)),
+  "ShearX": ("ShearX", _shear),
+  "ShearY": ("ShearY", _shear),
   "TranslateX": ("TranslateX", _translate(1)),
   "TranslateY": ("TranslateY", _translate(0)),
-  "Rotate": ("Rotate", _signed(30.0)),
-  "Brightness": ("Brightness", _ENHANCE),
-  "Color": ("Color", _ENHANCE),
-  "Contrast": ("Contrast", _ENHANCE),
-  "Sharpness": ("Sharpness", _ENHANCE),
-  "Posterize": (
-    "Posterize",
-    lambda level, sign, size: 8 - jnp.round(level * 4),
-  ),
-  "Solarize": (
-    "Solarize",
-    # torchvision inverts values that are at least 255 - 255 level. Values are
-    # integers, so that the ceiling gives the same.
-    lambda level, sign, size: jnp.ceil(255 - 255 * level),
-  ),
+  "Rotate": ("Rotate", _rotate),
+  "Brightness": ("Brightness", _enhance),
+  "Color": ("Color", _enhance),
+  "Contrast": ("Contrast", _enhance),
+  "Sharpness": ("Sharpness", _enhance),
+  "Posterize": ("Posterize", _posterize),
+  "Solarize": ("Solarize", _solarize),
   "AutoContrast": ("AutoContrast", _none),
   "Equalize": ("Equalize", _none),
 }
@@ -113,34 +98,19 @@ TORCHVISION: Mapping[str, tuple[str, _Argument]] = {
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-  """A parsed policy.
+  """A parsed policy."""
 
-  Attributes:
-    ops: the operations, drawn uniformly with replacement; see `TIMM`.
-    num_ops: number of operations drawn for each image.
-    prob: probability that a drawn operation is applied.
-    mean: mean of the level, in [0, 1].
-    std: standard deviation of the level.
-    high: maximum level.
-    smooth: resample bilinearly or bicubically, with equal probability; if
-      False, take the nearest pixel.
-  """
-
-  ops: Mapping[str, tuple[str, _Argument]]
-  num_ops: int
-  prob: float
-  mean: float
-  std: float
-  high: float
-  smooth: bool
+  ops: Mapping[str, tuple[str, _Argument]]  # Drawn uniformly, with replacement.
+  num_ops: int  # Number of operations drawn for each image.
+  prob: float  # Probability that a drawn operation is applied.
+  mean: float  # Mean of the level, in [0, 1].
+  std: float  # Standard deviation of the level.
+  high: float  # Maximum level.
+  smooth: bool  # Resample bilinearly or bicubically, at random; else nearest.
 
 
 def parse(policy: str) -> Policy:
-  """Parses a policy such as 'rand-m9-mstd0.5-inc1' or 'torchvision-n2-m12'.
-
-  Raises:
-    UserError: names the invalid part of the policy.
-  """
+  """Parses a policy; raises UserError, which names the invalid part of it."""
   settings, colon, names = policy.partition(":")
   dialect, *parts = settings.split("-")
   if dialect not in _DIALECTS:
@@ -204,16 +174,9 @@ def _error(policy, part, text):
 def apply_policy(
   key: jax.Array, images: jax.Array, policy: Policy, fill: Sequence[int]
 ) -> jax.Array:
-  """Applies random operations to each image.
+  """Applies random operations to each of the images, uint8 [B, H, W, 3].
 
-  Args:
-    key: PRNG key.
-    images: uint8 [B, H, W, 3].
-    policy: from `parse`.
-    fill: RGB of pixels that geometric operations take from outside the image.
-
-  Returns:
-    uint8 [B, H, W, 3].
+  Pixels that geometric operations take from outside an image are `fill`: RGB.
   """
   batch, height, width, _ = images.shape
 
@@ -229,13 +192,7 @@ def apply_policy(
 def draw(
   key: jax.Array, policy: Policy, batch: int, size: tuple[int, int]
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array | None]:
-  """Draws one operation for each image.
-
-  Args:
-    key: PRNG key.
-    policy: from `parse`.
-    batch: B, the number of images.
-    size: their height and width in pixels.
+  """Draws one operation for each of `batch` images; size: height and width.
 
   Returns:
     chosen, args and bicubic; see `apply_ops`.
@@ -264,7 +221,7 @@ def apply_ops(
   """Applies one operation, or none, to each image.
 
   Args:
-    images: uint8 [B, H, W, 3].
+    images: uint8 [B, H, W, 3], like the result.
     chosen: operation -> bool [B], the images to which it is applied. The
       operations are `color.TABLE_OPS`, `color.ENHANCE_OPS`, `GEOMETRIC_OPS` and
       'Identity'.
@@ -273,9 +230,6 @@ def apply_ops(
       left and up. For the others, see `color`.
     fill: see `apply_policy`.
     bicubic: see `geometry.affine`.
-
-  Returns:
-    uint8 [B, H, W, 3].
   """
   of = lambda ops: {op: chosen[op] for op in ops if op in chosen}
   if table_ops := of(color.TABLE_OPS):

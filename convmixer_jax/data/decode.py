@@ -54,8 +54,7 @@ def eval_image(data: bytes, size: int, crop_pct: float) -> np.ndarray:
       f"too long and thin: resized, it would be {width} x {height} pixels"
     )
   image = image.resize((width, height), BICUBIC)
-  left = round((width - size) / 2)
-  top = round((height - size) / 2)
+  left, top = round((width - size) / 2), round((height - size) / 2)
   return np.asarray(image.crop((left, top, left + size, top + size)))
 
 
@@ -73,7 +72,7 @@ def train_image(
   Args:
     data: the bytes of an image file.
     size: height and width of the result in pixels.
-    rng: numpy generator.
+    rng: draws the box and the filter.
     scale: see `random_box`.
     ratio: see `random_box`.
     interpolation: 'bilinear', 'bicubic' or 'random' (one of the two, with equal

@@ -1,13 +1,12 @@
 """Data sets: TFDS, an image folder, or scikit-learn's digits.
 
-A source has a length, `num_classes` and `class_names`. There are two kinds:
-`InMemory` holds small images of one size as arrays; `Encoded` reads image files
-one by one, to be decoded.
+A source is `InMemory`: small images of one size, or `Encoded`: image files.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import functools
 import os
 from pathlib import Path
 import re
@@ -41,7 +40,6 @@ class InMemory:
   images: np.ndarray
   labels: np.ndarray
   class_names: Sequence[str]
-
   in_memory = True
 
   def __len__(self) -> int:
@@ -49,7 +47,7 @@ class InMemory:
 
   @property
   def size(self) -> int:
-    return len(self.labels)
+    return len(self)
 
   @property
   def num_classes(self) -> int:
@@ -60,8 +58,7 @@ class InMemory:
 class Encoded:
   """Image files that are not decoded yet, `size` of them.
 
-  read(index) returns a file's bytes and its label, read.name(index) its name.
-  `read` is picklable.
+  read(index) returns a file's bytes and label, read.name(index) its name.
   """
 
   read: Any
@@ -86,25 +83,21 @@ def open_source(
   """Opens one split of a data set.
 
   Args:
-    name: 'digits', 'folder', or a TFDS data set ('cifar10',
-      'imagenet2012', 'cifar10:3.0.2').
+    name: 'digits', 'folder', or a TFDS data set ('cifar10', 'mnist:3.0.1').
     directory: root of the folder, or TFDS's data directory. None is TFDS's
       default: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     split: in TFDS's notation for every source: 'train', 'train[:90%]',
       'validation', 'train[45000:]'. A folder's splits are its subfolders.
-    image_size: height and width in pixels, to which images in memory are
-      resized.
+    image_size: height and width in pixels to resize images in memory to.
 
   Raises:
     UserError: names the invalid field of `config.data`.
   """
   if name == "digits":
     return _digits(split, image_size)
-  if (
-    directory is not None
-    and "://" not in directory  # TFDS reads buckets too.
-    and not os.path.isdir(os.path.expanduser(directory))
-  ):
+  here = os.path.isdir(os.path.expanduser(directory or ""))
+  bucket = "://" in (directory or "")  # TFDS reads from buckets too.
+  if directory is not None and not here and not bucket:
     raise UserError(f"data.dir={directory}: no such directory")
   if name == "folder":
     return _folder(directory, split)
@@ -113,19 +106,12 @@ def open_source(
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-  """What is known about a split without its images.
+  """What is known about a split without its images."""
 
-  Attributes:
-    size: number of images; None if unknown.
-    num_classes: number of classes; None if unknown.
-    shape: of all images, or with None where they differ.
-    image_size: side to which they would be resized.
-  """
-
-  size: int | None
-  num_classes: int | None
-  shape: tuple[int | None, ...]
-  image_size: int
+  size: int | None  # Number of images; None if unknown.
+  num_classes: int | None  # None if unknown.
+  shape: tuple[int | None, ...]  # Of all images; None where they differ.
+  image_size: int  # Side to which they would be resized, in pixels.
 
   @property
   def in_memory(self) -> bool:
@@ -139,10 +125,9 @@ def describe(
 ) -> Description:
   """Describes a split; its data need not be on this machine.
 
-  Arguments and errors are those of `open_source`, but `directory` need not
-  exist.
+  See `open_source`; here `directory` need not exist.
   """
-  here = directory is not None and os.path.isdir(os.path.expanduser(directory))
+  here = os.path.isdir(os.path.expanduser(directory or ""))
   if name == "folder" and not here:
     return Description(None, None, (None, None, 3), image_size)
   if name in ("digits", "folder"):
@@ -151,22 +136,17 @@ def describe(
     return Description(len(source), source.num_classes, shape, image_size)
   builder, image, label = _builder(name, directory if here else None)
   lengths = {k: v.num_examples for k, v in builder.info.splits.items()}
-  lengths = lengths or SIZES.get(builder.name, {})
-  features = builder.info.features
-  return Description(
-    sum(len(rows) for _, rows in _slice(split, lengths)) if lengths else None,
-    features[label].num_classes,
-    features[image].shape,
-    image_size,
-  )
+  lengths = lengths or SIZES.get(builder.name)
+  ranges = _slice(split, lengths) if lengths else None
+  size = ranges and sum(len(rows) for _, rows in ranges)
+  image, label = builder.info.features[image], builder.info.features[label]
+  return Description(size, label.num_classes, image.shape, image_size)
 
 
-def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
+def _slice(split, lengths):
   """'train[:90%]' -> [('train', range(0, 1293))]; 'a+b' gives two entries."""
-  infos = {
-    name: tfds.core.SplitInfo(name=name, shard_lengths=[n], num_bytes=0)
-    for name, n in lengths.items()
-  }
+  info = functools.partial(tfds.core.SplitInfo, num_bytes=0)
+  infos = {k: info(name=k, shard_lengths=[n]) for k, n in lengths.items()}
   try:
     parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
   except (ValueError, AssertionError, NotImplementedError) as e:
@@ -174,10 +154,8 @@ def _slice(split: str, lengths: dict[str, int]) -> list[tuple[str, range]]:
       f"data.train_split or eval_split={split}: has {', '.join(lengths)};"
       f" slices are written train[:90%] or train[45000:] ({first_line(e)})"
     ) from e
-  ranges = [
-    (p.splitname, range(lengths[p.splitname])[slice(p.from_, p.to)])
-    for p in parts
-  ]
+  rows = lambda part: range(lengths[part.splitname])[part.from_ : part.to]
+  ranges = [(part.splitname, rows(part)) for part in parts]
   if not any(rows for _, rows in ranges):
     raise UserError(
       f"data.train_split or eval_split={split}: has no images; there are"
@@ -196,27 +174,17 @@ def _digits(split, image_size):
   images = np.repeat(images[..., None], 3, axis=-1)
   held_out = np.arange(len(images)) % 5 == 0
   ids = {"train": np.flatnonzero(~held_out), "test": np.flatnonzero(held_out)}
-  chosen = np.concatenate(
-    [
-      ids[name][list(rows)]
-      for name, rows in _slice(split, {k: len(v) for k, v in ids.items()})
-    ]
-  )
+  ranges = _slice(split, {k: len(v) for k, v in ids.items()})
+  chosen = np.concatenate([ids[name][list(rows)] for name, rows in ranges])
   if (size := len(chosen) * image_size**2 * 3) > IN_MEMORY_BYTES:
     raise UserError(
       f"data.image_size={image_size}: the digits would take"
       f" {size / 2**30:.1f} GiB of memory; choose a smaller size"
     )
-  return InMemory(
-    np.stack(
-      [
-        decode.resize_image(Image.fromarray(image), image_size)
-        for image in images[chosen]
-      ]
-    ),
-    digits.target[chosen].astype(np.int32),
-    [str(i) for i in range(10)],
-  )
+  resize = lambda x: decode.resize_image(Image.fromarray(x), image_size)
+  labels = digits.target[chosen].astype(np.int32)
+  images = np.stack([resize(image) for image in images[chosen]])
+  return InMemory(images, labels, [str(i) for i in range(10)])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,9 +216,8 @@ def _folder(directory, split):
   # Labels are those of `train`, also in a split in which a class is missing.
   classes = folders(root / "train") if "train" in names else None
   listing = dict.fromkeys(names, ())
-  for name in names:
-    if not re.search(rf"(^|\+)\s*{re.escape(name)}\b", split):
-      continue
+  wanted = lambda name: re.search(rf"(^|\+)\s*{re.escape(name)}\b", split)
+  for name in filter(wanted, names):
     here = folders(root / name)
     classes = classes or here
     if unknown := sorted(set(here) - set(classes)):
@@ -268,12 +235,10 @@ def _folder(directory, split):
     order = np.random.default_rng(0).permutation(len(files))
     listing[name] = [files[i] for i in order]
   ranges = _slice(split, {name: len(files) for name, files in listing.items()})
-  files, labels = zip(
-    *(listing[name][i] for name, rows in ranges for i in rows)
-  )
-  return Encoded(
-    _FolderReader(files, np.array(labels, np.int32)), len(files), classes
-  )
+  chosen = (listing[name][i] for name, rows in ranges for i in rows)
+  files, labels = zip(*chosen)
+  read = _FolderReader(files, np.array(labels, np.int32))
+  return Encoded(read, len(files), classes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,20 +259,17 @@ def _tfds(name, directory, split, image_size):
   builder, image, label = _prepared_builder(name, directory)
   # Called for its errors, which are clearer than those of TFDS.
   _slice(split, {k: v.num_examples for k, v in builder.info.splits.items()})
-  source = builder.as_data_source(
-    split, decoders={image: tfds.decode.SkipDecoding()}
-  )
-  read = _TfdsReader(source, image, label)
+  encoded = {image: tfds.decode.SkipDecoding()}
+  source = builder.as_data_source(split, decoders=encoded)
   size = len(source)
   classes = builder.info.features[label].names
   shape = builder.info.features[image].shape
   if not Description(size, len(classes), shape, image_size).in_memory:
-    return Encoded(read, size, classes)
+    return Encoded(_TfdsReader(source, image, label), size, classes)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)
-  with tqdm.tqdm(
-    total=size, desc=f"reading {name} {split}", unit="img", disable=None
-  ) as progress:
+  text = f"reading {name} {split}"
+  with tqdm.tqdm(total=size, desc=text, unit="img", disable=None) as progress:
     for start in range(0, size, 1000):  # Reading in chunks is faster.
       chunk = range(start, min(start + 1000, size))
       for i, record in zip(chunk, source.__getitems__(chunk)):
@@ -325,12 +287,25 @@ def _builder(name, directory):
     known = tfds.list_builders(with_community_datasets=False)
     known += ["digits", "folder"]
     near = difflib.get_close_matches(name.split(":")[0], known, 3, cutoff=0)
-    raise UserError(
-      f"data.name={name}: unknown; nearest are {', '.join(near)}"
-    ) from e
+    near = ", ".join(near)
+    raise UserError(f"data.name={name}: unknown; nearest are {near}") from e
   except Exception as e:
     raise UserError(f"data.name={name}: {first_line(e)}") from e
-  return builder, *_image_and_label(builder.info)
+  info = builder.info
+  features = info.features.items()
+  of_type = lambda kind: [k for k, feature in features if type(feature) is kind]
+  images = of_type(tfds.features.Image)
+  labels = of_type(tfds.features.ClassLabel)
+  supervised = info.supervised_keys or ()
+  if len(supervised) == 2:
+    images = [k for k in images if k == supervised[0]] or images
+    labels = [k for k in labels if k == supervised[1]] or labels
+  if len(images) != 1 or len(labels) != 1:
+    raise UserError(
+      f"data.name={info.name}: not an image classification set; its features"
+      f" are {', '.join(info.features)}"
+    )
+  return builder, images[0], labels[0]
 
 
 def _prepared_builder(name, directory):
@@ -344,10 +319,8 @@ def _prepared_builder(name, directory):
     except Exception as e:
       advice = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
       if isinstance(e, ImportError):
-        advice = (
-          "Only preparing needs TensorFlow; install it with:"
-          f" {sys.executable} -m pip install tensorflow-cpu"
-        )
+        pip = f"{sys.executable} -m pip install tensorflow-cpu"
+        advice = f"Only preparing needs TensorFlow; install it with: {pip}"
       raise UserError(
         f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
         f" it failed: {first_line(e)}. {advice}"
@@ -363,22 +336,3 @@ def _prepared_builder(name, directory):
       f" --dataset_dir={builder.data_path.parent}"
     )
   return builder, image, label
-
-
-def _image_and_label(info):
-  """The names of the image and of the class label among the features."""
-  of_type = lambda kind: [
-    name for name, feature in info.features.items() if type(feature) is kind
-  ]
-  images = of_type(tfds.features.Image)
-  labels = of_type(tfds.features.ClassLabel)
-  supervised = info.supervised_keys or ()
-  if len(supervised) == 2:
-    images = [k for k in images if k == supervised[0]] or images
-    labels = [k for k in labels if k == supervised[1]] or labels
-  if len(images) != 1 or len(labels) != 1:
-    raise UserError(
-      f"data.name={info.name}: not an image classification set; its features"
-      f" are {', '.join(info.features)}"
-    )
-  return images[0], labels[0]

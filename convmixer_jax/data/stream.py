@@ -8,7 +8,6 @@ number of hosts sees the same global batch; each reads its own rows of it.
 
 from collections.abc import Callable
 from collections.abc import Generator
-import dataclasses
 import functools
 import sys
 
@@ -29,13 +28,9 @@ def _permutation(seed: int, epoch: int, size: int) -> np.ndarray:
 
 
 def sample_indices(seed: int, samples: np.ndarray, size: int) -> np.ndarray:
-  """Returns the image that each sample of a run is: [R] int in [0, N).
+  """Returns the image that each sample of a run is: [R] int in [0, size).
 
-  Args:
-    seed: seed of the permutations.
-    samples: [R] int, counted from the start of the run: step * batch_size +
-      row.
-    size: N, the number of images in the data set.
+  `samples` is [R] int: step * batch_size + row, from the start of the run.
   """
   epochs, positions = np.divmod(samples, size)
   indices = np.empty_like(positions)
@@ -49,12 +44,6 @@ def image_ids(
   source: sources.Source, seed: int, step: int, batch_size: int
 ) -> list[int | str]:
   """Identifies the images in the global batch of a step, row by row.
-
-  Args:
-    source: the run's images.
-    seed: the run's seed.
-    step: the number of updates before it.
-    batch_size: size of the global batch.
 
   Returns:
     Indices into an in-memory source, or names of files or records.
@@ -110,17 +99,30 @@ def train_batches(
       indices = sample_indices(seed, step * batch_size + rows, len(source))
       yield {"image": source.images[indices], "label": source.labels[indices]}
     return
-  load = _LoadTrain(
-    source,
-    seed,
-    batch_size,
-    rows,
-    start,
-    image_size,
-    tuple(crop.items()),
-    max_unreadable,
+  size = len(source)
+
+  def load(position):
+    step, row = divmod(position, len(rows))
+    sample = (start + step) * batch_size + rows[row]
+    first = int(sample_indices(seed, sample[None], size)[0])
+
+    def decode_image(data):
+      rng = np.random.default_rng((seed, int(sample)))
+      return decode.train_image(data, image_size, rng, **crop)
+
+    for index in range(first, first + max_unreadable + 1):
+      try:
+        image, label = _load(source, index % size, decode_image)
+        break
+      except UserError:
+        if index == first + max_unreadable:
+          raise
+    unreadable = np.int64(first if index > first else -1)
+    return {"image": image, "label": np.int32(label), "unreadable": unreadable}
+
+  yield from _decoded(
+    source, load, stop - start, rows, num_workers, max_unreadable, stopped
   )
-  yield from _decoded(load, stop - start, num_workers, stopped)
 
 
 def eval_batches(
@@ -140,8 +142,8 @@ def eval_batches(
     source: the images. Encoded images are decoded, resized and cropped at the
       centre here; those in memory are not.
     batch_size: size of the global batch. The last batch is padded to it.
-    rows: [R] int, the rows of the global batch to load.
-    image_size: S, height and width in pixels.
+    rows: see `train_batches`.
+    image_size: see `train_batches`.
     crop_pct: see `decode.eval_image`.
     num_workers: see `train_batches`.
     max_unreadable: number of unreadable files that are tolerated. Each gives a
@@ -155,24 +157,42 @@ def eval_batches(
   Raises:
     UserError: too many unreadable files, or a worker died or is stuck.
   """
-  steps = -(-len(source) // batch_size)
+  size = len(source)
+  steps = -(-size // batch_size)
   if isinstance(source, sources.InMemory):
     for step in range(steps):
       if stopped():
         return
       samples = step * batch_size + rows
-      mask = samples < len(source)
+      mask = samples < size
       indices = np.where(mask, samples, 0)
-      yield {
-        "image": source.images[indices],
-        "label": source.labels[indices],
-        "mask": mask,
-      }
+      images, labels = source.images[indices], source.labels[indices]
+      yield {"image": images, "label": labels, "mask": mask}
     return
-  load = _LoadEval(
-    source, batch_size, rows, image_size, crop_pct, max_unreadable
+
+  def load(position):
+    step, row = divmod(position, len(rows))
+    sample = int(step * batch_size + rows[row])
+    image, label = np.zeros((image_size, image_size, 3), np.uint8), 0
+    mask, unreadable = sample < size, -1
+    if mask:
+      decode_image = lambda data: decode.eval_image(data, image_size, crop_pct)
+      try:
+        image, label = _load(source, sample, decode_image)
+      except UserError:
+        if not max_unreadable:
+          raise
+        mask, unreadable = False, sample
+    return {
+      "image": image,
+      "label": np.int32(label),
+      "mask": np.bool_(mask),
+      "unreadable": np.int64(unreadable),
+    }
+
+  yield from _decoded(
+    source, load, steps, rows, num_workers, max_unreadable, stopped
   )
-  yield from _decoded(load, steps, num_workers, stopped)
 
 
 def _load(source, index, decode_image):
@@ -184,100 +204,16 @@ def _load(source, index, decode_image):
     raise UserError(f"{name}: cannot be decoded: {first_line(e)}") from e
 
 
-@dataclasses.dataclass(frozen=True)
-class _LoadTrain:
-  """Loads the training image at a position in this process's samples."""
-
-  source: sources.Encoded
-  seed: int
-  batch_size: int
-  rows: np.ndarray
-  start: int
-  image_size: int
-  crop: tuple
-  max_unreadable: int
-
-  def __call__(self, position: int):
-    step, row = divmod(position, len(self.rows))
-    sample = (self.start + step) * self.batch_size + self.rows[row]
-    first = int(sample_indices(self.seed, sample[None], len(self.source))[0])
-
-    def decode_image(data):
-      rng = np.random.default_rng((self.seed, int(sample)))
-      return decode.train_image(data, self.image_size, rng, **dict(self.crop))
-
-    for index in range(first, first + self.max_unreadable + 1):
-      try:
-        image, label = _load(
-          self.source, index % len(self.source), decode_image
-        )
-      except UserError:
-        if index == first + self.max_unreadable:
-          raise
-      else:
-        break
-    return {
-      "image": image,
-      "label": np.int32(label),
-      "unreadable": np.int64(first if index > first else -1),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _LoadEval:
-  """Loads the evaluation image at a position in this process's samples."""
-
-  source: sources.Encoded
-  batch_size: int
-  rows: np.ndarray
-  image_size: int
-  crop_pct: float
-  max_unreadable: int
-
-  def __call__(self, position: int):
-    step, row = divmod(position, len(self.rows))
-    sample = int(step * self.batch_size + self.rows[row])
-    result = {
-      "image": np.zeros((self.image_size, self.image_size, 3), np.uint8),
-      "label": np.int32(0),
-      "mask": np.False_,
-      "unreadable": np.int64(-1),
-    }
-    if sample >= len(self.source):
-      return result
-    try:
-      image, label = _load(
-        self.source,
-        sample,
-        lambda data: decode.eval_image(data, self.image_size, self.crop_pct),
-      )
-    except UserError:
-      if not self.max_unreadable:
-        raise
-      return result | {"unreadable": np.int64(sample)}
-    return result | {
-      "image": image,
-      "label": np.int32(label),
-      "mask": np.True_,
-    }
-
-
-def _decoded(
-  load: _LoadTrain | _LoadEval,
-  steps: int,
-  num_workers: int,
-  stopped: Callable[[], object],
-) -> Generator[Batch]:
+def _decoded(source, load, steps, rows, num_workers, max_unreadable, stopped):
   """Yields the batches of `load`; warns once of each unreadable file."""
-  rows = len(load.rows)
-  batches = workers.load_batches(load, steps * rows, rows, num_workers, stopped)
-  unreadable = set()
-  for batch in batches:
-    for index in set(batch.pop("unreadable").tolist()) - unreadable - {-1}:
-      unreadable.add(index)
-      text = f"{load.source.read.name(index)}: cannot be decoded"
-      count = f"{len(unreadable)} of {load.max_unreadable} allowed"
-      if len(unreadable) > load.max_unreadable:
+  seen = set()
+  size, samples = len(rows), steps * len(rows)
+  for batch in workers.load_batches(load, samples, size, num_workers, stopped):
+    for index in set(batch.pop("unreadable").tolist()) - seen - {-1}:
+      seen.add(index)
+      text = f"{source.read.name(index)}: cannot be decoded"
+      count = f"{len(seen)} of {max_unreadable} allowed"
+      if len(seen) > max_unreadable:
         raise UserError(f"{text}; {count} by data.max_unreadable")
       print(f"warning: {text}; {count}", file=sys.stderr)
     yield batch

@@ -7,7 +7,6 @@ and turns such a wait into an error.
 
 from collections.abc import Callable
 from collections.abc import Generator
-from collections.abc import Iterator
 import contextlib
 import multiprocessing
 from pathlib import Path
@@ -40,7 +39,8 @@ def load_batches(
   """Calls `load` on 0, ..., num_samples - 1 and stacks the results.
 
   Args:
-    load: position -> one sample, name -> array. Picklable.
+    load: position -> one sample, name -> array. cloudpickle copies it to the
+      workers.
     num_samples: a multiple of `batch_size`.
     batch_size: R, samples per batch.
     num_workers: number of processes; 0 loads in threads of this process.
@@ -71,14 +71,8 @@ def load_batches(
   return _supervised(iter(batches), stopped)
 
 
-def _supervised(
-  iterator: Iterator[Batch], stopped: Callable[[], object]
-) -> Generator[Batch]:
-  """Yields from grain's iterator; see `load_batches`.
-
-  A thread waits for each batch. Meanwhile this one checks `stopped`, the time
-  and the workers.
-  """
+def _supervised(iterator, stopped):
+  """Yields grain's batches: one thread waits, this one checks the workers."""
   before = set(multiprocessing.active_children())
   workers = lambda: set(multiprocessing.active_children()) - before
   seen = set()
@@ -139,25 +133,23 @@ def _supervised(
     closing.join(_GRACE)
 
 
-def _start_thread(call: Callable[[], object]) -> threading.Thread:
+def _start_thread(call):
   """Starts a daemon thread. If it never ends, the program still can."""
   thread = threading.Thread(target=call, daemon=True)
   thread.start()
   return thread
 
 
-def _state(process: multiprocessing.process.BaseProcess) -> str:
+def _state(process):
   """'worker 4242, D (disk sleep)'; no state on systems without /proc."""
-  try:
-    state = re.search(
-      r"^State:\s*(.*)", Path(f"/proc/{process.pid}/status").read_text(), re.M
-    )
-  except OSError:
-    state = None
-  return f"worker {process.pid}" + (f", {state[1]}" if state else "")
+  name = f"worker {process.pid}"
+  with contextlib.suppress(OSError):
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    if state := re.search(r"^State:\s*(.*)", status, re.M):
+      return f"{name}, {state[1]}"
+  return name
 
 
-def _ignore_interrupt(worker: int, num_workers: int) -> None:
+def _ignore_interrupt(*_):
   """Leaves Ctrl-C, which reaches every process, to the main process."""
-  del worker, num_workers
   signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -137,11 +137,9 @@ class BatchNorm(nn.Module):
     if not self.is_initializing():
       n = group * x.shape[1] * x.shape[2]
       with jax.named_scope(AVERAGES):
-        for running, new in (
-          (running_mean, mean),
-          (running_var, var * (n / max(n - 1, 1))),
-        ):
-          running.value += (1 - self.momentum) * (new.mean(0) - running.value)
+        new = mean, var * (n / max(n - 1, 1))
+        for running, value in zip((running_mean, running_var), new):
+          running.value += (1 - self.momentum) * (value.mean(0) - running.value)
     return y
 
 
@@ -150,11 +148,21 @@ class BatchNorm(nn.Module):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _affine(static, x, bias, scale, offset, residual):
-  return _normalize(static, x, bias, scale, offset, residual)
+  has_residual = residual is not None
+
+  def plain(act, x, bias, scale, offset, residual):
+    y = act(_float(x) + bias) * scale[:, None, None] + offset[:, None, None]
+    if has_residual:
+      y += _float(residual)
+    return (y.astype(x.dtype),)
+
+  args = x, bias, scale, offset, residual if has_residual else x
+  (y,) = _dispatch(static, "normalize", plain, *args, has_residual=has_residual)
+  return y
 
 
 def _affine_forward(static, x, bias, scale, offset, residual):
-  y = _normalize(static, x, bias, scale, offset, residual)
+  y = _affine(static, x, bias, scale, offset, residual)
   return y, (x, bias, scale, residual is not None)
 
 
@@ -181,40 +189,29 @@ _FUSED: dict[Any, str] = {
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _conv_affine(static, operation, x, kernel, bias, scale, offset, residual):
-  implementation, activation = static
   has_residual = residual is not None
-  args = x, kernel, bias, scale, offset, residual if has_residual else x
-  native_call = functools.partial(
-    native.call,
-    _FUSED[operation],
-    activation=[*ACTIVATIONS].index(activation),
-    has_residual=has_residual,
-  )
 
-  def plain(*args):
+  def plain(act, *args):
+    del act  # `_affine` applies it.
     args = args if has_residual else (*args[:-1], None)
-    return [_affine_of_conv(static, operation, *args)]
+    return (_two_passes(static, operation, *args),)
 
-  (y,) = native.dispatch(
-    implementation, *args, native=native_call, shift=plain, xla=plain
-  )
+  name = _FUSED[operation]
+  args = x, kernel, bias, scale, offset, residual if has_residual else x
+  (y,) = _dispatch(static, name, plain, *args, has_residual=has_residual)
   return y
 
 
-def _affine_of_conv(
-  static, operation, x, kernel, bias, scale, offset, residual
-):
+def _two_passes(static, operation, x, kernel, bias, scale, offset, residual):
   """The same in two passes, which can be differentiated."""
   y = operation(x, kernel, implementation=static[0])
-  scale, offset = (
-    jnp.broadcast_to(v, (y.shape[0], y.shape[-1])) for v in (scale, offset)
-  )
-  return _affine(static, y, bias, scale, offset, residual)
+  by_image = lambda v: jnp.broadcast_to(v, (y.shape[0], y.shape[-1]))
+  return _affine(static, y, bias, by_image(scale), by_image(offset), residual)
 
 
 _conv_affine.defvjp(
   lambda static, operation, *args: jax.vjp(
-    functools.partial(_affine_of_conv, static, operation), *args
+    functools.partial(_two_passes, static, operation), *args
   ),
   lambda static, operation, vjp, grad: vjp(grad),
 )
@@ -224,21 +221,18 @@ _conv_affine.defvjp(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _normalize_groups(static, group, epsilon, x, bias, scale, offset, residual):
+def _normalize_groups(static, group, epsilon, *args):
   """Returns y, and the groups' means and (biased) variances, [B / group, C]."""
-  return _groups_forward(
-    static, group, epsilon, x, bias, scale, offset, residual
-  )[0]
+  return _groups_forward(static, group, epsilon, *args)[0]
 
 
-def _by_group(x, group):  # [B, C] -> [B / group, group, C]
+def _by_group(x, group):
   return x.reshape(-1, group, x.shape[-1])
 
 
 def _groups_forward(static, group, epsilon, x, bias, scale, offset, residual):
-  means, squares = (
-    _by_group(v, group) for v in _moments(static, x, bias)
-  )  # Of each image.
+  # Of each image, [B / group, group, C].
+  means, squares = (_by_group(v, group) for v in _moments(static, x, bias))
   pixels = x.shape[1] * x.shape[2]
   with jax.named_scope(STATISTICS):
     mean = means.mean(1)
@@ -246,14 +240,9 @@ def _groups_forward(static, group, epsilon, x, bias, scale, offset, residual):
     var = squares.mean(1) / pixels + between
   inverse = jax.lax.rsqrt(var + epsilon)
   by_image = lambda v: jnp.repeat(v, group, axis=0)
-  y = _normalize(
-    static,
-    x,
-    bias,
-    by_image(inverse * scale),
-    by_image(offset - mean * inverse * scale),
-    residual,
-  )
+  factor = by_image(inverse * scale)
+  shift = by_image(offset - mean * inverse * scale)
+  y = _affine(static, x, bias, factor, shift, residual)
   kept = x, bias, scale, mean, inverse, residual is not None
   return (y, mean, var), kept
 
@@ -274,9 +263,8 @@ def _groups_backward(static, group, epsilon, kept, grads):
   p = inverse * scale
   q = -p * jnp.square(inverse) * products / n
   r = -p * sums / n - q * mean
-  grad_x, grad_bias = _input_grad(
-    static, x, bias, by_image(p), by_image(q), by_image(r), grad
-  )
+  p, q, r = map(by_image, (p, q, r))
+  grad_x, grad_bias = _input_grad(static, x, bias, p, q, r, grad)
   grad_scale = (inverse * products).sum(0)
   grad_residual = grad if has_residual else None
   return grad_x, grad_bias.sum(0), grad_scale, sums.sum(0), grad_residual
@@ -285,21 +273,17 @@ def _groups_backward(static, group, epsilon, kept, grads):
 _normalize_groups.defvjp(_groups_forward, _groups_backward)
 
 
-# --- The four passes over images that all of this is made of.
+# --- The passes over images that all of this is made of.
 
 
 def _dispatch(static, name, plain, *args, **attributes):
   implementation, activation = static
   index = [*ACTIVATIONS].index(activation)
   plain = functools.partial(plain, ACTIVATIONS[activation])
+  call = functools.partial(native.call, name, activation=index, **attributes)
+  fused = lambda *args: tuple(call(*args))
   return native.dispatch(
-    implementation,
-    *args,
-    native=lambda *args: tuple(
-      native.call(name, *args, activation=index, **attributes)
-    ),
-    shift=plain,
-    xla=plain,
+    implementation, *args, native=fused, shift=plain, xla=plain
   )
 
 
@@ -318,21 +302,6 @@ def _moments(static, x, bias):
   return _dispatch(static, "moments", plain, x, bias)
 
 
-def _normalize(static, x, bias, scale, offset, residual):
-  has_residual = residual is not None
-
-  def plain(act, x, bias, scale, offset, residual):
-    y = act(_float(x) + bias) * scale[:, None, None] + offset[:, None, None]
-    if has_residual:
-      y += _float(residual)
-    return (y.astype(x.dtype),)
-
-  residual = residual if has_residual else x
-  args = x, bias, scale, offset, residual
-  (y,) = _dispatch(static, "normalize", plain, *args, has_residual=has_residual)
-  return y
-
-
 def _grad_sums(static, x, bias, mean, grad):
   """Sums of grad, and of grad * (act(x + bias) - mean): [B, C]."""
 
@@ -345,10 +314,7 @@ def _grad_sums(static, x, bias, mean, grad):
 
 
 def _input_grad(static, x, bias, p, q, r, grad):
-  """(p * grad + q * a + r) * act'(x + bias), and its sums [B, C].
-
-  a is act(x + bias); p, q and r are [B, C].
-  """
+  """(p * grad + q * act(x + bias) + r) * act'(x + bias), and sums: [B, C]."""
 
   def plain(act, x, bias, p, q, r, grad):
     a, vjp = jax.vjp(act, _float(x) + bias)

@@ -32,8 +32,7 @@ _TUNING = (["-march=native"], ["-mcpu=native"], [])
 def load() -> ctypes.CDLL | None:
   """Loads the compiled native.cc; compiles it if the cache does not have it.
 
-  Returns:
-    The library, or None if it cannot be built. A warning then says why.
+  Returns None if it cannot be built. A warning then says why.
   """
   try:
     # The cache may be full, or on a file system mounted with noexec.
@@ -59,16 +58,9 @@ def key() -> str:
   """A hash of everything that the compiled library depends on."""
   compiler = _run([*_compiler(), "--version"])
   compiler.check_returncode()
-  parts = [
-    _SOURCE.read_text(),
-    *_FLAGS,
-    *itertools.chain(*_TUNING),
-    *_compiler(),
-    compiler.stdout,
-    platform.machine(),
-    cpu(),
-    version.__version__,
-  ]
+  parts = [_SOURCE.read_text(), *_FLAGS, *itertools.chain(*_TUNING)]
+  parts += [*_compiler(), compiler.stdout, platform.machine(), cpu()]
+  parts += [version.__version__]
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -85,9 +77,8 @@ def cpu() -> str:
 def cache_folder() -> Path | None:
   """The user's cache folder, created if missing: ~/.cache/convmixer_jax.
 
-  Returns:
-    None if it cannot be written, or if other users could write to it: they
-    could leave a library there, which we would load.
+  None if it cannot be written, or if other users could write to it: they could
+  leave a library there, which we would load.
   """
   cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
   folder = Path(cache) / "convmixer_jax"
@@ -122,10 +113,9 @@ def _build(folder: str) -> Path:
   for tuning in _TUNING:
     result = _run([*command, *tuning])
     if result.returncode == 0:
-      return path
-  raise subprocess.CalledProcessError(
-    result.returncode, command, stderr=result.stderr
-  )
+      break
+  result.check_returncode()
+  return path
 
 
 def _run(command: list[str]) -> subprocess.CompletedProcess:

@@ -74,21 +74,14 @@ def _xla(x, kernel):
 
 
 def _windows(x, k, padding):
-  """Yields x, shifted by each of the k*k kernel offsets, in float32.
-
-  Args:
-    x: [..., H, W, C].
-    k: kernel size; the offsets come row by row.
-    padding: zeros before and after x, on both spatial axes.
-  """
-  *_, height, width, _ = x.shape
-  unpadded = [(0, 0)] * (x.ndim - 3)
-  x = jnp.pad(x.astype(jnp.float32), [*unpadded, padding, padding, (0, 0)])
+  """Yields x [N, H, W, C] in float32, shifted by each offset of the kernel."""
+  _, height, width, _ = x.shape
+  x = jnp.pad(x.astype(jnp.float32), [(0, 0), padding, padding, (0, 0)])
   # Without the barrier, XLA would compute x again for every window.
   x = lax.optimization_barrier(x)
   for i in range(k):
     for j in range(k):
-      yield x[..., i : i + height, j : j + width, :]
+      yield x[:, i : i + height, j : j + width]
 
 
 def _correlate(x, kernel, padding):
@@ -122,12 +115,10 @@ def _shift_vjp(x, kernel, grad):
     windows = _windows(x, k, padding)
     return [s + w * grad for s, w in zip(sums, windows)], None
 
-  by_lane = [
-    jnp.moveaxis(a.reshape(lanes, batch // lanes, *image_shape), 1, 0)
-    for a in (x, grad)
-  ]
+  by_lane = lambda a: a.reshape(lanes, batch // lanes, *image_shape)
+  by_image = [jnp.moveaxis(by_lane(a), 1, 0) for a in (x, grad)]
   zeros = [jnp.zeros((lanes, *image_shape), jnp.float32)] * (k * k)
-  sums, _ = lax.scan(one_image_per_lane, zeros, by_lane)
+  sums, _ = lax.scan(one_image_per_lane, zeros, by_image)
   grad_kernel = jnp.stack([s.sum((0, 1, 2)) for s in sums])
   return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)
 

@@ -76,14 +76,9 @@ def _target(name: str) -> str:
 
 
 def chosen(implementation: str | None, dtype: Any) -> str:
-  """The implementation that `dispatch` runs on the default backend.
+  """What `dispatch` runs on the default backend: 'native', 'shift' or 'xla'.
 
-  Args:
-    implementation: see `depthwise_conv`.
-    dtype: of the arrays.
-
-  Returns:
-    'native', 'shift' or 'xla'.
+  For arrays of this dtype and an `implementation` as in `depthwise_conv`.
   """
   if implementation not in (None, "auto", "native"):
     return implementation
@@ -106,15 +101,11 @@ def portable() -> Iterator[None]:
 
 
 def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
-  """Calls an op of native.cc.
+  """Calls an op of native.cc. Its shapes are in `_OPS`.
 
-  Args:
-    name: a key of `_OPS`, which gives the shapes.
-    *args: images and kernels, float32 or bfloat16; other arrays, float32.
-    **attributes: the op's integers and booleans.
-
-  Returns:
-    The op's results, of the first argument's dtype; float32 if [B, C].
+  Images and kernels are float32 or bfloat16; other arrays are float32. Results
+  have the first argument's dtype; those of [B, C] are float32. The attributes
+  are the op's integers and booleans.
   """
   return _op(name, tuple(attributes.items()))(*args)
 
@@ -163,42 +154,32 @@ def bilinear(
     (implementation, x, kernel) -> y; see `dispatch`.
   """
   shift = shift or xla
+  vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
+  xla_vjp, shift_vjp = vjp(xla), shift_vjp or vjp(shift)
+  call_op = lambda *args: call(name, *args)[0]
+  call_vjp = lambda *args: tuple(call(f"{name}_vjp", *args))
 
   @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
   def op(implementation, *args):
-    return dispatch(
-      implementation,
-      *args,
-      native=lambda *args: call(name, *args)[0],
-      shift=shift,
-      xla=xla,
-    )
+    return dispatch(implementation, *args, native=call_op, shift=shift, xla=xla)
 
-  def vjp(function):
-    return lambda x, kernel, grad: jax.vjp(function, x, kernel)[1](grad)
+  def forward(implementation, *args):
+    return op(implementation, *args), args
 
   def backward(implementation, args, grad):
     return dispatch(
-      implementation,
-      *args,
-      grad,
-      native=lambda *args: tuple(call(f"{name}_vjp", *args)),
-      shift=shift_vjp or vjp(shift),
-      xla=vjp(xla),
+      implementation, *args, grad, native=call_vjp, shift=shift_vjp, xla=xla_vjp
     )
 
-  op.defvjp(lambda implementation, *args: (op(implementation, *args), args),
-            backward)  # fmt: skip
+  op.defvjp(forward, backward)
   return op
 
 
 @functools.cache
 def _op(name, attributes):
   """Returns an op as a function that can be sharded and vmapped."""
-  takes, gives = (
-    [dims.split() for dims in side.split(",")]
-    for side in _OPS[name].split("->")
-  )
+  split = lambda side: [dims.split() for dims in side.split(",")]
+  takes, gives = map(split, _OPS[name].split("->"))
   spec = lambda dims, axes: jax.P(axes if dims[0] == "b" else None)
 
   @custom_partitioning.custom_partitioning
@@ -252,10 +233,10 @@ def _op(name, attributes):
     if all(dims[-1] == "c" for dims in takes):
       # Every channel is computed on its own, so that the mapped axis can become
       # more channels: one call instead of `axis_size`.
-      merge = lambda x: x.reshape(*x.shape[:-2], -1)
-      split = lambda x: x.reshape(*x.shape[:-1], axis_size, -1)
-      merged = [merge(jnp.moveaxis(x, 0, -2)) for x in args]
-      results = [jnp.moveaxis(split(y), -2, 0) for y in with_vmap(*merged)]
+      merge = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
+      unmerge = lambda y: y.reshape(*y.shape[:-1], axis_size, -1)
+      results = with_vmap(*map(merge, args))
+      results = [jnp.moveaxis(unmerge(y), -2, 0) for y in results]
     else:
       results = jax.lax.map(lambda args: with_vmap(*args), args)
     return results, [True] * len(results)
