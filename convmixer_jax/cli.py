@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -25,41 +26,50 @@ from convmixer_jax.errors import UserError
 _LINGER = 10.0  # Seconds that a process may take to exit.
 
 
-def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
-  """Defines --config and a flag for each of its fields."""
-  try:
-    return config_flags.DEFINE_config_file(
-      "config",
-      None,
-      "Config file, with a variant after a colon where it has some:"
+class Flags(flags.FlagValues):
+  """The flags of one command.
+
+  Each command has its own, so that several can be imported together. A method
+  defines a flag from its name, its help, a default, None or False if it is not
+  given, and absl's further options: `integer("top", "...", 5, lower_bound=1)`.
+  """
+
+  def _define(self, define, name, text, default=None, **options):
+    return define(name, default, help=text, flag_values=self, **options)
+
+  string = functools.partialmethod(_define, flags.DEFINE_string)
+  words = functools.partialmethod(_define, flags.DEFINE_list)
+  integer = functools.partialmethod(_define, flags.DEFINE_integer)
+  number = functools.partialmethod(_define, flags.DEFINE_float)
+  boolean = functools.partialmethod(
+    _define, flags.DEFINE_boolean, default=False
+  )
+  enum = functools.partialmethod(_define, flags.DEFINE_enum)
+
+  def config(self) -> flags.FlagHolder:
+    """Defines --config and a flag for each of its fields."""
+    text = (
+      "Config file. If it has variants, the name of one may follow a colon:"
       " --config configs/imagenet.py:768_32. Its fields are flags too:"
-      " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'.",
-      flag_values=flag_values,
+      " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'."
     )
-  except flags.Error as e:  # It reads the files of absl's --flagfile here.
-    print(f"error: {UserError(str(e))}", file=sys.stderr)
-    sys.exit(2)
+    try:
+      return config_flags.DEFINE_config_file("config", None, text, self)
+    except flags.Error as e:  # It reads the files of absl's --flagfile here.
+      print(f"error: {UserError(str(e))}", file=sys.stderr)
+      sys.exit(2)
 
-
-def define_weights(
-  flag_values: flags.FlagValues,
-) -> tuple[flags.FlagHolder, flags.FlagHolder]:
-  """Defines --weights and --model; see `weights.load_model`."""
-  weights = flags.DEFINE_string(
-    "weights",
-    None,
-    "A PyTorch checkpoint, a safetensors file, hf-hub:OWNER/NAME, or a workdir:"
-    " --weights runs/cifar10.",
-    flag_values=flag_values,
-  )
-  model = flags.DEFINE_string(
-    "model",
-    None,
-    "The variant that a file holds the weights of: --model convmixer_768_32."
-    " Default: it is inferred from the weights.",
-    flag_values=flag_values,
-  )
-  return weights, model
+  def weights(self) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Defines --weights and --model, the arguments of `weights.load_model`."""
+    return self.string(
+      "weights",
+      "A PyTorch checkpoint, a safetensors file, hf-hub:OWNER/NAME, or a"
+      " workdir: --weights runs/cifar10.",
+    ), self.string(
+      "model",
+      "The variant whose weights the file holds: --model convmixer_768_32."
+      " Default: the variant that fits the weights.",
+    )
 
 
 def required(flag: flags.FlagHolder) -> Any:
@@ -105,7 +115,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     rest = flag_values(argv)
     flags.FLAGS(argv[:1])  # absl's own, which grain reads, are not for users.
     if "config" in flag_values and path is not None:
-      config = flag_values.config
+      config = flag_values["config"].value
       getattr(config, "get", None)  # Raises if the file did not load.
       if not isinstance(config, ml_collections.ConfigDict):
         kind = type(config).__name__
@@ -139,12 +149,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
 def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   """Runs a command; a UserError prints one line and exits with code 2.
 
-  Each command has its own FlagValues, so that several can be imported together.
-
-  Args:
-    main: is called with the arguments that are not flags. If it takes none,
-      such arguments are an error.
-    flag_values: the command's flags.
+  `main` gets the arguments that are not flags. If it takes no arguments, they
+  are an error.
   """
   logging.set_verbosity(logging.WARNING)
   # Reading a checkpoint stops at the first damaged array. The pending reads of

@@ -26,7 +26,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 import flax.linen as nn
 import jax
 from jax import export as jax_export
@@ -39,14 +38,9 @@ from convmixer_jax import ops
 from convmixer_jax import weights
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "The folder to write: --out exported.",
-  flag_values=_FLAGS,
-)
+_FLAGS = cli.Flags()
+_WEIGHTS, _MODEL = _FLAGS.weights()
+_OUT = _FLAGS.string("out", "The folder to write: --out exported.")
 # Largest relative difference of logits, float32.
 TOLERANCE = 1e-4
 

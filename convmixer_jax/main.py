@@ -22,7 +22,6 @@ import json
 import os
 from pathlib import Path
 
-from absl import flags
 import jax
 
 from convmixer_jax import cli
@@ -33,66 +32,52 @@ from convmixer_jax import logger
 from convmixer_jax import train
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
-_WORKDIR = flags.DEFINE_string(
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.config()
+_WORKDIR = _FLAGS.string(
   "workdir",
-  None,
   "Folder for checkpoints, metrics and logs. If it holds a run, that run is"
   " resumed: --workdir runs/mine. Default: runs/ and the config's name.",
-  flag_values=_FLAGS,
 )
-_MODE = flags.DEFINE_enum(
+_MODE = _FLAGS.enum(
   "mode",
-  "train",
-  ["train", "eval"],
   "--mode train trains and evaluates. --mode eval evaluates the newest"
   " checkpoint of the workdir, or --config.init_from if it has none, and prints"
   " a line and a JSON object.",
-  flag_values=_FLAGS,
+  "train",
+  enum_values=["train", "eval"],
 )
-_DISTRIBUTED = flags.DEFINE_bool(
+_DISTRIBUTED = _FLAGS.boolean(
   "distributed",
-  False,
   "Run as one of several processes, one on each host, all started with the"
   " same command: --distributed. TPU pods, Slurm and Kubernetes are detected;"
   " elsewhere pass the next three flags too.",
-  flag_values=_FLAGS,
 )
-_COORDINATOR = flags.DEFINE_string(
+_COORDINATOR = _FLAGS.string(
   "coordinator",
-  None,
   "With --distributed: address of process 0: --coordinator 10.0.0.1:1234.",
-  flag_values=_FLAGS,
 )
-_NUM_PROCESSES = flags.DEFINE_integer(
+_NUM_PROCESSES = _FLAGS.integer(
   "num_processes",
-  None,
   "With --distributed: number of processes: --num_processes 4.",
   lower_bound=1,
-  flag_values=_FLAGS,
 )
-_PROCESS_ID = flags.DEFINE_integer(
+_PROCESS_ID = _FLAGS.integer(
   "process_id",
-  None,
   "With --distributed: index of this process, from 0: --process_id 0.",
   lower_bound=0,
-  flag_values=_FLAGS,
 )
-_ACCEPT_CHANGES = flags.DEFINE_bool(
+_ACCEPT_CHANGES = _FLAGS.boolean(
   "accept_changes",
-  False,
   "Resume although the workdir holds a run of another config. The changes are"
   " recorded in its run.json: --accept_changes.",
-  flag_values=_FLAGS,
 )
-_TIMEOUT = flags.DEFINE_integer(
+_TIMEOUT = _FLAGS.integer(
   "timeout",
-  60,
   "With --distributed: seconds after which all processes end because one has"
   " not started or does not respond: --timeout 300. Default: 60.",
+  60,
   lower_bound=1,
-  flag_values=_FLAGS,
 )
 
 

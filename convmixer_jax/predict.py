@@ -20,7 +20,6 @@ import os
 from pathlib import Path
 import sys
 
-from absl import flags
 import jax
 import numpy as np
 import tqdm
@@ -31,27 +30,16 @@ from convmixer_jax import weights
 from convmixer_jax.data import decode
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
-_TOP = flags.DEFINE_integer(
-  "top",
-  5,
-  "Number of classes to print: --top 3.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_WEIGHTS, _MODEL = _FLAGS.weights()
+_TOP = _FLAGS.integer(
+  "top", "Number of classes to print: --top 3.", 5, lower_bound=1
 )
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size",
-  32,
-  "Images per batch: --batch_size 64.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+_BATCH_SIZE = _FLAGS.integer(
+  "batch_size", "Images per batch: --batch_size 64.", 32, lower_bound=1
 )
-_JSON = flags.DEFINE_bool(
-  "json",
-  False,
-  "Print a JSON object for each image, one a line: --json.",
-  flag_values=_FLAGS,
+_JSON = _FLAGS.boolean(
+  "json", "Print a JSON object for each image, one a line: --json."
 )
 
 

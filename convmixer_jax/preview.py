@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import math
 import os
 
-from absl import flags
 import jax
 import ml_collections
 import numpy as np
@@ -26,28 +25,15 @@ from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "File to write; its suffix is the format: --out sheet.png.",
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.config()
+_OUT = _FLAGS.string(
+  "out", "File to write; its suffix is the format: --out sheet.png."
 )
-_STEP = flags.DEFINE_integer(
-  "step",
-  0,
-  "Updates done before that batch: --step 1000.",
-  lower_bound=0,
-  flag_values=_FLAGS,
+_STEP = _FLAGS.integer(
+  "step", "Updates done before that batch: --step 1000.", 0, lower_bound=0
 )
-_NUM = flags.DEFINE_integer(
-  "num",
-  64,
-  "Number of images: --num 36.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_NUM = _FLAGS.integer("num", "Number of images: --num 36.", 64, lower_bound=1)
 
 CELL = 128  # Smallest side of an image on the sheet, in pixels.
 LINE = 12  # Height of a line of text.

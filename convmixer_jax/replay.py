@@ -15,7 +15,6 @@ import json
 import os
 from typing import Any
 
-from absl import flags
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -33,23 +32,12 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "The run's folder: --workdir runs/cifar10.",
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_WORKDIR = _FLAGS.string("workdir", "The run's folder: --workdir runs/cifar10.")
+_STEP = _FLAGS.integer(
+  "step", "The update to repeat, counted from 1: --step 4700.", lower_bound=1
 )
-_STEP = flags.DEFINE_integer(
-  "step",
-  None,
-  "The update to repeat, counted from 1: --step 4700.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_JSON = flags.DEFINE_bool(
-  "json", False, "Print a JSON object: --json.", flag_values=_FLAGS
-)
+_JSON = _FLAGS.boolean("json", "Print a JSON object: --json.")
 
 
 def main() -> None:
