@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import functools
 import os
 import platform
 import sys
@@ -32,17 +31,22 @@ def define_model(
     A function that builds the model; its keyword arguments are more attributes
     of the model. It returns the model, the batch size and the image size.
   """
-  whole = functools.partial(flag_values.integer, lower_bound=1)
   name = flag_values.string(
     "model",
     f"--model convmixer_768_32. One of {', '.join(models.VARIANTS)}.",
     "convmixer_256_8",
   )
-  patch_size = whole("patch_size", "--patch_size 2. Default: the model's.")
-  kernel_size = whole("kernel_size", "--kernel_size 5. Default: the model's.")
-  image_size = whole("image_size", "In pixels: --image_size 32.", 224)
-  num_classes = whole("num_classes", "--num_classes 10.", 1000)
-  batch = whole("batch", "Batch size: --batch 64.", 64)
+  patch_size = flag_values.positive(
+    "patch_size", "--patch_size 2. Default: the model's."
+  )
+  kernel_size = flag_values.positive(
+    "kernel_size", "--kernel_size 5. Default: the model's."
+  )
+  image_size = flag_values.positive(
+    "image_size", "In pixels: --image_size 32.", 224
+  )
+  num_classes = flag_values.positive("num_classes", "--num_classes 10.", 1000)
+  batch = flag_values.positive("batch", "Batch size: --batch 64.", 64)
   dtype = flag_values.enum(
     "dtype",
     "Data type of the computation: --dtype bfloat16.",
@@ -75,7 +79,7 @@ def define_repeats(
 ) -> flags.FlagHolder:
   """Defines --repeats."""
   text = f"How often each is timed: --repeats {default}."
-  return flag_values.integer("repeats", text, default, lower_bound=1)
+  return flag_values.positive("repeats", text, default)
 
 
 def define_json(flag_values: cli.Flags) -> flags.FlagHolder:

@@ -24,7 +24,7 @@ from convmixer_jax import models
 from convmixer_jax import step as step_lib
 
 _FLAGS = cli.Flags()
-_CONFIG = _FLAGS.config()
+_CONFIG = _FLAGS.define_config()
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _STEP = _FLAGS.boolean(
   "step",

@@ -28,7 +28,7 @@ from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 
 _FLAGS = cli.Flags()
-_CONFIG = _FLAGS.config()
+_CONFIG = _FLAGS.define_config()
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 
 

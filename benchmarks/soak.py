@@ -31,7 +31,7 @@ from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
-_CONFIG = _FLAGS.config()
+_CONFIG = _FLAGS.define_config()
 _ROOT = _FLAGS.string(
   "root", "New folder for the two workdirs: --root runs/soak."
 )

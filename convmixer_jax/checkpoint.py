@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 import sys
 from typing import Any
-from typing import cast
 import zlib
 
 from absl import logging
@@ -57,8 +56,7 @@ class Checkpointer:
   def save(self, step: int, state: TrainState) -> None:
     """Starts to write a checkpoint, unless there is one of `step`.
 
-    Raises:
-      UserError: this or the previous checkpoint cannot be written.
+    Raises UserError if this or the previous checkpoint cannot be written.
     """
     if step == self._manager.latest_step():
       return
@@ -75,16 +73,11 @@ class Checkpointer:
       )
 
   def restore(self, template: TrainState) -> TrainState | None:
-    """The newest state, with `template`'s structure and sharding.
+    """The newest state, with `template`'s structure and sharding, or None.
 
     Moves newer checkpoints that are damaged to `workdir`/damaged, with a
-    warning, so that the run can save their steps again.
-
-    Returns:
-      None if there are no checkpoints.
-
-    Raises:
-      UserError: no checkpoint can be read, or they are of another model.
+    warning, so that the run can save their steps again. Raises UserError if no
+    checkpoint can be read, or they are of another model.
     """
     state, damaged = _newest(self._manager, template, self._manager.all_steps())
     for step, problem in damaged.items():
@@ -121,11 +114,7 @@ class Checkpointer:
     return self._manager.reached_preemption(step)
 
   def close(self) -> None:
-    """Waits until the last checkpoint is written.
-
-    Raises:
-      UserError: it cannot be written.
-    """
+    """Waits until the last checkpoint is written; raises as `save` does."""
     with writing(self._directory, ValueError, RuntimeError):
       self._manager.close()
 
@@ -133,11 +122,7 @@ class Checkpointer:
 def restore(
   workdir: str | os.PathLike, template: TrainState, before: int
 ) -> TrainState | None:
-  """The newest state before step `before`; None if there is none. Read-only.
-
-  Raises:
-    UserError: see `Checkpointer.restore`.
-  """
+  """As `Checkpointer.restore`, of the steps before `before`. Read-only."""
   if latest_step(workdir) is None:
     return None
   with ocp.CheckpointManager(
@@ -159,10 +144,8 @@ def latest_step(workdir: str | os.PathLike) -> int | None:
 def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
   """The newest checkpoint's params and batch_stats, as numpy arrays.
 
-  If the run kept moving averages of them (EMA), those are returned.
-
-  Raises:
-    UserError: the checkpoint is damaged.
+  If the run kept moving averages of them (EMA), those are returned. Raises
+  UserError if the checkpoint is damaged.
   """
   state = _load(workdir)
   state = state.get("ema") or state
@@ -170,11 +153,7 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
-  """All arrays of the newest checkpoint, by name such as 'params/stem/bias'.
-
-  Raises:
-    UserError: the checkpoint is damaged.
-  """
+  """As `load_variables`, all arrays, by name such as 'params/stem/bias'."""
   return _named(_load(workdir))
 
 
@@ -253,7 +232,7 @@ def _read(manager, template, step):
       )
   try:
     args = ocp.args.StandardRestore(saved)
-    state = cast(TrainState, manager.restore(step, args=args))
+    state = manager.restore(step, args=args)
     return state, _difference(manager, step, state)
   except Exception as e:
     return None, reason(e)

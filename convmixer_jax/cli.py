@@ -23,30 +23,27 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import runtime
 from convmixer_jax.errors import UserError
 
-_LINGER = 10.0  # Seconds that a process may take to exit.
-
 
 class Flags(flags.FlagValues):
   """The flags of one command.
 
   Each command has its own, so that several can be imported together. A method
   defines a flag from its name, its help, a default, None or False if it is not
-  given, and absl's further options: `integer("top", "...", 5, lower_bound=1)`.
+  given, and absl's further options: `integer("step", "...", 0, lower_bound=0)`.
   """
 
-  def _define(self, define, name, text, default=None, **options):
+  def _add(self, define, name, text, default=None, **options):
     return define(name, default, help=text, flag_values=self, **options)
 
-  string = functools.partialmethod(_define, flags.DEFINE_string)
-  words = functools.partialmethod(_define, flags.DEFINE_list)
-  integer = functools.partialmethod(_define, flags.DEFINE_integer)
-  number = functools.partialmethod(_define, flags.DEFINE_float)
-  boolean = functools.partialmethod(
-    _define, flags.DEFINE_boolean, default=False
-  )
-  enum = functools.partialmethod(_define, flags.DEFINE_enum)
+  string = functools.partialmethod(_add, flags.DEFINE_string)
+  words = functools.partialmethod(_add, flags.DEFINE_list)
+  integer = functools.partialmethod(_add, flags.DEFINE_integer)
+  positive = functools.partialmethod(_add, flags.DEFINE_integer, lower_bound=1)
+  number = functools.partialmethod(_add, flags.DEFINE_float)
+  boolean = functools.partialmethod(_add, flags.DEFINE_boolean, default=False)
+  enum = functools.partialmethod(_add, flags.DEFINE_enum)
 
-  def config(self) -> flags.FlagHolder:
+  def define_config(self) -> flags.FlagHolder:
     """Defines --config and a flag for each of its fields."""
     text = (
       "Config file. If it has variants, the name of one may follow a colon:"
@@ -59,7 +56,7 @@ class Flags(flags.FlagValues):
       print(f"error: {UserError(str(e))}", file=sys.stderr)
       sys.exit(2)
 
-  def weights(self) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+  def define_weights(self) -> tuple[flags.FlagHolder, flags.FlagHolder]:
     """Defines --weights and --model, the arguments of `weights.load_model`."""
     return self.string(
       "weights",
@@ -115,7 +112,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     rest = flag_values(argv)
     flags.FLAGS(argv[:1])  # absl's own, which grain reads, are not for users.
     if "config" in flag_values and path is not None:
-      config = flag_values["config"].value
+      config = flag_values.config
       getattr(config, "get", None)  # Raises if the file did not load.
       if not isinstance(config, ml_collections.ConfigDict):
         kind = type(config).__name__
@@ -157,18 +154,15 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   # the other arrays then find orbax's event loop closed.
   report = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (
-    None
-    if "Event loop is closed" in str(unraisable.exc_value)
-    else report(unraisable)
+    "Event loop is closed" in str(unraisable.exc_value) or report(unraisable)
   )
   # Names of files and classes may not be printable in the terminal's encoding.
   sys.stdout.reconfigure(errors="backslashreplace")
   runtime.keep_pages()
   runtime.keep_compiled()
-  takes_words = bool(inspect.signature(main).parameters)
 
   def call(argv):
-    if argv[1:] and not takes_words:
+    if argv[1:] and not inspect.signature(main).parameters:
       raise UserError(f"{argv[1]}: not a flag; see --help")
     main(*argv[1:])
 
@@ -184,10 +178,10 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
     code = e.code or 0
   finally:
     # At exit Python waits for threads and locks. A dead file system or a dead
-    # process may block one of them for ever.
+    # process may block one of them for ever, so it gets 10 seconds.
     with contextlib.suppress(OSError):
       sys.stdout.flush()
-    timer = threading.Timer(_LINGER, os._exit, [code])
+    timer = threading.Timer(10, os._exit, [code])
     timer.daemon = True
     timer.start()
   sys.exit(code)

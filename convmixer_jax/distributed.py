@@ -40,18 +40,13 @@ def session(
 
   If one process ends early, all do: the others print one line and exit with
   `LOST`. They notice as soon as the coordinator, process 0, is gone; any other
-  process is given up once the coordinator has not heard from it for `timeout`.
+  process is given up once the coordinator has not heard from it for `timeout`
+  seconds. The processes also wait that long for each other to connect.
 
-  Args:
-    coordinator: HOST:PORT of process 0. None: detected on TPU, Slurm and
-      Kubernetes, as are the next two.
-    num_processes: number of processes.
-    process_id: of this process, from 0.
-    timeout: seconds to wait for processes that do not connect or respond.
-    settings: values that must be equal in all processes, by dotted name.
-
-  Raises:
-    UserError: the processes cannot connect, or their settings differ.
+  `coordinator` is the HOST:PORT of process 0. On TPU, Slurm and Kubernetes the
+  first three arguments may be None. `settings` are values, by dotted name, that
+  must be equal in all processes. Raises UserError if they are not, or the
+  processes cannot connect.
   """
   port = 0
   if coordinator is not None:
@@ -247,27 +242,25 @@ def _unreachable(address: str) -> str | None:
   return None
 
 
-def _check_equal(settings: Mapping[str, Any], timeout: int) -> None:
-  """Raises in every process unless all have the same settings."""
+def _check_equal(settings, timeout):
+  """Raises UserError in every process unless all have the same settings."""
   state = jax_distributed.global_state
   client = state.client
   assert client is not None
   settings = {"--num_processes": state.num_processes, **settings}
   text = json.dumps(settings, default=str)
   digest = hashlib.sha256(text.encode()).hexdigest()
-  me = str(state.process_id)
+  me = state.process_id
   client.key_value_set(f"convmixer_jax/settings/{me}", text)
   client.key_value_set(f"convmixer_jax/digests/{me}", digest)
   client.wait_at_barrier("convmixer_jax_settings", 1000 * timeout)
   for key, other in sorted(client.key_value_dir_get("convmixer_jax/digests/")):
     if other != digest:
       them = key.rpartition("/")[2]
-      theirs = json.loads(
-        client.blocking_key_value_get(
-          f"convmixer_jax/settings/{them}", 1000 * timeout
-        )
+      theirs = client.blocking_key_value_get(
+        f"convmixer_jax/settings/{them}", 1000 * timeout
       )
-      ours = json.loads(text)
+      theirs, ours = json.loads(theirs), json.loads(text)
       different = [
         f"{name} is {theirs.get(name)} in process {them} and"
         f" {ours.get(name)} in process {me}"

@@ -39,7 +39,7 @@ from convmixer_jax import weights
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
-_WEIGHTS, _MODEL = _FLAGS.weights()
+_WEIGHTS, _MODEL = _FLAGS.define_weights()
 _OUT = _FLAGS.string("out", "The folder to write: --out exported.")
 # Largest relative difference of logits, float32.
 TOLERANCE = 1e-4
@@ -59,9 +59,8 @@ def main() -> None:
   path = write_stablehlo(function, size, out)
   call = jax_export.deserialize(bytearray(path.read_bytes())).call
 
-  images = np.random.default_rng(0).integers(
-    0, 256, (3, size, size, 3), np.uint8
-  )
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3, size, size, 3), np.uint8)
   normalize = augment.make_normalize(data["mean"], data["std"])
   ours = model.apply(variables, normalize(images), train=False)
   difference = np.abs(call(images) - ours).max() / np.abs(ours).max()
@@ -77,18 +76,12 @@ def main() -> None:
 
 
 def inference_function(
-  model: nn.Module,
-  variables: Any,
-  mean: Sequence[float],
-  std: Sequence[float],
+  model: nn.Module, variables: Any, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns uint8 images [B, S, S, 3] -> logits, in plain XLA.
 
-  Args:
-    model: unbound.
-    variables: its params and batch_stats; they become constants.
-    mean: see `augment.make_normalize`.
-    std: likewise.
+  The model's variables become constants. Images are normalised by `mean` and
+  `std` as in `augment.make_normalize`.
   """
   normalize = augment.make_normalize(mean, std)
 
@@ -106,9 +99,8 @@ def write_stablehlo(
   """Writes `function` of uint8 images [batch, size, size, 3]; returns where."""
   (batch,) = jax_export.symbolic_shape("batch")
   images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-  exported = jax_export.export(
-    jax.jit(function), platforms=("cpu", "cuda", "rocm", "tpu")
-  )(images)
+  platforms = ("cpu", "cuda", "rocm", "tpu")
+  exported = jax_export.export(jax.jit(function), platforms=platforms)(images)
   path = out / "model.stablehlo"
   path.write_bytes(exported.serialize())
   return path

@@ -33,7 +33,7 @@ from convmixer_jax import train
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
-_CONFIG = _FLAGS.config()
+_CONFIG = _FLAGS.define_config()
 _WORKDIR = _FLAGS.string(
   "workdir",
   "Folder for checkpoints, metrics and logs. If it holds a run, that run is"
@@ -57,10 +57,8 @@ _COORDINATOR = _FLAGS.string(
   "coordinator",
   "With --distributed: address of process 0: --coordinator 10.0.0.1:1234.",
 )
-_NUM_PROCESSES = _FLAGS.integer(
-  "num_processes",
-  "With --distributed: number of processes: --num_processes 4.",
-  lower_bound=1,
+_NUM_PROCESSES = _FLAGS.positive(
+  "num_processes", "With --distributed: number of processes: --num_processes 4."
 )
 _PROCESS_ID = _FLAGS.integer(
   "process_id",
@@ -72,12 +70,11 @@ _ACCEPT_CHANGES = _FLAGS.boolean(
   "Resume although the workdir holds a run of another config. The changes are"
   " recorded in its run.json: --accept_changes.",
 )
-_TIMEOUT = _FLAGS.integer(
+_TIMEOUT = _FLAGS.positive(
   "timeout",
   "With --distributed: seconds after which all processes end because one has"
   " not started or does not respond: --timeout 300. Default: 60.",
   60,
-  lower_bound=1,
 )
 
 
@@ -95,29 +92,26 @@ def main() -> None:
     raise UserError(
       "--coordinator, --num_processes, --process_id: need --distributed"
     )
-  with contextlib.ExitStack() as stack:
-    if _DISTRIBUTED.value:
-      settings = {
-        "--workdir": os.path.abspath(workdir),
-        "--mode": _MODE.value,
-        "--accept_changes": _ACCEPT_CHANGES.value,
-      }
-      settings |= {
-        f"config.{name}": value
-        for name, value in config_lib.flatten(config).items()
-      }
-      stack.enter_context(
-        distributed.session(*where, timeout=_TIMEOUT.value, settings=settings)
-      )
-    _run(config, workdir)
-
-
-def _run(config, workdir):
-  if _MODE.value == "train":
-    train.train_and_evaluate(
-      config, workdir, accept_changes=_ACCEPT_CHANGES.value
+  accept = _ACCEPT_CHANGES.value
+  session = contextlib.nullcontext()
+  if _DISTRIBUTED.value:
+    fields = config_lib.flatten(config).items()
+    settings = {
+      "--workdir": os.path.abspath(workdir),
+      "--mode": _MODE.value,
+      "--accept_changes": accept,
+    } | {f"config.{name}": value for name, value in fields}
+    session = distributed.session(
+      *where, timeout=_TIMEOUT.value, settings=settings
     )
-    return
+  with session:
+    if _MODE.value == "train":
+      train.train_and_evaluate(config, workdir, accept_changes=accept)
+    else:
+      _evaluate(config, workdir)
+
+
+def _evaluate(config, workdir):
   metrics = evaluate.evaluate_checkpoint(config, workdir)
   if jax.process_index() == 0:
     step = metrics["step"]
@@ -129,9 +123,8 @@ def _run(config, workdir):
 def _default_workdir() -> str:
   """configs/imagenet.py:768_32 -> runs/imagenet_768_32."""
   path, _, variant = _FLAGS["config"].config_filename.partition(":")
-  return os.path.join(
-    "runs", "_".join(filter(None, [Path(path).stem, variant]))
-  )
+  name = Path(path).stem + (f"_{variant}" if variant else "")
+  return os.path.join("runs", name)
 
 
 if __name__ == "__main__":

@@ -31,12 +31,10 @@ from convmixer_jax.data import decode
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
-_WEIGHTS, _MODEL = _FLAGS.weights()
-_TOP = _FLAGS.integer(
-  "top", "Number of classes to print: --top 3.", 5, lower_bound=1
-)
-_BATCH_SIZE = _FLAGS.integer(
-  "batch_size", "Images per batch: --batch_size 64.", 32, lower_bound=1
+_WEIGHTS, _MODEL = _FLAGS.define_weights()
+_TOP = _FLAGS.positive("top", "Number of classes to print: --top 3.", 5)
+_BATCH_SIZE = _FLAGS.positive(
+  "batch_size", "Images per batch: --batch_size 64.", 32
 )
 _JSON = _FLAGS.boolean(
   "json", "Print a JSON object for each image, one a line: --json."
@@ -60,7 +58,8 @@ def main(*arguments: str) -> None:
   batch_size = min(_BATCH_SIZE.value, len(files))
   variables = jax.device_put(variables)
   failed = False
-  with tqdm.tqdm(total=len(files), unit="img", disable=_quiet(files)) as bar:
+  quiet = not sys.stderr.isatty() or len(files) < 10
+  with tqdm.tqdm(total=len(files), unit="img", disable=quiet) as bar:
     batches = decoded(files, batch_size, data["image_size"], data["crop_pct"])
     for paths, images, errors in batches:
       padding = [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)]
@@ -77,10 +76,6 @@ def main(*arguments: str) -> None:
     sys.exit(2)
 
 
-def _quiet(files):
-  return not sys.stderr.isatty() or len(files) < 10
-
-
 def _format(path, row, names):
   best = np.argsort(-row)[: _TOP.value]
   if _JSON.value:
@@ -89,27 +84,22 @@ def _format(path, row, names):
       for k in best
     ]
     return json.dumps({"image": path, "predictions": predictions})
-  return "\n".join(
-    [path, *(f"  {100 * row[k]:6.2f} %  {names[k]}" for k in best)]
-  )
+  lines = [f"  {100 * row[k]:6.2f} %  {names[k]}" for k in best]
+  return "\n".join([path, *lines])
 
 
 def image_files(arguments: Sequence[str]) -> list[str]:
   """Replaces folders by their images, sorted, and - by standard input's lines.
 
-  Raises:
-    UserError: there are no images.
+  Raises UserError if there are no images.
   """
   files = []
   for argument in arguments:
     if argument == "-":
       files += [line.rstrip("\n") for line in sys.stdin if line.strip()]
     elif os.path.isdir(argument):
-      files += sorted(
-        str(path)
-        for path in Path(argument).rglob("*")
-        if path.name.lower().endswith(decode.SUFFIXES)
-      )
+      paths = map(str, Path(argument).rglob("*"))
+      files += sorted(p for p in paths if p.lower().endswith(decode.SUFFIXES))
     else:
       files.append(argument)
   if not files:

@@ -26,14 +26,14 @@ from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
-_CONFIG = _FLAGS.config()
+_CONFIG = _FLAGS.define_config()
 _OUT = _FLAGS.string(
   "out", "File to write; its suffix is the format: --out sheet.png."
 )
 _STEP = _FLAGS.integer(
   "step", "Updates done before that batch: --step 1000.", 0, lower_bound=0
 )
-_NUM = _FLAGS.integer("num", "Number of images: --num 36.", 64, lower_bound=1)
+_NUM = _FLAGS.positive("num", "Number of images: --num 36.", 64)
 
 CELL = 128  # Smallest side of an image on the sheet, in pixels.
 LINE = 12  # Height of a line of text.
@@ -54,11 +54,7 @@ def main() -> None:
 def training_images(
   config: ml_collections.ConfigDict, step: int
 ) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
-  """The batch of one step, augmented.
-
-  Args:
-    config: of a run.
-    step: updates done before it.
+  """The batch on which a run trains after `step` updates, augmented.
 
   Returns:
     float [B, S, S, 3], as the model gets them but scaled back to [0, 255];
@@ -83,14 +79,11 @@ def training_images(
 
 
 def contact_sheet(
-  images: np.ndarray, targets: np.ndarray, names
+  images: np.ndarray, targets: np.ndarray, names: Sequence[str]
 ) -> Image.Image:
   """Draws a grid of images, each with its two likeliest labels.
 
-  Args:
-    images: [N, S, S, 3]; clipped to [0, 255].
-    targets: [N, K] probabilities.
-    names: of the K classes.
+  The arguments are those that `training_images` returns; images are clipped.
   """
   images = np.clip(np.round(images), 0, 255).astype(np.uint8)
   side = images.shape[1] * max(1, round(CELL / images.shape[1]))

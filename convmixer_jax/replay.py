@@ -9,7 +9,6 @@ result is bit-equal to the run's. Prints the step's metrics, the gradient norm
 of every layer before clipping, and the images of its batch. Writes nothing.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import json
 import os
@@ -34,8 +33,8 @@ from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
 _WORKDIR = _FLAGS.string("workdir", "The run's folder: --workdir runs/cifar10.")
-_STEP = _FLAGS.integer(
-  "step", "The update to repeat, counted from 1: --step 4700.", lower_bound=1
+_STEP = _FLAGS.positive(
+  "step", "The update to repeat, counted from 1: --step 4700."
 )
 _JSON = _FLAGS.boolean("json", "Print a JSON object: --json.")
 
@@ -59,16 +58,12 @@ def main() -> None:
 def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   """Repeats the steps from the last checkpoint before `step` up to it.
 
-  Args:
-    workdir: of the run; it is not changed.
-    step: 1 is the first update.
+  The first update is step 1. The workdir is not changed. Raises UserError if
+  there is no such run or step, or its data are missing.
 
   Returns:
     step; start, the checkpoint's step, or 0; metrics and layers, by name;
     images, see `stream.image_ids`.
-
-  Raises:
-    UserError: there is no such run or step, or its data are missing.
   """
   config = workdir_lib.load_config(workdir)
   config_lib.check(config, jax.device_count())
@@ -111,9 +106,7 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   }
 
 
-def _with_layer_norms(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+def _with_layer_norms(tx):
   """Also keeps the gradient's norms in the state: (tx's state, norms)."""
 
   def update(grads, state, params):
@@ -125,7 +118,7 @@ def _with_layer_norms(
   )
 
 
-def _layer_norms(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _layer_norms(tree):
   """Layer's name -> norm of its arrays together."""
   layers = {}
   flat = flax.traverse_util.flatten_dict(models.unstack_blocks(tree))

@@ -47,9 +47,8 @@ def keep_compiled() -> None:
   be written. XLA's programs for a CPU depend on its features and on the number
   of cores. jax's cache keys contain neither, so each pair has its own folder.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
-    return
-  if (cache := build.cache_folder()) is None:
+  given = jax.config.jax_compilation_cache_dir
+  if given is not None or (cache := build.cache_folder()) is None:
     return
   try:
     cores = len(os.sched_getaffinity(0))
@@ -95,13 +94,10 @@ def stop_signals() -> Iterator[list[int]]:
 
 def provenance() -> dict[str, Any]:
   """What produced a result: commit, Python, versions of `PACKAGES`."""
-  git = lambda *args: subprocess.run(
-    ["git", *args],
-    cwd=Path(__file__).parent,
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout.strip()
+  folder, quiet = Path(__file__).parent, subprocess.DEVNULL
+  git = lambda *args: subprocess.check_output(
+    ["git", *args], cwd=folder, stderr=quiet, text=True
+  ).strip()
   try:
     commit = git("rev-parse", "HEAD")
     # Results that are being written are not a change of the code.

@@ -32,9 +32,7 @@ _WEIGHTS = _FLAGS.string(
 _OUT = _FLAGS.string(
   "out", "PNG file to write: --out overlay.png.", "overlay.png"
 )
-_STEPS = _FLAGS.integer(
-  "steps", "Updates of the head: --steps 300.", 300, lower_bound=1
-)
+_STEPS = _FLAGS.positive("steps", "Updates of the head: --steps 300.", 300)
 BACKGROUND = 10
 GRID = 4  # Digits along a side of a canvas.
 COLORS = np.array(

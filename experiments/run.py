@@ -46,11 +46,10 @@ _DRY_RUN = _FLAGS.boolean(
   "Train nothing; print the runs with parameters, FLOPs and estimated hours,"
   " from the speed of a training step on this machine: --dry_run.",
 )
-_JOBS = _FLAGS.integer(
+_JOBS = _FLAGS.positive(
   "jobs",
   "Runs at a time: --jobs 4. They share the GPUs, or split the CPU's cores."
   " Default: one per GPU, or one.",
-  lower_bound=1,
 )
 
 

@@ -37,9 +37,7 @@ _ROOT = _FLAGS.string(
 _PARTITION = _FLAGS.string(
   "partition", "Slurm partition: --partition gpu. Default: Slurm's."
 )
-_NODES = _FLAGS.integer(
-  "nodes", "Hosts per run: --nodes 4. Default: 1.", 1, lower_bound=1
-)
+_NODES = _FLAGS.positive("nodes", "Hosts per run: --nodes 4. Default: 1.", 1)
 _GPUS = _FLAGS.integer(
   "gpus",
   "GPUs per host, with a task each: --gpus 8. Default: none, and one task per"
@@ -47,8 +45,8 @@ _GPUS = _FLAGS.integer(
   0,
   lower_bound=0,
 )
-_CPUS = _FLAGS.integer(
-  "cpus", "CPU cores per task: --cpus 12. Default: Slurm's.", lower_bound=1
+_CPUS = _FLAGS.positive(
+  "cpus", "CPU cores per task: --cpus 12. Default: Slurm's."
 )
 _HOURS = _FLAGS.number(
   "hours",
@@ -56,11 +54,10 @@ _HOURS = _FLAGS.number(
   24,
   lower_bound=0.01,
 )
-_PARALLEL = _FLAGS.integer(
+_PARALLEL = _FLAGS.positive(
   "parallel",
   "Runs of a sweep at a time, at most: --parallel 16. Default: 256.",
   256,
-  lower_bound=1,
 )
 _SBATCH = _FLAGS.words(
   "sbatch",
@@ -70,7 +67,7 @@ _SBATCH = _FLAGS.words(
 
 # The flags of convmixer_jax.main, to find mistakes before a job is queued.
 _RUN_FLAGS = cli.Flags()
-_CONFIG = _RUN_FLAGS.config()
+_CONFIG = _RUN_FLAGS.define_config()
 for _name in ("workdir", "mode", "coordinator", "num_processes", "process_id",
               "timeout"):  # fmt: skip
   _RUN_FLAGS.string(_name, "")

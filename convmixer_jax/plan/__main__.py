@@ -33,7 +33,7 @@ from convmixer_jax.plan import search
 from convmixer_jax.plan import topology
 
 _FLAGS = cli.Flags()
-_CONFIG = _FLAGS.config()
+_CONFIG = _FLAGS.define_config()
 _TOPOLOGY = _FLAGS.string(
   "topology",
   "Devices to plan for: --topology v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:2x4 (chips"
@@ -45,11 +45,10 @@ _FIND_BATCH = _FLAGS.boolean(
   " starting from the config's: --find_batch. Compiles the step for each size"
   " that it tries and reports it on stderr.",
 )
-_NUM_IMAGES = _FLAGS.integer(
+_NUM_IMAGES = _FLAGS.positive(
   "num_images",
   "Number of training images, if the data set is not available locally:"
   " --num_images 1281167.",
-  lower_bound=1,
 )
 _NUM_CLASSES = _FLAGS.integer(
   "num_classes",
@@ -81,13 +80,9 @@ def main() -> None:
     result = search.find_batch(config, devices, split, log)
   else:
     result = plan.plan(config, devices, split)
-  result |= {
-    "topology": _TOPOLOGY.value,
-    "command": shlex.join(
-      ["python", "-m", "convmixer_jax.plan", *sys.argv[1:]]
-    ),
-    **runtime.provenance(),
-  }
+  command = shlex.join(["python", "-m", "convmixer_jax.plan", *sys.argv[1:]])
+  result |= {"topology": _TOPOLOGY.value, "command": command}
+  result |= runtime.provenance()
   if devices[0].platform == "tpu":
     *_, build = devices[0].client.platform_version.splitlines()
     result["versions"]["libtpu"] = build

@@ -58,7 +58,9 @@ def by_cause(collectives: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
   """
   groups = {}
   for c in collectives:
-    groups.setdefault((_cause(c.op_name), c.kind), []).append(c)
+    causes = (cause for text, cause in _CAUSES if text in c.op_name)
+    cause = next(causes, c.op_name or "unknown")
+    groups.setdefault((cause, c.kind), []).append(c)
   rows = [
     {
       "cause": cause,
@@ -103,8 +105,3 @@ def _multiply_adds(output, operand, contracted):
   """FLOPs of a sum of products over the `contracted` axes of `operand`."""
   terms = math.prod(operand.aval.shape[axis] for axis in contracted)
   return 2 * math.prod(output.aval.shape) * terms
-
-
-def _cause(op_name):
-  causes = (cause for text, cause in _CAUSES if text in op_name)
-  return next(causes, op_name or "unknown")
