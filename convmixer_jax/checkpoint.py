@@ -43,14 +43,10 @@ class Checkpointer:
   """
 
   def __init__(self, workdir: str | os.PathLike):
-    self._directory = Path(_directory(workdir))
+    self._directory = _directory(workdir)
     with writing(self._directory, ValueError, RuntimeError):
-      self._manager = ocp.CheckpointManager(
-        self._directory,
-        item_handlers=ocp.StandardCheckpointHandler(),
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=KEEP, cleanup_tmp_directories=True
-        ),
+      self._manager = _manager(
+        workdir, max_to_keep=KEEP, cleanup_tmp_directories=True
       )
 
   def save(self, step: int, state: TrainState) -> None:
@@ -125,11 +121,7 @@ def restore(
   """As `Checkpointer.restore`, of the steps before `before`. Read-only."""
   if latest_step(workdir) is None:
     return None
-  with ocp.CheckpointManager(
-    _directory(workdir),
-    item_handlers=ocp.StandardCheckpointHandler(),
-    options=ocp.CheckpointManagerOptions(create=False),
-  ) as manager:
+  with _manager(workdir, create=False) as manager:
     steps = [step for step in manager.all_steps() if step < before]
     return _newest(manager, template, steps)[0]
 
@@ -158,19 +150,15 @@ def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def _load(workdir):
-  path = Path(_directory(workdir), str(latest_step(workdir)))
+  path = _directory(workdir) / str(latest_step(workdir))
   try:
-    with ocp.CheckpointManager(
-      path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
-    ) as manager:
+    with _manager(workdir, ocp.PyTreeCheckpointHandler) as manager:
       step = int(path.name)
-      as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        manager.item_metadata(step).tree,
-      )
-      state = manager.restore(
-        step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-      )
+      as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+      tree = manager.item_metadata(step).tree
+      tree = jax.tree.map(lambda _: as_numpy, tree)
+      args = ocp.args.PyTreeRestore(restore_args=tree)
+      state = manager.restore(step, args=args)
       problem = _difference(manager, step, state)
   except Exception as e:  # orbax raises anything for a damaged file.
     state, problem = {}, reason(e)
@@ -183,7 +171,15 @@ def _load(workdir):
 
 
 def _directory(workdir):
-  return os.path.join(os.path.abspath(workdir), "checkpoints")
+  return Path(os.path.abspath(workdir), "checkpoints")
+
+
+def _manager(workdir, handler=ocp.StandardCheckpointHandler, **options):
+  return ocp.CheckpointManager(
+    _directory(workdir),
+    item_handlers=handler(),
+    options=ocp.CheckpointManagerOptions(**options),
+  )
 
 
 def _newest(manager, template, steps):
@@ -208,9 +204,7 @@ def _newest(manager, template, steps):
 def _read(manager, template, step):
   """The state as saved, of unrolled blocks, and what is wrong with it or ''."""
   saved = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=template.step.sharding
-    ),
+    lambda x: x.update(sharding=template.step.sharding),
     jax.eval_shape(models.unstack_blocks, template),
   )
   try:
@@ -231,8 +225,7 @@ def _read(manager, template, step):
         f" checkpoint and {shapes[1]} in this config"
       )
   try:
-    args = ocp.args.StandardRestore(saved)
-    state = manager.restore(step, args=args)
+    state = manager.restore(step, args=ocp.args.StandardRestore(saved))
     return state, _difference(manager, step, state)
   except Exception as e:
     return None, reason(e)

@@ -51,8 +51,7 @@ def session(
   port = 0
   if coordinator is not None:
     match = re.fullmatch(r".+:(\d{1,5})", coordinator)
-    port = int(match[1]) if match else 2**16
-    if port >= 2**16:
+    if match is None or (port := int(match[1])) >= 2**16:
       raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
   if None not in (num_processes, process_id) and process_id >= num_processes:
     raise UserError(
@@ -249,22 +248,22 @@ def _check_equal(settings, timeout):
   assert client is not None
   settings = {"--num_processes": state.num_processes, **settings}
   text = json.dumps(settings, default=str)
+  ours = json.loads(text)  # As the other processes read it.
+  # Equal settings have the same key, so that a large cluster reads little.
   digest = hashlib.sha256(text.encode()).hexdigest()
-  me = state.process_id
-  client.key_value_set(f"convmixer_jax/settings/{me}", text)
-  client.key_value_set(f"convmixer_jax/digests/{me}", digest)
+  client.key_value_set(
+    f"convmixer_jax/settings/{digest}",
+    json.dumps([state.process_id, ours]),
+    allow_overwrite=True,
+  )
   client.wait_at_barrier("convmixer_jax_settings", 1000 * timeout)
-  for key, other in sorted(client.key_value_dir_get("convmixer_jax/digests/")):
-    if other != digest:
-      them = key.rpartition("/")[2]
-      theirs = client.blocking_key_value_get(
-        f"convmixer_jax/settings/{them}", 1000 * timeout
-      )
-      theirs, ours = json.loads(theirs), json.loads(text)
-      different = [
-        f"{name} is {theirs.get(name)} in process {them} and"
-        f" {ours.get(name)} in process {me}"
-        for name in theirs | ours
-        if theirs.get(name) != ours.get(name)
-      ]
+  for _, other in client.key_value_dir_get("convmixer_jax/settings/"):
+    them, theirs = json.loads(other)
+    different = [
+      f"{name} is {theirs.get(name)} in process {them} and"
+      f" {ours.get(name)} in process {state.process_id}"
+      for name in theirs | ours
+      if theirs.get(name) != ours.get(name)
+    ]
+    if different:
       raise UserError(f"--distributed: {'; '.join(different)}")

@@ -41,8 +41,7 @@ from convmixer_jax.errors import UserError
 _FLAGS = cli.Flags()
 _WEIGHTS, _MODEL = _FLAGS.define_weights()
 _OUT = _FLAGS.string("out", "The folder to write: --out exported.")
-# Largest relative difference of logits, float32.
-TOLERANCE = 1e-4
+TOLERANCE = 1e-4  # Largest relative difference of logits, float32.
 
 
 def main() -> None:

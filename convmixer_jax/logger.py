@@ -54,9 +54,7 @@ class Logger:
     self._active = active
     self._total = total_steps
     self._batch_size = batch_size
-    self._step = first_step
-    self._clock = None
-    self._waited = 0.0
+    self._clock, self._step, self._waited = None, first_step, 0.0
     if not active:
       return
     self._workdir = Path(workdir)
@@ -115,8 +113,7 @@ class Logger:
 
   def start_clock(self, step: int) -> None:
     """Restarts the timing of rates: call it after compilation and pauses."""
-    self._clock, self._step = time.perf_counter(), step
-    self._waited = 0.0
+    self._clock, self._step, self._waited = time.perf_counter(), step, 0.0
 
   def timed(self, batches: Iterable) -> Iterator:
     """Yields from `batches` and adds the time that they take to data_wait."""
@@ -160,19 +157,17 @@ class Logger:
   def log_eval(self, step: int, metrics: Mapping[str, float] | None) -> None:
     """Records and prints the metrics of a split; None if it was interrupted."""
     self.start_clock(step)
-    if metrics is None:
-      return
-    self._record(step, "eval", metrics)
-    self.say(f"step {step}/{self._total}  {eval_line(metrics)}")
+    if metrics is not None:
+      self._record(step, "eval", metrics)
+      self.say(f"step {step}/{self._total}  {eval_line(metrics)}")
 
   def close(self, status: str, step: int) -> None:
     """Closes the files; `status` is 'finished', 'interrupted' or 'failed'."""
     if not self._active:
       return
     self._bar.close()
-    self._starts["starts"][-1].update(
-      status=status, last_step=step, ended=_now()
-    )
+    start = self._starts["starts"][-1]
+    start.update(status=status, last_step=step, ended=_now())
     # If writing was what failed, that error is already being raised.
     quiet = [UserError] if status == "failed" else []
     writes = [self._write_run, self._records.close]
@@ -192,9 +187,8 @@ class Logger:
         self._tensorboard.write(record)
 
   def _write_run(self):
-    workdir_lib.write_whole(
-      self._workdir / "run.json", json.dumps(self._starts, indent=2) + "\n"
-    )
+    text = json.dumps(self._starts, indent=2) + "\n"
+    workdir_lib.write_whole(self._workdir / "run.json", text)
 
 
 def progress(
@@ -248,11 +242,10 @@ class _TensorBoard:
     # Tells a running TensorBoard to forget the earlier files.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(time.time(), step=0, session_log=start)
+    # A record of an edited file may hold anything.
+    invalid = (ValueError, TypeError, LookupError, OverflowError)
     for record in records:
-      # A record of an edited file may hold anything.
-      with contextlib.suppress(
-        ValueError, TypeError, LookupError, OverflowError
-      ):
+      with contextlib.suppress(*invalid):
         self.write(record)
     for file in earlier:
       file.unlink(missing_ok=True)

@@ -86,7 +86,10 @@ def main() -> None:
       " configs/digits.py, which takes seconds, or --help"
     )
   config = _CONFIG.value
-  workdir = os.path.expanduser(_WORKDIR.value or _default_workdir())
+  path, _, variant = _FLAGS["config"].config_filename.partition(":")
+  # configs/imagenet.py:768_32 -> runs/imagenet_768_32.
+  name = Path(path).stem + (f"_{variant}" if variant else "")
+  workdir = os.path.expanduser(_WORKDIR.value or f"runs/{name}")
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):
     raise UserError(
@@ -107,24 +110,13 @@ def main() -> None:
   with session:
     if _MODE.value == "train":
       train.train_and_evaluate(config, workdir, accept_changes=accept)
-    else:
-      _evaluate(config, workdir)
-
-
-def _evaluate(config, workdir):
-  metrics = evaluate.evaluate_checkpoint(config, workdir)
-  if jax.process_index() == 0:
-    step = metrics["step"]
-    source = config.init_from if step is None else f"step {step}"
-    print(f"{source}  {logger.eval_line(metrics)}")
-    print(json.dumps(metrics))
-
-
-def _default_workdir() -> str:
-  """configs/imagenet.py:768_32 -> runs/imagenet_768_32."""
-  path, _, variant = _FLAGS["config"].config_filename.partition(":")
-  name = Path(path).stem + (f"_{variant}" if variant else "")
-  return os.path.join("runs", name)
+      return
+    metrics = evaluate.evaluate_checkpoint(config, workdir)
+    if jax.process_index() == 0:
+      step = metrics["step"]
+      source = config.init_from if step is None else f"step {step}"
+      print(f"{source}  {logger.eval_line(metrics)}")
+      print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

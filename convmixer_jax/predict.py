@@ -112,9 +112,8 @@ def decoded(
 ) -> Iterator[tuple[Sequence[str], np.ndarray, list[str]]]:
   """Decodes in threads, ahead of the consumer.
 
-  Yields:
-    Up to `batch_size` paths; uint8 [B, size, size, 3]; and an error for each
-    file, '' if there is none.
+  Yields up to `batch_size` paths; uint8 [B, size, size, 3]; and an error for
+  each file, '' if there is none.
   """
 
   def load(path):
@@ -125,14 +124,14 @@ def decoded(
       return np.zeros((size, size, 3), np.uint8), f"cannot be decoded: {reason}"
 
   def collect(chunk, pending):
-    images, errors = zip(*(future.result() for future in pending))
+    images, errors = zip(*pending)
     return chunk, np.stack(images), list(errors)
 
   ahead = collections.deque()
   with futures.ThreadPoolExecutor() as pool:
     for i in range(0, len(files), batch_size):
       chunk = files[i : i + batch_size]
-      ahead.append((chunk, [pool.submit(load, path) for path in chunk]))
+      ahead.append((chunk, pool.map(load, chunk)))
       if len(ahead) > 2:
         yield collect(*ahead.popleft())
     while ahead:

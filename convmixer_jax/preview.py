@@ -56,9 +56,8 @@ def training_images(
 ) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
   """The batch on which a run trains after `step` updates, augmented.
 
-  Returns:
-    float [B, S, S, 3], as the model gets them but scaled back to [0, 255];
-    float [B, K] probabilities; the K names of the classes.
+  Returns float [B, S, S, 3], as the model gets them but scaled back to
+  [0, 255]; float [B, K] probabilities; and the K names of the classes.
   """
   config_lib.check(config, num_devices=1)
   data = config.data

@@ -33,9 +33,7 @@ from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
 _WORKDIR = _FLAGS.string("workdir", "The run's folder: --workdir runs/cifar10.")
-_STEP = _FLAGS.positive(
-  "step", "The update to repeat, counted from 1: --step 4700."
-)
+_STEP = _FLAGS.positive("step", "Update to repeat, from 1: --step 4700.")
 _JSON = _FLAGS.boolean("json", "Print a JSON object: --json.")
 
 

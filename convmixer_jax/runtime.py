@@ -19,16 +19,13 @@ from convmixer_jax.ops import build
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-_CACHE_BYTES = 2**30  # The least recently used programs are removed first.
-
 
 def keep_pages() -> None:
   """Makes glibc's malloc keep freed memory in the process.
 
   On a CPU, XLA allocates its buffers at every call. By default malloc returns
   large ones to the system, which must then map and zero every page again.
-  Does nothing without glibc, or if a MALLOC_... variable is set (see `man
-  mallopt`).
+  Does nothing without glibc, or if a MALLOC_... variable is set.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   tuned = any(name.startswith("MALLOC_") for name in os.environ)
@@ -57,7 +54,8 @@ def keep_compiled() -> None:
   kind = hashlib.sha256(build.cpu().encode()).hexdigest()[:8]
   folder = cache / "xla" / f"{kind}-{cores}"
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+  # In bytes. The least recently used programs are removed first.
+  jax.config.update("jax_compilation_cache_max_size", 2**30)
 
 
 @contextlib.contextmanager

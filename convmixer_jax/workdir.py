@@ -107,10 +107,7 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl, less damaged lines.
-
-  Raises UserError if it cannot be read.
-  """
+  """The valid lines of metrics.jsonl; UserError if it cannot be read."""
   records = []
   for line in _read_text(Path(workdir) / "metrics.jsonl").splitlines():
     with contextlib.suppress(ValueError, RecursionError):
@@ -150,9 +147,8 @@ def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
     run = json.loads(_read_text(path))
     run["starts"] = [*run["starts"]]
   except (ValueError, TypeError, LookupError, RecursionError) as e:
-    raise UserError(
-      f"{path}: damaged ({e}); remove it and rerun the command"
-    ) from e
+    text = f"{path}: damaged ({e}); remove it and rerun the command"
+    raise UserError(text) from e
   return run
 
 

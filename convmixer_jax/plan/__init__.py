@@ -66,8 +66,7 @@ def plan(
   chip = topology.CHIPS.get(devices[0].device_kind)
   traffic = collectives = seconds = hours = None
   if compiled is not None:
-    analysis = compiled.memory_analysis()
-    memory["program"] = analysis.generated_code_size_in_bytes
+    memory["program"] = compiled.memory_analysis().generated_code_size_in_bytes
     program = hlo.Program(compiled.as_text())
     traffic = program.bytes()
     collectives = cost.by_cause(program.collectives())
@@ -117,9 +116,8 @@ def trace_step(
 ) -> tuple[recipe_lib.Recipe, step_lib.TrainState, dict[str, Any], Any]:
   """Traces a run's train step; see `plan` for the arguments and errors.
 
-  Returns:
-    The recipe, the shapes of its state and of a batch, and the traced step,
-    which can be lowered for the devices.
+  Returns the recipe, the shapes of its state and of a batch, and the traced
+  step, which can be lowered for the devices.
   """
   config_lib.check(config, len(devices))
   recipe = recipe_lib.build(config, data, devices)

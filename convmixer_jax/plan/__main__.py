@@ -84,8 +84,8 @@ def main() -> None:
   result |= {"topology": _TOPOLOGY.value, "command": command}
   result |= runtime.provenance()
   if devices[0].platform == "tpu":
-    *_, build = devices[0].client.platform_version.splitlines()
-    result["versions"]["libtpu"] = build
+    version = devices[0].client.platform_version
+    result["versions"]["libtpu"] = version.splitlines()[-1]
   print(json.dumps(result, indent=2) if _JSON.value else report.report(result))
   if not result["fits"]:
     sys.exit(1)

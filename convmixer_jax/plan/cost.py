@@ -51,10 +51,9 @@ def flops(jaxpr: core.Jaxpr) -> int:
 def by_cause(collectives: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
   """Sums up a step's collectives by cause and kind.
 
-  Returns:
-    [{cause, kind, exchanges, arrays, bytes, sent_bytes}], most bytes first.
-    XLA may merge arrays of several causes into one exchange, which then counts
-    for each of them.
+  Returns [{cause, kind, exchanges, arrays, bytes, sent_bytes}], most bytes
+  first. XLA may merge arrays of several causes into one exchange, which then
+  counts for each of them.
   """
   groups = {}
   for c in collectives:
@@ -96,8 +95,7 @@ def step_seconds(
   }
   seconds["at_best"] = max(seconds.values())
   if cycles:
-    computing = cycles / chip.clock
-    seconds["compiler_estimate"] = computing + seconds["interconnect"]
+    seconds["compiler_estimate"] = cycles / chip.clock + seconds["interconnect"]
   return seconds
 
 

@@ -129,8 +129,7 @@ class Program:
     """Bytes read and written in memory in one run.
 
     Every instruction reads its operands and writes its results; of a slice,
-    only the part that is cut out or replaced. Arrays in the memories on a TPU's
-    chip do not count.
+    only the part that is cut out or replaced. On-chip memory does not count.
     """
     return sum(runs * self._bytes(i) for i, runs in self.instructions())
 

@@ -64,10 +64,8 @@ def open_topology(name: str | None) -> Sequence[Any]:
   if kind == "cpu":
     jax.config.update("jax_num_cpu_devices", count)
     return jax.devices()
-  if (
-    importlib.util.find_spec("libtpu") is None
-    and "TPU_LIBRARY_PATH" not in os.environ
-  ):
+  installed = importlib.util.find_spec("libtpu") is not None
+  if not installed and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError(
       f"--topology={name}: needs libtpu, which is not installed; run pip"
       f' install "jax[tpu]=={jax.__version__}"'
