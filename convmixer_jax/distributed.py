@@ -250,12 +250,9 @@ def _check_equal(settings, timeout):
   text = json.dumps(settings, default=str)
   ours = json.loads(text)  # As the other processes read it.
   # Equal settings have the same key, so that a large cluster reads little.
-  digest = hashlib.sha256(text.encode()).hexdigest()
-  client.key_value_set(
-    f"convmixer_jax/settings/{digest}",
-    json.dumps([state.process_id, ours]),
-    allow_overwrite=True,
-  )
+  key = f"convmixer_jax/settings/{hashlib.sha256(text.encode()).hexdigest()}"
+  entry = json.dumps([state.process_id, ours])
+  client.key_value_set(key, entry, allow_overwrite=True)
   client.wait_at_barrier("convmixer_jax_settings", 1000 * timeout)
   for _, other in client.key_value_dir_get("convmixer_jax/settings/"):
     them, theirs = json.loads(other)
