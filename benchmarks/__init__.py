@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
-import functools
 import os
 import platform
 import sys
@@ -17,13 +16,14 @@ import numpy as np
 import numpy.typing as npt
 import tqdm
 
+from convmixer_jax import cli
 from convmixer_jax import models
 from convmixer_jax import runtime
 from convmixer_jax.errors import UserError
 
 
 def define_model(
-  flag_values: flags.FlagValues,
+  flag_values: cli.Flags,
 ) -> Callable[..., tuple[nn.Module, int, int]]:
   """Defines the flags of a model and its images.
 
@@ -31,30 +31,27 @@ def define_model(
     A function that builds the model; its keyword arguments are more attributes
     of the model. It returns the model, the batch size and the image size.
   """
-  text = functools.partial(flags.DEFINE_string, flag_values=flag_values)
-  whole = functools.partial(
-    flags.DEFINE_integer, lower_bound=1, flag_values=flag_values
-  )
-  name = text(
+  name = flag_values.string(
     "model",
-    "convmixer_256_8",
     f"--model convmixer_768_32. One of {', '.join(models.VARIANTS)}.",
+    "convmixer_256_8",
   )
-  patch_size = whole(
-    "patch_size", None, "--patch_size 2. Default: the model's."
+  patch_size = flag_values.positive(
+    "patch_size", "--patch_size 2. Default: the model's."
   )
-  kernel_size = whole(
-    "kernel_size", None, "--kernel_size 5. Default: the model's."
+  kernel_size = flag_values.positive(
+    "kernel_size", "--kernel_size 5. Default: the model's."
   )
-  image_size = whole("image_size", 224, "In pixels: --image_size 32.")
-  num_classes = whole("num_classes", 1000, "--num_classes 10.")
-  batch = whole("batch", 64, "Batch size: --batch 64.")
-  dtype = flags.DEFINE_enum(
+  image_size = flag_values.positive(
+    "image_size", "In pixels: --image_size 32.", 224
+  )
+  num_classes = flag_values.positive("num_classes", "--num_classes 10.", 1000)
+  batch = flag_values.positive("batch", "Batch size: --batch 64.", 64)
+  dtype = flag_values.enum(
     "dtype",
-    "float32",
-    ["float32", "bfloat16"],
     "Data type of the computation: --dtype bfloat16.",
-    flag_values=flag_values,
+    "float32",
+    enum_values=["float32", "bfloat16"],
   )
 
   def make(**attributes):
@@ -78,26 +75,17 @@ def define_model(
 
 
 def define_repeats(
-  flag_values: flags.FlagValues, default: int = 7
+  flag_values: cli.Flags, default: int = 7
 ) -> flags.FlagHolder:
   """Defines --repeats."""
-  return flags.DEFINE_integer(
-    "repeats",
-    default,
-    f"How often each is timed: --repeats {default}.",
-    lower_bound=1,
-    flag_values=flag_values,
-  )
+  text = f"How often each is timed: --repeats {default}."
+  return flag_values.positive("repeats", text, default)
 
 
-def define_json(flag_values: flags.FlagValues) -> flags.FlagHolder:
+def define_json(flag_values: cli.Flags) -> flags.FlagHolder:
   """Defines --json."""
-  return flags.DEFINE_bool(
-    "json",
-    False,
-    "Print a JSON object instead of a table: --json.",
-    flag_values=flag_values,
-  )
+  text = "Print a JSON object instead of a table: --json."
+  return flag_values.boolean("json", text)
 
 
 def title(model: nn.Module) -> str:

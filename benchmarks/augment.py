@@ -11,7 +11,6 @@ multiple of a float32 batch.
 
 import json
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,14 +23,13 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import models
 from convmixer_jax import step as step_lib
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.define_config()
 _REPEATS = benchmarks.define_repeats(_FLAGS)
-_STEP = flags.DEFINE_bool(
+_STEP = _FLAGS.boolean(
   "step",
-  True,
   "Also time the training step: --nostep where it would take hours.",
-  flag_values=_FLAGS,
+  default=True,
 )
 
 

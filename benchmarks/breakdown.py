@@ -16,7 +16,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -35,7 +34,7 @@ from convmixer_jax.data import stream
 _SMALL = 64  # Pixels. Such images are kept in memory and cropped in the step.
 _WARMUP = 3  # Rounds that are not counted.
 
-_FLAGS = flags.FlagValues()
+_FLAGS = cli.Flags()
 _MODEL = benchmarks.define_model(_FLAGS)
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)

@@ -12,7 +12,6 @@ temporary buffers, and of both together.
 import json
 import time
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +21,7 @@ from convmixer_jax import cli
 from convmixer_jax import models
 from convmixer_jax import step as step_lib
 
-_FLAGS = flags.FlagValues()
+_FLAGS = cli.Flags()
 _MODEL = benchmarks.define_model(_FLAGS)
 _REPEATS = benchmarks.define_repeats(_FLAGS, 3)
 WAYS = {

@@ -21,7 +21,6 @@ import os
 from pathlib import Path
 import sys
 
-from absl import flags
 import numpy as np
 from PIL import Image
 
@@ -30,13 +29,11 @@ from convmixer_jax import cli
 from convmixer_jax.data import decode
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_PHOTOS = flags.DEFINE_string(
+_FLAGS = cli.Flags()
+_PHOTOS = _FLAGS.string(
   "photos",
-  None,
   "JPEG files, as a quoted pattern: --photos '~/photos/*.jpg'. Default: the two"
   " photographs inside scikit-learn, 640 x 427.",
-  flag_values=_FLAGS,
 )
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)

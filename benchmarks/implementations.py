@@ -9,7 +9,6 @@ small image to the paper's models. The choice of 'auto' is based on the result.
 import functools
 import json
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,7 +35,7 @@ SHAPES = [  # B, H, W, C, k
   (8, 32, 32, 768, 7),
 ]
 
-_FLAGS = flags.FlagValues()
+_FLAGS = cli.Flags()
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)
 

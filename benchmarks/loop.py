@@ -16,7 +16,6 @@ import operator
 import tempfile
 import time
 
-from absl import flags
 import jax
 import numpy as np
 
@@ -28,8 +27,8 @@ from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.define_config()
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 
 

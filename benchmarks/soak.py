@@ -20,7 +20,6 @@ import sys
 import time
 from typing import Any
 
-from absl import flags
 import numpy as np
 import psutil
 import tqdm
@@ -31,27 +30,22 @@ from convmixer_jax import cli
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
-_ROOT = flags.DEFINE_string(
-  "root",
-  None,
-  "New folder for the two workdirs: --root runs/soak.",
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.define_config()
+_ROOT = _FLAGS.string(
+  "root", "New folder for the two workdirs: --root runs/soak."
 )
-_MINUTES = flags.DEFINE_float(
+_MINUTES = _FLAGS.number(
   "minutes",
-  20.0,
   "For how long the second run is killed: --minutes 20.",
+  20.0,
   lower_bound=0,
-  flag_values=_FLAGS,
 )
-_KILL_EVERY = flags.DEFINE_float(
+_KILL_EVERY = _FLAGS.number(
   "kill_every",
-  60.0,
   "Average seconds between kills: --kill_every 60.",
+  60.0,
   lower_bound=1,
-  flag_values=_FLAGS,
 )
 
 

@@ -11,8 +11,6 @@ from pathlib import Path
 import subprocess
 import sys
 
-from absl import flags
-
 from convmixer_jax import cli
 from convmixer_jax.errors import UserError
 
@@ -38,13 +36,8 @@ ROWS = [
   f"{_LARGE} --batch 4 --mode pointwise --repeats 101",
 ]
 
-_FLAGS = flags.FlagValues()
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "The JSON file to write: --out throughput.json.",
-  flag_values=_FLAGS,
-)
+_FLAGS = cli.Flags()
+_OUT = _FLAGS.string("out", "The JSON file to write: --out throughput.json.")
 
 
 def main() -> None:

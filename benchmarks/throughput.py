@@ -23,7 +23,6 @@ import subprocess
 import sys
 import tempfile
 
-from absl import flags
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -39,39 +38,32 @@ _WARMUP = 3  # Rounds that are not counted, while allocators settle.
 _PAUSE = 0.3  # Seconds in which the threads of the other side go to sleep.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
-_FLAGS = flags.FlagValues()
+_FLAGS = cli.Flags()
 _MODEL = benchmarks.define_model(_FLAGS)
-_MODE = flags.DEFINE_enum(
+_MODE = _FLAGS.enum(
   "mode",
-  "train",
-  work.MODES,
   "What to time: --mode infer. The last three are single stages of a block: the"
   " depthwise convolution, both of its gradients, and the pointwise"
   " convolution with bias and GELU.",
-  flag_values=_FLAGS,
+  "train",
+  enum_values=work.MODES,
 )
-_IMPLEMENTATION = flags.DEFINE_enum(
+_IMPLEMENTATION = _FLAGS.enum(
   "implementation",
-  None,
-  ["auto", "xla", "shift", "native"],
   "Implementation of our operations: --implementation xla is plain Flax.",
-  flag_values=_FLAGS,
+  enum_values=["auto", "xla", "shift", "native"],
 )
-_AGAINST = flags.DEFINE_enum(
+_AGAINST = _FLAGS.enum(
   "against",
-  None,
-  ["torch"],
   "--against torch also times PyTorch, alternating with ours.",
-  flag_values=_FLAGS,
+  enum_values=["torch"],
 )
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)
-_PROFILE = flags.DEFINE_string(
+_PROFILE = _FLAGS.string(
   "profile",
-  None,
   "Folder for a trace of three more runs, for TensorBoard or Perfetto:"
   " --profile /tmp/trace.",
-  flag_values=_FLAGS,
 )
 
 

@@ -9,7 +9,6 @@ import os
 from pathlib import Path
 import sys
 from typing import Any
-from typing import cast
 import zlib
 
 from absl import logging
@@ -44,21 +43,16 @@ class Checkpointer:
   """
 
   def __init__(self, workdir: str | os.PathLike):
-    self._directory = Path(_directory(workdir))
+    self._directory = _directory(workdir)
     with writing(self._directory, ValueError, RuntimeError):
-      self._manager = ocp.CheckpointManager(
-        self._directory,
-        item_handlers=ocp.StandardCheckpointHandler(),
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=KEEP, cleanup_tmp_directories=True
-        ),
+      self._manager = _manager(
+        workdir, max_to_keep=KEEP, cleanup_tmp_directories=True
       )
 
   def save(self, step: int, state: TrainState) -> None:
     """Starts to write a checkpoint, unless there is one of `step`.
 
-    Raises:
-      UserError: this or the previous checkpoint cannot be written.
+    Raises UserError if this or the previous checkpoint cannot be written.
     """
     if step == self._manager.latest_step():
       return
@@ -75,16 +69,11 @@ class Checkpointer:
       )
 
   def restore(self, template: TrainState) -> TrainState | None:
-    """The newest state, with `template`'s structure and sharding.
+    """The newest state, with `template`'s structure and sharding, or None.
 
     Moves newer checkpoints that are damaged to `workdir`/damaged, with a
-    warning, so that the run can save their steps again.
-
-    Returns:
-      None if there are no checkpoints.
-
-    Raises:
-      UserError: no checkpoint can be read, or they are of another model.
+    warning, so that the run can save their steps again. Raises UserError if no
+    checkpoint can be read, or they are of another model.
     """
     state, damaged = _newest(self._manager, template, self._manager.all_steps())
     for step, problem in damaged.items():
@@ -121,11 +110,7 @@ class Checkpointer:
     return self._manager.reached_preemption(step)
 
   def close(self) -> None:
-    """Waits until the last checkpoint is written.
-
-    Raises:
-      UserError: it cannot be written.
-    """
+    """Waits until the last checkpoint is written; raises as `save` does."""
     with writing(self._directory, ValueError, RuntimeError):
       self._manager.close()
 
@@ -133,18 +118,10 @@ class Checkpointer:
 def restore(
   workdir: str | os.PathLike, template: TrainState, before: int
 ) -> TrainState | None:
-  """The newest state before step `before`; None if there is none. Read-only.
-
-  Raises:
-    UserError: see `Checkpointer.restore`.
-  """
+  """As `Checkpointer.restore`, of the steps before `before`. Read-only."""
   if latest_step(workdir) is None:
     return None
-  with ocp.CheckpointManager(
-    _directory(workdir),
-    item_handlers=ocp.StandardCheckpointHandler(),
-    options=ocp.CheckpointManagerOptions(create=False),
-  ) as manager:
+  with _manager(workdir, create=False) as manager:
     steps = [step for step in manager.all_steps() if step < before]
     return _newest(manager, template, steps)[0]
 
@@ -159,10 +136,8 @@ def latest_step(workdir: str | os.PathLike) -> int | None:
 def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
   """The newest checkpoint's params and batch_stats, as numpy arrays.
 
-  If the run kept moving averages of them (EMA), those are returned.
-
-  Raises:
-    UserError: the checkpoint is damaged.
+  If the run kept moving averages of them (EMA), those are returned. Raises
+  UserError if the checkpoint is damaged.
   """
   state = _load(workdir)
   state = state.get("ema") or state
@@ -170,28 +145,20 @@ def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
-  """All arrays of the newest checkpoint, by name such as 'params/stem/bias'.
-
-  Raises:
-    UserError: the checkpoint is damaged.
-  """
+  """As `load_variables`, all arrays, by name such as 'params/stem/bias'."""
   return _named(_load(workdir))
 
 
 def _load(workdir):
-  path = Path(_directory(workdir), str(latest_step(workdir)))
+  path = _directory(workdir) / str(latest_step(workdir))
   try:
-    with ocp.CheckpointManager(
-      path.parent, item_handlers=ocp.PyTreeCheckpointHandler()
-    ) as manager:
+    with _manager(workdir, ocp.PyTreeCheckpointHandler) as manager:
       step = int(path.name)
-      as_numpy = jax.tree.map(
-        lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
-        manager.item_metadata(step).tree,
-      )
-      state = manager.restore(
-        step, args=ocp.args.PyTreeRestore(restore_args=as_numpy)
-      )
+      as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
+      tree = manager.item_metadata(step).tree
+      tree = jax.tree.map(lambda _: as_numpy, tree)
+      args = ocp.args.PyTreeRestore(restore_args=tree)
+      state = manager.restore(step, args=args)
       problem = _difference(manager, step, state)
   except Exception as e:  # orbax raises anything for a damaged file.
     state, problem = {}, reason(e)
@@ -204,7 +171,15 @@ def _load(workdir):
 
 
 def _directory(workdir):
-  return os.path.join(os.path.abspath(workdir), "checkpoints")
+  return Path(os.path.abspath(workdir), "checkpoints")
+
+
+def _manager(workdir, handler=ocp.StandardCheckpointHandler, **options):
+  return ocp.CheckpointManager(
+    _directory(workdir),
+    item_handlers=handler(),
+    options=ocp.CheckpointManagerOptions(**options),
+  )
 
 
 def _newest(manager, template, steps):
@@ -229,9 +204,7 @@ def _newest(manager, template, steps):
 def _read(manager, template, step):
   """The state as saved, of unrolled blocks, and what is wrong with it or ''."""
   saved = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=template.step.sharding
-    ),
+    lambda x: x.update(sharding=template.step.sharding),
     jax.eval_shape(models.unstack_blocks, template),
   )
   try:
@@ -252,8 +225,7 @@ def _read(manager, template, step):
         f" checkpoint and {shapes[1]} in this config"
       )
   try:
-    args = ocp.args.StandardRestore(saved)
-    state = cast(TrainState, manager.restore(step, args=args))
+    state = manager.restore(step, args=ocp.args.StandardRestore(saved))
     return state, _difference(manager, step, state)
   except Exception as e:
     return None, reason(e)

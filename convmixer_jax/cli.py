@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import difflib
+import functools
 import inspect
 import os
 import re
@@ -22,44 +23,50 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import runtime
 from convmixer_jax.errors import UserError
 
-_LINGER = 10.0  # Seconds that a process may take to exit.
 
+class Flags(flags.FlagValues):
+  """The flags of one command.
 
-def define_config(flag_values: flags.FlagValues) -> flags.FlagHolder:
-  """Defines --config and a flag for each of its fields."""
-  try:
-    return config_flags.DEFINE_config_file(
-      "config",
-      None,
-      "Config file, with a variant after a colon where it has some:"
+  Each command has its own, so that several can be imported together. A method
+  defines a flag from its name, its help, a default, None or False if it is not
+  given, and absl's further options: `integer("step", "...", 0, lower_bound=0)`.
+  """
+
+  def _add(self, define, name, text, default=None, **options):
+    return define(name, default, help=text, flag_values=self, **options)
+
+  string = functools.partialmethod(_add, flags.DEFINE_string)
+  words = functools.partialmethod(_add, flags.DEFINE_list)
+  integer = functools.partialmethod(_add, flags.DEFINE_integer)
+  positive = functools.partialmethod(_add, flags.DEFINE_integer, lower_bound=1)
+  number = functools.partialmethod(_add, flags.DEFINE_float)
+  boolean = functools.partialmethod(_add, flags.DEFINE_boolean, default=False)
+  enum = functools.partialmethod(_add, flags.DEFINE_enum)
+
+  def define_config(self) -> flags.FlagHolder:
+    """Defines --config and a flag for each of its fields."""
+    text = (
+      "Config file. If it has variants, the name of one may follow a colon:"
       " --config configs/imagenet.py:768_32. Its fields are flags too:"
-      " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'.",
-      flag_values=flag_values,
+      " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'."
     )
-  except flags.Error as e:  # It reads the files of absl's --flagfile here.
-    print(f"error: {UserError(str(e))}", file=sys.stderr)
-    sys.exit(2)
+    try:
+      return config_flags.DEFINE_config_file("config", None, text, self)
+    except flags.Error as e:  # It reads the files of absl's --flagfile here.
+      print(f"error: {UserError(str(e))}", file=sys.stderr)
+      sys.exit(2)
 
-
-def define_weights(
-  flag_values: flags.FlagValues,
-) -> tuple[flags.FlagHolder, flags.FlagHolder]:
-  """Defines --weights and --model; see `weights.load_model`."""
-  weights = flags.DEFINE_string(
-    "weights",
-    None,
-    "A PyTorch checkpoint, a safetensors file, hf-hub:OWNER/NAME, or a workdir:"
-    " --weights runs/cifar10.",
-    flag_values=flag_values,
-  )
-  model = flags.DEFINE_string(
-    "model",
-    None,
-    "The variant that a file holds the weights of: --model convmixer_768_32."
-    " Default: it is inferred from the weights.",
-    flag_values=flag_values,
-  )
-  return weights, model
+  def define_weights(self) -> tuple[flags.FlagHolder, flags.FlagHolder]:
+    """Defines --weights and --model, the arguments of `weights.load_model`."""
+    return self.string(
+      "weights",
+      "A PyTorch checkpoint, a safetensors file, hf-hub:OWNER/NAME, or a"
+      " workdir: --weights runs/cifar10.",
+    ), self.string(
+      "model",
+      "The variant whose weights the file holds: --model convmixer_768_32."
+      " Default: the variant that fits the weights.",
+    )
 
 
 def required(flag: flags.FlagHolder) -> Any:
@@ -139,30 +146,23 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
 def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   """Runs a command; a UserError prints one line and exits with code 2.
 
-  Each command has its own FlagValues, so that several can be imported together.
-
-  Args:
-    main: is called with the arguments that are not flags. If it takes none,
-      such arguments are an error.
-    flag_values: the command's flags.
+  `main` gets the arguments that are not flags. If it takes no arguments, they
+  are an error.
   """
   logging.set_verbosity(logging.WARNING)
   # Reading a checkpoint stops at the first damaged array. The pending reads of
   # the other arrays then find orbax's event loop closed.
   report = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (
-    None
-    if "Event loop is closed" in str(unraisable.exc_value)
-    else report(unraisable)
+    "Event loop is closed" in str(unraisable.exc_value) or report(unraisable)
   )
   # Names of files and classes may not be printable in the terminal's encoding.
   sys.stdout.reconfigure(errors="backslashreplace")
   runtime.keep_pages()
   runtime.keep_compiled()
-  takes_words = bool(inspect.signature(main).parameters)
 
   def call(argv):
-    if argv[1:] and not takes_words:
+    if argv[1:] and not inspect.signature(main).parameters:
       raise UserError(f"{argv[1]}: not a flag; see --help")
     main(*argv[1:])
 
@@ -178,10 +178,10 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
     code = e.code or 0
   finally:
     # At exit Python waits for threads and locks. A dead file system or a dead
-    # process may block one of them for ever.
+    # process may block one of them for ever, so it gets 10 seconds.
     with contextlib.suppress(OSError):
       sys.stdout.flush()
-    timer = threading.Timer(_LINGER, os._exit, [code])
+    timer = threading.Timer(10, os._exit, [code])
     timer.daemon = True
     timer.start()
   sys.exit(code)

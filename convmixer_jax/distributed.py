@@ -40,24 +40,18 @@ def session(
 
   If one process ends early, all do: the others print one line and exit with
   `LOST`. They notice as soon as the coordinator, process 0, is gone; any other
-  process is given up once the coordinator has not heard from it for `timeout`.
+  process is given up once the coordinator has not heard from it for `timeout`
+  seconds. The processes also wait that long for each other to connect.
 
-  Args:
-    coordinator: HOST:PORT of process 0. None: detected on TPU, Slurm and
-      Kubernetes, as are the next two.
-    num_processes: number of processes.
-    process_id: of this process, from 0.
-    timeout: seconds to wait for processes that do not connect or respond.
-    settings: values that must be equal in all processes, by dotted name.
-
-  Raises:
-    UserError: the processes cannot connect, or their settings differ.
+  `coordinator` is the HOST:PORT of process 0. On TPU, Slurm and Kubernetes the
+  first three arguments may be None. `settings` are values, by dotted name, that
+  must be equal in all processes. Raises UserError if they are not, or the
+  processes cannot connect.
   """
   port = 0
   if coordinator is not None:
     match = re.fullmatch(r".+:(\d{1,5})", coordinator)
-    port = int(match[1]) if match else 2**16
-    if port >= 2**16:
+    if match is None or (port := int(match[1])) >= 2**16:
       raise UserError(f"--coordinator={coordinator}: must be HOST:PORT")
   if None not in (num_processes, process_id) and process_id >= num_processes:
     raise UserError(
@@ -247,31 +241,26 @@ def _unreachable(address: str) -> str | None:
   return None
 
 
-def _check_equal(settings: Mapping[str, Any], timeout: int) -> None:
-  """Raises in every process unless all have the same settings."""
+def _check_equal(settings, timeout):
+  """Raises UserError in every process unless all have the same settings."""
   state = jax_distributed.global_state
   client = state.client
   assert client is not None
   settings = {"--num_processes": state.num_processes, **settings}
   text = json.dumps(settings, default=str)
-  digest = hashlib.sha256(text.encode()).hexdigest()
-  me = str(state.process_id)
-  client.key_value_set(f"convmixer_jax/settings/{me}", text)
-  client.key_value_set(f"convmixer_jax/digests/{me}", digest)
+  ours = json.loads(text)  # As the other processes read it.
+  # Equal settings have the same key, so that a large cluster reads little.
+  key = f"convmixer_jax/settings/{hashlib.sha256(text.encode()).hexdigest()}"
+  entry = json.dumps([state.process_id, ours])
+  client.key_value_set(key, entry, allow_overwrite=True)
   client.wait_at_barrier("convmixer_jax_settings", 1000 * timeout)
-  for key, other in sorted(client.key_value_dir_get("convmixer_jax/digests/")):
-    if other != digest:
-      them = key.rpartition("/")[2]
-      theirs = json.loads(
-        client.blocking_key_value_get(
-          f"convmixer_jax/settings/{them}", 1000 * timeout
-        )
-      )
-      ours = json.loads(text)
-      different = [
-        f"{name} is {theirs.get(name)} in process {them} and"
-        f" {ours.get(name)} in process {me}"
-        for name in theirs | ours
-        if theirs.get(name) != ours.get(name)
-      ]
+  for _, other in client.key_value_dir_get("convmixer_jax/settings/"):
+    them, theirs = json.loads(other)
+    different = [
+      f"{name} is {theirs.get(name)} in process {them} and"
+      f" {ours.get(name)} in process {state.process_id}"
+      for name in theirs | ours
+      if theirs.get(name) != ours.get(name)
+    ]
+    if different:
       raise UserError(f"--distributed: {'; '.join(different)}")

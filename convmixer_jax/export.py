@@ -26,7 +26,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-from absl import flags
 import flax.linen as nn
 import jax
 from jax import export as jax_export
@@ -39,16 +38,10 @@ from convmixer_jax import ops
 from convmixer_jax import weights
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "The folder to write: --out exported.",
-  flag_values=_FLAGS,
-)
-# Largest relative difference of logits, float32.
-TOLERANCE = 1e-4
+_FLAGS = cli.Flags()
+_WEIGHTS, _MODEL = _FLAGS.define_weights()
+_OUT = _FLAGS.string("out", "The folder to write: --out exported.")
+TOLERANCE = 1e-4  # Largest relative difference of logits, float32.
 
 
 def main() -> None:
@@ -65,9 +58,8 @@ def main() -> None:
   path = write_stablehlo(function, size, out)
   call = jax_export.deserialize(bytearray(path.read_bytes())).call
 
-  images = np.random.default_rng(0).integers(
-    0, 256, (3, size, size, 3), np.uint8
-  )
+  rng = np.random.default_rng(0)
+  images = rng.integers(0, 256, (3, size, size, 3), np.uint8)
   normalize = augment.make_normalize(data["mean"], data["std"])
   ours = model.apply(variables, normalize(images), train=False)
   difference = np.abs(call(images) - ours).max() / np.abs(ours).max()
@@ -83,18 +75,12 @@ def main() -> None:
 
 
 def inference_function(
-  model: nn.Module,
-  variables: Any,
-  mean: Sequence[float],
-  std: Sequence[float],
+  model: nn.Module, variables: Any, mean: Sequence[float], std: Sequence[float]
 ) -> Callable[[jax.Array], jax.Array]:
   """Returns uint8 images [B, S, S, 3] -> logits, in plain XLA.
 
-  Args:
-    model: unbound.
-    variables: its params and batch_stats; they become constants.
-    mean: see `augment.make_normalize`.
-    std: likewise.
+  The model's variables become constants. Images are normalised by `mean` and
+  `std` as in `augment.make_normalize`.
   """
   normalize = augment.make_normalize(mean, std)
 
@@ -112,9 +98,8 @@ def write_stablehlo(
   """Writes `function` of uint8 images [batch, size, size, 3]; returns where."""
   (batch,) = jax_export.symbolic_shape("batch")
   images = jax.ShapeDtypeStruct((batch, size, size, 3), jnp.uint8)
-  exported = jax_export.export(
-    jax.jit(function), platforms=("cpu", "cuda", "rocm", "tpu")
-  )(images)
+  platforms = ("cpu", "cuda", "rocm", "tpu")
+  exported = jax_export.export(jax.jit(function), platforms=platforms)(images)
   path = out / "model.stablehlo"
   path.write_bytes(exported.serialize())
   return path

@@ -44,25 +44,17 @@ class Logger:
     active: bool,
     changes: Sequence[str] = (),
   ):
-    """Opens the files.
+    """Creates the workdir, if there is none, and opens the files.
 
-    Args:
-      workdir: is created if it does not exist.
-      config_json: the run's config.
-      first_step: updates already done. Records of later steps, after the last
-        checkpoint, are removed from metrics.jsonl.
-      total_steps: updates of the whole run.
-      batch_size: images per step, for the rates.
-      active: if False, nothing is written or printed. Only one process of a run
-        is active.
-      changes: changes of the config since the last start, for run.json.
+    Of `total_steps` updates, `first_step` are done. Records of later ones, made
+    after the last checkpoint, are removed from metrics.jsonl. `changes` are
+    those of the config since the last start. Only one process of a run is
+    `active`; the others write and print nothing.
     """
     self._active = active
     self._total = total_steps
     self._batch_size = batch_size
-    self._step = first_step
-    self._clock = None
-    self._waited = 0.0
+    self._clock, self._step, self._waited = None, first_step, 0.0
     if not active:
       return
     self._workdir = Path(workdir)
@@ -81,21 +73,16 @@ class Logger:
     self._workdir.mkdir(parents=True, exist_ok=True)
     workdir_lib.write_whole(self._workdir / "config.json", config_json)
     self._starts = workdir_lib.read_starts(self._workdir)
-    self._starts["starts"].append(
-      _environment()
-      | {"first_step": self._step, "status": "running"}
-      | ({"changes": [*changes]} if changes else {})
-    )
+    start = _environment() | {"first_step": self._step, "status": "running"}
+    if changes:
+      start["changes"] = [*changes]
+    self._starts["starts"].append(start)
     self._write_run()
     path = self._workdir / "metrics.jsonl"
-    records = [
-      r
-      for r in workdir_lib.read_metrics(self._workdir)
-      if r["step"] <= self._step
-    ]
-    workdir_lib.write_whole(
-      path, "".join(json.dumps(r) + "\n" for r in records)
-    )
+    records = workdir_lib.read_metrics(self._workdir)
+    records = [r for r in records if r["step"] <= self._step]
+    text = "".join(json.dumps(r) + "\n" for r in records)
+    workdir_lib.write_whole(path, text)
     self._records = path.open("a", buffering=1)
     try:
       self._tensorboard = _TensorBoard(self._workdir, records)
@@ -121,15 +108,12 @@ class Logger:
     if self._active:
       from clu import parameter_overview
 
-      table = parameter_overview.get_parameter_overview(
-        params, include_stats=False
-      )
-      self.say(table)
+      overview = parameter_overview.get_parameter_overview
+      self.say(overview(params, include_stats=False))
 
   def start_clock(self, step: int) -> None:
     """Restarts the timing of rates: call it after compilation and pauses."""
-    self._clock, self._step = time.perf_counter(), step
-    self._waited = 0.0
+    self._clock, self._step, self._waited = time.perf_counter(), step, 0.0
 
   def timed(self, batches: Iterable) -> Iterator:
     """Yields from `batches` and adds the time that they take to data_wait."""
@@ -142,15 +126,10 @@ class Logger:
   def log_train(
     self, step: int, metrics: Sequence[Mapping[str, Any]], **more: float
   ) -> None:
-    """Records the mean metrics of the steps since the last record.
+    """Records the means of `metrics`: scalars of each step since the last one.
 
-    Adds images_per_second, and data_wait: the percentage of the time spent
-    waiting for batches.
-
-    Args:
-      step: updates done.
-      metrics: scalars of each step.
-      **more: further scalars, which are recorded as they are.
+    Adds images_per_second, data_wait, the percentage of the time spent waiting
+    for batches, and `more`.
     """
     means = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
     images = (step - self._step) * self._batch_size
@@ -162,45 +141,39 @@ class Logger:
     self._record(step, "train", {"steps": len(metrics)} | means | more)
     if not self._active:
       return
-    rate = means.get("images_per_second", 0.0)
-    left = (self._total - step) * self._batch_size / rate if rate else None
-    self._bar.set_description(f"step {step}/{self._total}", refresh=False)
+    done, loss = f"step {step}/{self._total}", f"loss {means['loss']:.4f}"
     wait = f"data wait {means.get('data_wait', 0.0):.0f} %"
-    self._bar.set_postfix_str(
-      f"loss {means['loss']:.4f}, {wait}", refresh=False
-    )
+    self._bar.set_description(done, refresh=False)
+    self._bar.set_postfix_str(f"{loss}, {wait}", refresh=False)
     self._bar.update(step * self._batch_size - self._bar.n)
     if self._bar.disable:
-      self.say(
-        f"step {step}/{self._total}  loss {means['loss']:.4f}  "
-        + (f"{rate:.0f} img/s  {wait}  {_duration(left)} left" if rate else "")
-      )
+      speed = ""
+      if rate := means.get("images_per_second"):
+        left = round((self._total - step) * self._batch_size / rate)
+        left = datetime.timedelta(seconds=left)
+        speed = f"{rate:.0f} img/s  {wait}  {left} left"
+      self.say(f"{done}  {loss}  {speed}")
 
   def log_eval(self, step: int, metrics: Mapping[str, float] | None) -> None:
     """Records and prints the metrics of a split; None if it was interrupted."""
     self.start_clock(step)
-    if metrics is None:
-      return
-    self._record(step, "eval", metrics)
-    self.say(f"step {step}/{self._total}  {eval_line(metrics)}")
+    if metrics is not None:
+      self._record(step, "eval", metrics)
+      self.say(f"step {step}/{self._total}  {eval_line(metrics)}")
 
   def close(self, status: str, step: int) -> None:
     """Closes the files; `status` is 'finished', 'interrupted' or 'failed'."""
     if not self._active:
       return
     self._bar.close()
-    self._starts["starts"][-1] |= {
-      "status": status,
-      "last_step": step,
-      "ended": _now(),
-    }
+    start = self._starts["starts"][-1]
+    start.update(status=status, last_step=step, ended=_now())
     # If writing was what failed, that error is already being raised.
     quiet = [UserError] if status == "failed" else []
-    for write in (
-      self._write_run,
-      self._records.close,
-      *([self._tensorboard.close] if self._tensorboard else []),
-    ):
+    writes = [self._write_run, self._records.close]
+    if self._tensorboard is not None:
+      writes.append(self._tensorboard.close)
+    for write in writes:
       with contextlib.suppress(*quiet), writing(self._workdir):
         write()
 
@@ -214,24 +187,16 @@ class Logger:
         self._tensorboard.write(record)
 
   def _write_run(self):
-    workdir_lib.write_whole(
-      self._workdir / "run.json", json.dumps(self._starts, indent=2) + "\n"
-    )
+    text = json.dumps(self._starts, indent=2) + "\n"
+    workdir_lib.write_whole(self._workdir / "run.json", text)
 
 
 def progress(
   batches: Iterable, total: int, doing: str = "evaluating"
 ) -> Iterable:
   """Iterates over `batches` with a progress bar, if stderr is a terminal."""
-  show = sys.stderr.isatty() and jax.process_index() == 0
-  return tqdm.tqdm(
-    batches,
-    desc=doing,
-    total=total,
-    leave=False,
-    delay=1,
-    disable=not show,
-  )
+  hide = not sys.stderr.isatty() or jax.process_index() > 0
+  return tqdm.tqdm(batches, doing, total, leave=False, delay=1, disable=hide)
 
 
 def eval_line(metrics: Mapping[str, float]) -> str:
@@ -259,10 +224,7 @@ class _TensorBoard:
   """Writes the records of metrics.jsonl as TensorBoard events.
 
   All go into one file, which replaces those of earlier starts and begins with
-  their records. Records after the last checkpoint are discarded.
-
-  Raises:
-    ImportError: tensorboard is not installed.
+  their records. Raises ImportError if tensorboard is not installed.
   """
 
   def __init__(self, workdir, records):
@@ -280,11 +242,10 @@ class _TensorBoard:
     # Tells a running TensorBoard to forget the earlier files.
     start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._add(time.time(), step=0, session_log=start)
+    # A record of an edited file may hold anything.
+    invalid = (ValueError, TypeError, LookupError, OverflowError)
     for record in records:
-      # A record of an edited file may hold anything.
-      with contextlib.suppress(
-        ValueError, TypeError, LookupError, OverflowError
-      ):
+      with contextlib.suppress(*invalid):
         self.write(record)
     for file in earlier:
       file.unlink(missing_ok=True)
@@ -306,10 +267,6 @@ class _TensorBoard:
 
   def close(self):
     self._writer.close()
-
-
-def _duration(seconds):
-  return str(datetime.timedelta(seconds=round(seconds)))
 
 
 def _now():

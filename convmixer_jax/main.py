@@ -22,7 +22,6 @@ import json
 import os
 from pathlib import Path
 
-from absl import flags
 import jax
 
 from convmixer_jax import cli
@@ -33,66 +32,49 @@ from convmixer_jax import logger
 from convmixer_jax import train
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
-_WORKDIR = flags.DEFINE_string(
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.define_config()
+_WORKDIR = _FLAGS.string(
   "workdir",
-  None,
   "Folder for checkpoints, metrics and logs. If it holds a run, that run is"
   " resumed: --workdir runs/mine. Default: runs/ and the config's name.",
-  flag_values=_FLAGS,
 )
-_MODE = flags.DEFINE_enum(
+_MODE = _FLAGS.enum(
   "mode",
-  "train",
-  ["train", "eval"],
   "--mode train trains and evaluates. --mode eval evaluates the newest"
   " checkpoint of the workdir, or --config.init_from if it has none, and prints"
   " a line and a JSON object.",
-  flag_values=_FLAGS,
+  "train",
+  enum_values=["train", "eval"],
 )
-_DISTRIBUTED = flags.DEFINE_bool(
+_DISTRIBUTED = _FLAGS.boolean(
   "distributed",
-  False,
   "Run as one of several processes, one on each host, all started with the"
   " same command: --distributed. TPU pods, Slurm and Kubernetes are detected;"
   " elsewhere pass the next three flags too.",
-  flag_values=_FLAGS,
 )
-_COORDINATOR = flags.DEFINE_string(
+_COORDINATOR = _FLAGS.string(
   "coordinator",
-  None,
   "With --distributed: address of process 0: --coordinator 10.0.0.1:1234.",
-  flag_values=_FLAGS,
 )
-_NUM_PROCESSES = flags.DEFINE_integer(
-  "num_processes",
-  None,
-  "With --distributed: number of processes: --num_processes 4.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+_NUM_PROCESSES = _FLAGS.positive(
+  "num_processes", "With --distributed: number of processes: --num_processes 4."
 )
-_PROCESS_ID = flags.DEFINE_integer(
+_PROCESS_ID = _FLAGS.integer(
   "process_id",
-  None,
   "With --distributed: index of this process, from 0: --process_id 0.",
   lower_bound=0,
-  flag_values=_FLAGS,
 )
-_ACCEPT_CHANGES = flags.DEFINE_bool(
+_ACCEPT_CHANGES = _FLAGS.boolean(
   "accept_changes",
-  False,
   "Resume although the workdir holds a run of another config. The changes are"
   " recorded in its run.json: --accept_changes.",
-  flag_values=_FLAGS,
 )
-_TIMEOUT = flags.DEFINE_integer(
+_TIMEOUT = _FLAGS.positive(
   "timeout",
-  60,
   "With --distributed: seconds after which all processes end because one has"
   " not started or does not respond: --timeout 300. Default: 60.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+  60,
 )
 
 
@@ -104,49 +86,37 @@ def main() -> None:
       " configs/digits.py, which takes seconds, or --help"
     )
   config = _CONFIG.value
-  workdir = os.path.expanduser(_WORKDIR.value or _default_workdir())
+  path, _, variant = _FLAGS["config"].config_filename.partition(":")
+  # configs/imagenet.py:768_32 -> runs/imagenet_768_32.
+  name = Path(path).stem + (f"_{variant}" if variant else "")
+  workdir = os.path.expanduser(_WORKDIR.value or f"runs/{name}")
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):
     raise UserError(
       "--coordinator, --num_processes, --process_id: need --distributed"
     )
-  with contextlib.ExitStack() as stack:
-    if _DISTRIBUTED.value:
-      settings = {
-        "--workdir": os.path.abspath(workdir),
-        "--mode": _MODE.value,
-        "--accept_changes": _ACCEPT_CHANGES.value,
-      }
-      settings |= {
-        f"config.{name}": value
-        for name, value in config_lib.flatten(config).items()
-      }
-      stack.enter_context(
-        distributed.session(*where, timeout=_TIMEOUT.value, settings=settings)
-      )
-    _run(config, workdir)
-
-
-def _run(config, workdir):
-  if _MODE.value == "train":
-    train.train_and_evaluate(
-      config, workdir, accept_changes=_ACCEPT_CHANGES.value
+  accept = _ACCEPT_CHANGES.value
+  session = contextlib.nullcontext()
+  if _DISTRIBUTED.value:
+    fields = config_lib.flatten(config).items()
+    settings = {
+      "--workdir": os.path.abspath(workdir),
+      "--mode": _MODE.value,
+      "--accept_changes": accept,
+    } | {f"config.{name}": value for name, value in fields}
+    session = distributed.session(
+      *where, timeout=_TIMEOUT.value, settings=settings
     )
-    return
-  metrics = evaluate.evaluate_checkpoint(config, workdir)
-  if jax.process_index() == 0:
-    step = metrics["step"]
-    source = config.init_from if step is None else f"step {step}"
-    print(f"{source}  {logger.eval_line(metrics)}")
-    print(json.dumps(metrics))
-
-
-def _default_workdir() -> str:
-  """configs/imagenet.py:768_32 -> runs/imagenet_768_32."""
-  path, _, variant = _FLAGS["config"].config_filename.partition(":")
-  return os.path.join(
-    "runs", "_".join(filter(None, [Path(path).stem, variant]))
-  )
+  with session:
+    if _MODE.value == "train":
+      train.train_and_evaluate(config, workdir, accept_changes=accept)
+      return
+    metrics = evaluate.evaluate_checkpoint(config, workdir)
+    if jax.process_index() == 0:
+      step = metrics["step"]
+      source = config.init_from if step is None else f"step {step}"
+      print(f"{source}  {logger.eval_line(metrics)}")
+      print(json.dumps(metrics))
 
 
 if __name__ == "__main__":

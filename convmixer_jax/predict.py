@@ -20,7 +20,6 @@ import os
 from pathlib import Path
 import sys
 
-from absl import flags
 import jax
 import numpy as np
 import tqdm
@@ -31,27 +30,14 @@ from convmixer_jax import weights
 from convmixer_jax.data import decode
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_WEIGHTS, _MODEL = cli.define_weights(_FLAGS)
-_TOP = flags.DEFINE_integer(
-  "top",
-  5,
-  "Number of classes to print: --top 3.",
-  lower_bound=1,
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_WEIGHTS, _MODEL = _FLAGS.define_weights()
+_TOP = _FLAGS.positive("top", "Number of classes to print: --top 3.", 5)
+_BATCH_SIZE = _FLAGS.positive(
+  "batch_size", "Images per batch: --batch_size 64.", 32
 )
-_BATCH_SIZE = flags.DEFINE_integer(
-  "batch_size",
-  32,
-  "Images per batch: --batch_size 64.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_JSON = flags.DEFINE_bool(
-  "json",
-  False,
-  "Print a JSON object for each image, one a line: --json.",
-  flag_values=_FLAGS,
+_JSON = _FLAGS.boolean(
+  "json", "Print a JSON object for each image, one a line: --json."
 )
 
 
@@ -72,7 +58,8 @@ def main(*arguments: str) -> None:
   batch_size = min(_BATCH_SIZE.value, len(files))
   variables = jax.device_put(variables)
   failed = False
-  with tqdm.tqdm(total=len(files), unit="img", disable=_quiet(files)) as bar:
+  quiet = not sys.stderr.isatty() or len(files) < 10
+  with tqdm.tqdm(total=len(files), unit="img", disable=quiet) as bar:
     batches = decoded(files, batch_size, data["image_size"], data["crop_pct"])
     for paths, images, errors in batches:
       padding = [(0, batch_size - len(images)), (0, 0), (0, 0), (0, 0)]
@@ -89,10 +76,6 @@ def main(*arguments: str) -> None:
     sys.exit(2)
 
 
-def _quiet(files):
-  return not sys.stderr.isatty() or len(files) < 10
-
-
 def _format(path, row, names):
   best = np.argsort(-row)[: _TOP.value]
   if _JSON.value:
@@ -101,27 +84,22 @@ def _format(path, row, names):
       for k in best
     ]
     return json.dumps({"image": path, "predictions": predictions})
-  return "\n".join(
-    [path, *(f"  {100 * row[k]:6.2f} %  {names[k]}" for k in best)]
-  )
+  lines = [f"  {100 * row[k]:6.2f} %  {names[k]}" for k in best]
+  return "\n".join([path, *lines])
 
 
 def image_files(arguments: Sequence[str]) -> list[str]:
   """Replaces folders by their images, sorted, and - by standard input's lines.
 
-  Raises:
-    UserError: there are no images.
+  Raises UserError if there are no images.
   """
   files = []
   for argument in arguments:
     if argument == "-":
       files += [line.rstrip("\n") for line in sys.stdin if line.strip()]
     elif os.path.isdir(argument):
-      files += sorted(
-        str(path)
-        for path in Path(argument).rglob("*")
-        if path.name.lower().endswith(decode.SUFFIXES)
-      )
+      paths = map(str, Path(argument).rglob("*"))
+      files += sorted(p for p in paths if p.lower().endswith(decode.SUFFIXES))
     else:
       files.append(argument)
   if not files:
@@ -134,9 +112,8 @@ def decoded(
 ) -> Iterator[tuple[Sequence[str], np.ndarray, list[str]]]:
   """Decodes in threads, ahead of the consumer.
 
-  Yields:
-    Up to `batch_size` paths; uint8 [B, size, size, 3]; and an error for each
-    file, '' if there is none.
+  Yields up to `batch_size` paths; uint8 [B, size, size, 3]; and an error for
+  each file, '' if there is none.
   """
 
   def load(path):
@@ -147,14 +124,14 @@ def decoded(
       return np.zeros((size, size, 3), np.uint8), f"cannot be decoded: {reason}"
 
   def collect(chunk, pending):
-    images, errors = zip(*(future.result() for future in pending))
+    images, errors = zip(*pending)
     return chunk, np.stack(images), list(errors)
 
   ahead = collections.deque()
   with futures.ThreadPoolExecutor() as pool:
     for i in range(0, len(files), batch_size):
       chunk = files[i : i + batch_size]
-      ahead.append((chunk, [pool.submit(load, path) for path in chunk]))
+      ahead.append((chunk, pool.map(load, chunk)))
       if len(ahead) > 2:
         yield collect(*ahead.popleft())
     while ahead:

@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import math
 import os
 
-from absl import flags
 import jax
 import ml_collections
 import numpy as np
@@ -26,28 +25,15 @@ from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
-_OUT = flags.DEFINE_string(
-  "out",
-  None,
-  "File to write; its suffix is the format: --out sheet.png.",
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.define_config()
+_OUT = _FLAGS.string(
+  "out", "File to write; its suffix is the format: --out sheet.png."
 )
-_STEP = flags.DEFINE_integer(
-  "step",
-  0,
-  "Updates done before that batch: --step 1000.",
-  lower_bound=0,
-  flag_values=_FLAGS,
+_STEP = _FLAGS.integer(
+  "step", "Updates done before that batch: --step 1000.", 0, lower_bound=0
 )
-_NUM = flags.DEFINE_integer(
-  "num",
-  64,
-  "Number of images: --num 36.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_NUM = _FLAGS.positive("num", "Number of images: --num 36.", 64)
 
 CELL = 128  # Smallest side of an image on the sheet, in pixels.
 LINE = 12  # Height of a line of text.
@@ -68,15 +54,10 @@ def main() -> None:
 def training_images(
   config: ml_collections.ConfigDict, step: int
 ) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
-  """The batch of one step, augmented.
+  """The batch on which a run trains after `step` updates, augmented.
 
-  Args:
-    config: of a run.
-    step: updates done before it.
-
-  Returns:
-    float [B, S, S, 3], as the model gets them but scaled back to [0, 255];
-    float [B, K] probabilities; the K names of the classes.
+  Returns float [B, S, S, 3], as the model gets them but scaled back to
+  [0, 255]; float [B, K] probabilities; and the K names of the classes.
   """
   config_lib.check(config, num_devices=1)
   data = config.data
@@ -97,14 +78,11 @@ def training_images(
 
 
 def contact_sheet(
-  images: np.ndarray, targets: np.ndarray, names
+  images: np.ndarray, targets: np.ndarray, names: Sequence[str]
 ) -> Image.Image:
   """Draws a grid of images, each with its two likeliest labels.
 
-  Args:
-    images: [N, S, S, 3]; clipped to [0, 255].
-    targets: [N, K] probabilities.
-    names: of the K classes.
+  The arguments are those that `training_images` returns; images are clipped.
   """
   images = np.clip(np.round(images), 0, 255).astype(np.uint8)
   side = images.shape[1] * max(1, round(CELL / images.shape[1]))

@@ -9,13 +9,11 @@ result is bit-equal to the run's. Prints the step's metrics, the gradient norm
 of every layer before clipping, and the images of its batch. Writes nothing.
 """
 
-from collections.abc import Mapping
 import dataclasses
 import json
 import os
 from typing import Any
 
-from absl import flags
 import flax.traverse_util
 import jax
 import jax.numpy as jnp
@@ -33,23 +31,10 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
 
-_FLAGS = flags.FlagValues()
-_WORKDIR = flags.DEFINE_string(
-  "workdir",
-  None,
-  "The run's folder: --workdir runs/cifar10.",
-  flag_values=_FLAGS,
-)
-_STEP = flags.DEFINE_integer(
-  "step",
-  None,
-  "The update to repeat, counted from 1: --step 4700.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
-_JSON = flags.DEFINE_bool(
-  "json", False, "Print a JSON object: --json.", flag_values=_FLAGS
-)
+_FLAGS = cli.Flags()
+_WORKDIR = _FLAGS.string("workdir", "The run's folder: --workdir runs/cifar10.")
+_STEP = _FLAGS.positive("step", "Update to repeat, from 1: --step 4700.")
+_JSON = _FLAGS.boolean("json", "Print a JSON object: --json.")
 
 
 def main() -> None:
@@ -71,16 +56,12 @@ def main() -> None:
 def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   """Repeats the steps from the last checkpoint before `step` up to it.
 
-  Args:
-    workdir: of the run; it is not changed.
-    step: 1 is the first update.
+  The first update is step 1. The workdir is not changed. Raises UserError if
+  there is no such run or step, or its data are missing.
 
   Returns:
     step; start, the checkpoint's step, or 0; metrics and layers, by name;
     images, see `stream.image_ids`.
-
-  Raises:
-    UserError: there is no such run or step, or its data are missing.
   """
   config = workdir_lib.load_config(workdir)
   config_lib.check(config, jax.device_count())
@@ -123,9 +104,7 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   }
 
 
-def _with_layer_norms(
-  tx: optax.GradientTransformation,
-) -> optax.GradientTransformation:
+def _with_layer_norms(tx):
   """Also keeps the gradient's norms in the state: (tx's state, norms)."""
 
   def update(grads, state, params):
@@ -137,7 +116,7 @@ def _with_layer_norms(
   )
 
 
-def _layer_norms(tree: Mapping[str, Any]) -> dict[str, jax.Array]:
+def _layer_norms(tree):
   """Layer's name -> norm of its arrays together."""
   layers = {}
   flat = flax.traverse_util.flatten_dict(models.unstack_blocks(tree))

@@ -19,16 +19,13 @@ from convmixer_jax.ops import build
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
-_CACHE_BYTES = 2**30  # The least recently used programs are removed first.
-
 
 def keep_pages() -> None:
   """Makes glibc's malloc keep freed memory in the process.
 
   On a CPU, XLA allocates its buffers at every call. By default malloc returns
   large ones to the system, which must then map and zero every page again.
-  Does nothing without glibc, or if a MALLOC_... variable is set (see `man
-  mallopt`).
+  Does nothing without glibc, or if a MALLOC_... variable is set.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   tuned = any(name.startswith("MALLOC_") for name in os.environ)
@@ -47,9 +44,8 @@ def keep_compiled() -> None:
   be written. XLA's programs for a CPU depend on its features and on the number
   of cores. jax's cache keys contain neither, so each pair has its own folder.
   """
-  if jax.config.jax_compilation_cache_dir is not None:
-    return
-  if (cache := build.cache_folder()) is None:
+  given = jax.config.jax_compilation_cache_dir
+  if given is not None or (cache := build.cache_folder()) is None:
     return
   try:
     cores = len(os.sched_getaffinity(0))
@@ -58,7 +54,8 @@ def keep_compiled() -> None:
   kind = hashlib.sha256(build.cpu().encode()).hexdigest()[:8]
   folder = cache / "xla" / f"{kind}-{cores}"
   jax.config.update("jax_compilation_cache_dir", str(folder))
-  jax.config.update("jax_compilation_cache_max_size", _CACHE_BYTES)
+  # In bytes. The least recently used programs are removed first.
+  jax.config.update("jax_compilation_cache_max_size", 2**30)
 
 
 @contextlib.contextmanager
@@ -95,13 +92,10 @@ def stop_signals() -> Iterator[list[int]]:
 
 def provenance() -> dict[str, Any]:
   """What produced a result: commit, Python, versions of `PACKAGES`."""
-  git = lambda *args: subprocess.run(
-    ["git", *args],
-    cwd=Path(__file__).parent,
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout.strip()
+  folder, quiet = Path(__file__).parent, subprocess.DEVNULL
+  git = lambda *args: subprocess.check_output(
+    ["git", *args], cwd=folder, stderr=quiet, text=True
+  ).strip()
   try:
     commit = git("rev-parse", "HEAD")
     # Results that are being written are not a change of the code.

@@ -25,18 +25,11 @@ def config_changes(
   workdir: str | os.PathLike,
   may_differ: Collection[str],
 ) -> list[str]:
-  """The differences between `config` and the config stored in `workdir`.
+  """How `config` differs from that of the run in `workdir`, if there is one.
 
-  Args:
-    config: the new run's.
-    workdir: the earlier run's; it need not exist.
-    may_differ: names of fields that are not compared.
-
-  Returns:
-    A text for each field that differs, such as 'seed is 0 there and 1 here'.
-
-  Raises:
-    UserError: `workdir` is a URL, or its config.json is not a valid config.
+  Returns a text for each field that differs and is not in `may_differ`, such as
+  'seed is 0 there and 1 here'. Raises UserError if `workdir` is a URL, or its
+  config.json is not a valid config.
   """
   if "://" in str(workdir):
     raise UserError(
@@ -54,11 +47,7 @@ def config_changes(
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-  """The config of the run in `workdir`.
-
-  Raises:
-    UserError: there is none, or a value in it is not valid.
-  """
+  """The config of a run; UserError if there is none, or a value is invalid."""
   config = read_config(workdir)
   config_lib.check(config, num_devices=None)
   return config
@@ -67,8 +56,7 @@ def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
 def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
   """The content of config.json, unchecked: a new field may be missing in it.
 
-  Raises:
-    UserError: there is none, or it is damaged.
+  Raises UserError if there is none, or it is damaged.
   """
   path = Path(workdir).expanduser() / "config.json"
   try:
@@ -84,10 +72,8 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
   """Creates `workdir` and locks it against other runs.
 
   The lock belongs to the process and ends with it, even after SIGKILL. In a run
-  of several processes the first one holds it for all.
-
-  Raises:
-    UserError: `workdir` cannot be written, or another run holds the lock.
+  of several processes the first one holds it for all. Raises UserError if
+  `workdir` cannot be written, or another run holds the lock.
   """
   path = Path(workdir) / "lock"
   if jax.process_index() > 0:
@@ -121,46 +107,30 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The records of metrics.jsonl; damaged lines are left out.
-
-  Raises:
-    UserError: it cannot be read.
-  """
-  path = Path(workdir) / "metrics.jsonl"
+  """The valid lines of metrics.jsonl; UserError if it cannot be read."""
   records = []
-  if path.exists():
-    for line in _read_text(path).splitlines():
-      try:
-        record = json.loads(line)
-      except (ValueError, RecursionError):
-        continue
-      if (
-        isinstance(record, dict)
-        and isinstance(record.get("step"), int)
-        and isinstance(record.get("kind"), str)
-      ):
-        records.append(record)
+  for line in _read_text(Path(workdir) / "metrics.jsonl").splitlines():
+    with contextlib.suppress(ValueError, RecursionError):
+      match json.loads(line):
+        case {"step": int(), "kind": str()} as record:
+          records.append(record)
   return records
 
 
 def read_eval(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
   """The last valid record of the evaluation at `step`, or None."""
-  found = [
-    record
-    for record in read_metrics(workdir)
-    if record["kind"] == "eval"
-    and record["step"] == step
-    and all(
-      isinstance(record.get(name), (int, float))
-      for name in ("top1", "top5", "loss", "count")
-    )
-  ]
-  return found[-1] if found else None
+  names = ("top1", "top5", "loss", "count")
+  for record in reversed(read_metrics(workdir)):
+    found = record["kind"] == "eval" and record["step"] == step
+    if found and all(isinstance(record.get(n), (int, float)) for n in names):
+      return record
+  return None
 
 
 def _read_text(path):
+  """A file's text; '' if there is no such file."""
   try:
-    return path.read_text(errors="replace")
+    return path.read_text(errors="replace") if path.exists() else ""
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
 
@@ -168,8 +138,7 @@ def _read_text(path):
 def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
   """The content of run.json: {'starts': [one dict per start of the run]}.
 
-  Raises:
-    UserError: it cannot be read, or is damaged.
+  Raises UserError if it cannot be read, or is damaged.
   """
   path = Path(workdir) / "run.json"
   if not path.exists():
@@ -178,9 +147,8 @@ def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
     run = json.loads(_read_text(path))
     run["starts"] = [*run["starts"]]
   except (ValueError, TypeError, LookupError, RecursionError) as e:
-    raise UserError(
-      f"{path}: damaged ({e}); remove it and rerun the command"
-    ) from e
+    text = f"{path}: damaged ({e}); remove it and rerun the command"
+    raise UserError(text) from e
   return run
 
 

@@ -12,7 +12,6 @@ consist of digits that the backbone has not seen (every fifth). Prints the loss,
 and at the end the mean intersection over union.
 """
 
-from absl import flags
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,26 +25,14 @@ from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import weights
 
-_FLAGS = flags.FlagValues()
-_WEIGHTS = flags.DEFINE_string(
-  "weights",
-  None,
-  "Workdir of a run of configs/digits.py: --weights runs/digits.",
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_WEIGHTS = _FLAGS.string(
+  "weights", "Workdir of a run of configs/digits.py: --weights runs/digits."
 )
-_OUT = flags.DEFINE_string(
-  "out",
-  "overlay.png",
-  "PNG file to write: --out overlay.png.",
-  flag_values=_FLAGS,
+_OUT = _FLAGS.string(
+  "out", "PNG file to write: --out overlay.png.", "overlay.png"
 )
-_STEPS = flags.DEFINE_integer(
-  "steps",
-  300,
-  "Updates of the head: --steps 300.",
-  lower_bound=1,
-  flag_values=_FLAGS,
-)
+_STEPS = _FLAGS.positive("steps", "Updates of the head: --steps 300.", 300)
 BACKGROUND = 10
 GRID = 4  # Digits along a side of a canvas.
 COLORS = np.array(

@@ -15,11 +15,9 @@ most confident mistakes. Images are those of the run's evaluation split.
 
 from collections.abc import Iterator
 import contextlib
-import functools
 import math
 from pathlib import Path
 
-from absl import flags
 import jax
 import matplotlib
 from matplotlib import figure
@@ -35,38 +33,33 @@ from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
 from experiments import measures
 
-_FLAGS = flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_WORKDIR = _string(
-  "workdir", None, "Run whose newest checkpoint is used: --workdir runs/p4."
+_FLAGS = cli.Flags()
+_WORKDIR = _FLAGS.string(
+  "workdir", "Run whose newest checkpoint is used: --workdir runs/p4."
 )
-_OUT = _string(
-  "out", None, "Folder to write to: --out pictures. Default: in the workdir."
+_OUT = _FLAGS.string(
+  "out", "Folder to write to: --out pictures. Default: in the workdir."
 )
-_AGAINST = _string(
+_AGAINST = _FLAGS.string(
   "against",
-  None,
   "For CKA, another workdir or a file of weights: --against runs/p4. Default:"
   " the model itself.",
 )
-_BLOCKS = flags.DEFINE_list(
+_BLOCKS = _FLAGS.words(
   "blocks",
-  None,
   "Blocks to draw, from 0: --blocks 0,3,7. Default: first, middle and last.",
-  flag_values=_FLAGS,
 )
-_NUM_IMAGES = _integer(
+_NUM_IMAGES = _FLAGS.integer(
   "num_images",
-  512,
   "Images for fields and CKA: --num_images 99.",
+  512,
   lower_bound=4,
 )
-_BATCH_SIZE = _integer(
-  "batch_size", 128, "Batch size: --batch_size 32.", lower_bound=4
+_BATCH_SIZE = _FLAGS.integer(
+  "batch_size", "Batch size: --batch_size 32.", 128, lower_bound=4
 )
-_DATA_DIR = _string(
-  "data_dir", None, "Data directory, if it has moved: --data_dir /data."
+_DATA_DIR = _FLAGS.string(
+  "data_dir", "Data directory, if it has moved: --data_dir /data."
 )
 
 MOST_FILTERS = 256  # On one picture.

@@ -11,12 +11,10 @@ and listed, on the page and on standard error.
 
 from collections.abc import Sequence
 import datetime
-import functools
 import json
 from pathlib import Path
 import sys
 
-from absl import flags
 import jinja2
 
 from convmixer_jax import cli
@@ -25,16 +23,14 @@ from experiments import plots
 from experiments import scores
 from experiments import sweeps
 
-_FLAGS = flags.FlagValues()
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_ROOT = _string(
-  "root", None, "The folder that was given to experiments.run: --root runs."
+_FLAGS = cli.Flags()
+_ROOT = _FLAGS.string(
+  "root", "The folder that was given to experiments.run: --root runs."
 )
-_OUT = _string("out", None, "HTML file to write: --out patch_kernel.html.")
+_OUT = _FLAGS.string("out", "HTML file to write: --out patch_kernel.html.")
 
-_FIGURES = _string(
+_FIGURES = _FLAGS.string(
   "figures",
-  None,
   "Folder to write each figure to as well, as SVG for any background:"
   " --figures docs/patch_kernel.",
 )

@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 
-from absl import flags
 import jax
 import numpy as np
 import tqdm
@@ -34,30 +33,23 @@ from convmixer_jax.errors import UserError
 from experiments import scores
 from experiments import sweeps
 
-_FLAGS = flags.FlagValues()
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_ROOT = _string(
-  "root", None, "Folder in which the sweep's folder is made: --root runs."
+_FLAGS = cli.Flags()
+_ROOT = _FLAGS.string(
+  "root", "Folder in which the sweep's folder is made: --root runs."
 )
-_ONLY = _string(
+_ONLY = _FLAGS.string(
   "only",
-  None,
   "Only part I of N of the runs, for job arrays; I from 1 to N: --only 3/16.",
 )
-_DRY_RUN = flags.DEFINE_bool(
+_DRY_RUN = _FLAGS.boolean(
   "dry_run",
-  False,
   "Train nothing; print the runs with parameters, FLOPs and estimated hours,"
   " from the speed of a training step on this machine: --dry_run.",
-  flag_values=_FLAGS,
 )
-_JOBS = flags.DEFINE_integer(
+_JOBS = _FLAGS.positive(
   "jobs",
-  None,
   "Runs at a time: --jobs 4. They share the GPUs, or split the CPU's cores."
   " Default: one per GPU, or one.",
-  lower_bound=1,
-  flag_values=_FLAGS,
 )
 
 

@@ -14,7 +14,6 @@ that all hosts share. Needs submitit.
 
 import contextlib
 import dataclasses
-import functools
 import io
 import os
 from pathlib import Path
@@ -22,70 +21,58 @@ import signal
 import sys
 import time
 
-from absl import flags
-
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax.errors import UserError
 from experiments import scores
 from experiments import sweeps
 
-_FLAGS = flags.FlagValues()
-_integer = functools.partial(flags.DEFINE_integer, flag_values=_FLAGS)
-_string = functools.partial(flags.DEFINE_string, flag_values=_FLAGS)
-_ROOT = _string(
+_FLAGS = cli.Flags()
+_ROOT = _FLAGS.string(
   "root",
-  "runs",
   "Folder for the sweep's folder, and for slurm/, the output of the jobs:"
   " --root runs.",
+  "runs",
 )
-_PARTITION = _string(
-  "partition", None, "Slurm partition: --partition gpu. Default: Slurm's."
+_PARTITION = _FLAGS.string(
+  "partition", "Slurm partition: --partition gpu. Default: Slurm's."
 )
-_NODES = _integer(
-  "nodes", 1, "Hosts per run: --nodes 4. Default: 1.", lower_bound=1
-)
-_GPUS = _integer(
+_NODES = _FLAGS.positive("nodes", "Hosts per run: --nodes 4. Default: 1.", 1)
+_GPUS = _FLAGS.integer(
   "gpus",
-  0,
   "GPUs per host, with a task each: --gpus 8. Default: none, and one task per"
   " host.",
+  0,
   lower_bound=0,
 )
-_CPUS = _integer(
-  "cpus",
-  None,
-  "CPU cores per task: --cpus 12. Default: Slurm's.",
-  lower_bound=1,
+_CPUS = _FLAGS.positive(
+  "cpus", "CPU cores per task: --cpus 12. Default: Slurm's."
 )
-_HOURS = flags.DEFINE_float(
+_HOURS = _FLAGS.number(
   "hours",
-  24,
   "Hours after which a job saves its state and is queued again: --hours 24.",
+  24,
   lower_bound=0.01,
-  flag_values=_FLAGS,
 )
-_PARALLEL = _integer(
+_PARALLEL = _FLAGS.positive(
   "parallel",
-  256,
   "Runs of a sweep at a time, at most: --parallel 16. Default: 256.",
-  lower_bound=1,
+  256,
 )
-_SBATCH = flags.DEFINE_list(
+_SBATCH = _FLAGS.words(
   "sbatch",
-  [],
   "More sbatch options, without dashes: --sbatch account=vision,exclusive.",
-  flag_values=_FLAGS,
+  [],
 )
 
 # The flags of convmixer_jax.main, to find mistakes before a job is queued.
-_RUN_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_RUN_FLAGS)
+_RUN_FLAGS = cli.Flags()
+_CONFIG = _RUN_FLAGS.define_config()
 for _name in ("workdir", "mode", "coordinator", "num_processes", "process_id",
               "timeout"):  # fmt: skip
-  flags.DEFINE_string(_name, None, "", flag_values=_RUN_FLAGS)
+  _RUN_FLAGS.string(_name, "")
 for _name in ("accept_changes", "distributed"):
-  flags.DEFINE_bool(_name, False, "", flag_values=_RUN_FLAGS)
+  _RUN_FLAGS.boolean(_name, "")
 
 
 @dataclasses.dataclass

@@ -14,24 +14,18 @@ import csv
 import io
 import sys
 
-from absl import flags
-
 from convmixer_jax import cli
 from experiments import scores
 
-_FLAGS = flags.FlagValues()
-_ROOT = flags.DEFINE_string(
-  "root",
-  None,
-  "The folder that was given to experiments.run: --root runs.",
-  flag_values=_FLAGS,
+_FLAGS = cli.Flags()
+_ROOT = _FLAGS.string(
+  "root", "The folder that was given to experiments.run: --root runs."
 )
-_FORMAT = flags.DEFINE_enum(
+_FORMAT = _FLAGS.enum(
   "format",
-  "markdown",
-  ["markdown", "csv", "latex"],
   "Format of the table: --format csv.",
-  flag_values=_FLAGS,
+  "markdown",
+  enum_values=["markdown", "csv", "latex"],
 )
 
 

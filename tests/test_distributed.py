@@ -160,7 +160,7 @@ def test_after_a_kill_fewer_processes_resume(tmp_path):
 
   with ended(start(2, *flags)) as processes:
     out = until_step(processes[0], saved + 5)
-    assert f"going on in {broken} from step {saved}" in out
+    assert f"resuming {broken} from step {saved}" in out
     processes[1].send_signal(signal.SIGTERM)
     (out, _), _ = (finish(process, 143) for process in processes)
   saved = checkpoint.latest_step(broken)
@@ -168,7 +168,7 @@ def test_after_a_kill_fewer_processes_resume(tmp_path):
   assert saved < 60
 
   out, _ = finish(common.run_main(*flags))
-  assert f"going on in {broken} from step {saved}" in out
+  assert f"resuming {broken} from step {saved}" in out
   begun = json.loads((broken / "run.json").read_text())["starts"]
   assert [b["num_processes"] for b in begun] == [4, 2, 1]
   assert_same_run(broken, whole)

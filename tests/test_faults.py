@@ -126,7 +126,7 @@ def test_a_run_goes_on_from_the_one_before_the_damaged(whole, copy, capfd):
   with pytest.raises(UserError, match="10: is damaged"):
     checkpoint.load_variables(copy)
   state = train_digits(copy)
-  assert "going on in" in capfd.readouterr().out
+  assert "resuming" in capfd.readouterr().out
   assert same_state(state, whole[1])
   assert same_state(checkpoint.load_variables(copy)["params"], whole[1].params)
 
@@ -493,7 +493,7 @@ def test_sigterm_saves_and_ends_within_ten_seconds(tmp_path):
   # Before the first step there is nothing to save, and it ends at once.
   process = common.run_main(*flags, "--config.log_every=1000000")
   for line in process.stdout:
-    if line.startswith("going on in"):
+    if line.startswith("resuming"):
       break
   process.terminate()
   process.communicate(timeout=10)

@@ -37,10 +37,9 @@ def plan(
 ) -> dict[str, Any]:
   """Compiles a run's train step and reads the program.
 
-  Args:
-    config: of the run.
-    devices: from `topology.open_topology`, or real ones.
-    data: the training split; none of its fields is None.
+  `devices` are real ones, or those of `topology.open_topology`. `data` is the
+  training split; none of its fields is None. Raises UserError if a value in
+  `config` is invalid.
 
   Returns:
     The fields that `--json` prints, except topology, command and versions.
@@ -48,9 +47,6 @@ def plan(
     step. None stands for what is unknown: what the program would tell, if it
     does not compile for lack of memory, and times, if the chip is not in
     `topology.CHIPS`.
-
-  Raises:
-    UserError: a value in `config` is invalid.
   """
   recipe, state, batch, traced = trace_step(config, devices, data)
   model = recipe.model
@@ -68,10 +64,9 @@ def plan(
   compiled, needed = _compile(traced)
   compile_seconds = time.perf_counter() - start
   chip = topology.CHIPS.get(devices[0].device_kind)
-  traffic = collectives = seconds = None
+  traffic = collectives = seconds = hours = None
   if compiled is not None:
-    analysis = compiled.memory_analysis()
-    memory["program"] = analysis.generated_code_size_in_bytes
+    memory["program"] = compiled.memory_analysis().generated_code_size_in_bytes
     program = hlo.Program(compiled.as_text())
     traffic = program.bytes()
     collectives = cost.by_cause(program.collectives())
@@ -79,6 +74,11 @@ def plan(
       seconds = cost.step_seconds(
         chip, flops, traffic, collectives, program.cycles()
       )
+      hours = {
+        name: seconds[name] * recipe.total_steps / 3600
+        for name in ("at_best", "compiler_estimate")
+        if name in seconds
+      }
   if needed is not None:
     memory["activations"] = needed - sum(memory.values())
   available = topology.available_memory(devices)
@@ -105,12 +105,7 @@ def plan(
     "bytes": traffic,
     "collectives": collectives,
     "seconds": seconds,
-    "hours": seconds
-    and {
-      name: seconds[name] * recipe.total_steps / 3600
-      for name in ("at_best", "compiler_estimate")
-      if name in seconds
-    },
+    "hours": hours,
   }
 
 
@@ -121,9 +116,8 @@ def trace_step(
 ) -> tuple[recipe_lib.Recipe, step_lib.TrainState, dict[str, Any], Any]:
   """Traces a run's train step; see `plan` for the arguments and errors.
 
-  Returns:
-    The recipe, the shapes of its state and of a batch, and the traced step,
-    which can be lowered for the devices.
+  Returns the recipe, the shapes of its state and of a batch, and the traced
+  step, which can be lowered for the devices.
   """
   config_lib.check(config, len(devices))
   recipe = recipe_lib.build(config, data, devices)
@@ -136,7 +130,7 @@ def trace_step(
   return recipe, state, batch, traced
 
 
-def _compile(traced) -> tuple[Any, int | None]:
+def _compile(traced):
   """The program, or None if memory is short, and the bytes that it needs."""
   try:
     compiled = traced.lower().compile()

@@ -21,7 +21,6 @@ import json
 import shlex
 import sys
 
-from absl import flags
 import jax
 
 from convmixer_jax import cli
@@ -33,41 +32,30 @@ from convmixer_jax.plan import report
 from convmixer_jax.plan import search
 from convmixer_jax.plan import topology
 
-_FLAGS = flags.FlagValues()
-_CONFIG = cli.define_config(_FLAGS)
-_TOPOLOGY = flags.DEFINE_string(
+_FLAGS = cli.Flags()
+_CONFIG = _FLAGS.define_config()
+_TOPOLOGY = _FLAGS.string(
   "topology",
-  None,
   "Devices to plan for: --topology v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:2x4 (chips"
   " along each axis), or cpu:8. Default: the devices of this machine.",
-  flag_values=_FLAGS,
 )
-_FIND_BATCH = flags.DEFINE_bool(
+_FIND_BATCH = _FLAGS.boolean(
   "find_batch",
-  False,
   "Search for the largest batch size that fits, to the unit or within 2 %,"
   " starting from the config's: --find_batch. Compiles the step for each size"
   " that it tries and reports it on stderr.",
-  flag_values=_FLAGS,
 )
-_NUM_IMAGES = flags.DEFINE_integer(
+_NUM_IMAGES = _FLAGS.positive(
   "num_images",
-  None,
   "Number of training images, if the data set is not available locally:"
   " --num_images 1281167.",
-  lower_bound=1,
-  flag_values=_FLAGS,
 )
-_NUM_CLASSES = flags.DEFINE_integer(
+_NUM_CLASSES = _FLAGS.integer(
   "num_classes",
-  None,
   "Number of classes, in the same case: --num_classes 1000.",
   lower_bound=2,
-  flag_values=_FLAGS,
 )
-_JSON = flags.DEFINE_bool(
-  "json", False, "Print a JSON object instead: --json.", flag_values=_FLAGS
-)
+_JSON = _FLAGS.boolean("json", "Print a JSON object instead: --json.")
 
 
 def main() -> None:
@@ -92,16 +80,12 @@ def main() -> None:
     result = search.find_batch(config, devices, split, log)
   else:
     result = plan.plan(config, devices, split)
-  result |= {
-    "topology": _TOPOLOGY.value,
-    "command": shlex.join(
-      ["python", "-m", "convmixer_jax.plan", *sys.argv[1:]]
-    ),
-    **runtime.provenance(),
-  }
+  command = shlex.join(["python", "-m", "convmixer_jax.plan", *sys.argv[1:]])
+  result |= {"topology": _TOPOLOGY.value, "command": command}
+  result |= runtime.provenance()
   if devices[0].platform == "tpu":
-    *_, build = devices[0].client.platform_version.splitlines()
-    result["versions"]["libtpu"] = build
+    version = devices[0].client.platform_version
+    result["versions"]["libtpu"] = version.splitlines()[-1]
   print(json.dumps(result, indent=2) if _JSON.value else report.report(result))
   if not result["fits"]:
     sys.exit(1)

@@ -51,14 +51,15 @@ def flops(jaxpr: core.Jaxpr) -> int:
 def by_cause(collectives: Iterable[hlo.Collective]) -> list[dict[str, Any]]:
   """Sums up a step's collectives by cause and kind.
 
-  Returns:
-    [{cause, kind, exchanges, arrays, bytes, sent_bytes}], most bytes first.
-    XLA may merge arrays of several causes into one exchange, which then counts
-    for each of them.
+  Returns [{cause, kind, exchanges, arrays, bytes, sent_bytes}], most bytes
+  first. XLA may merge arrays of several causes into one exchange, which then
+  counts for each of them.
   """
   groups = {}
   for c in collectives:
-    groups.setdefault((_cause(c.op_name), c.kind), []).append(c)
+    causes = (cause for text, cause in _CAUSES if text in c.op_name)
+    cause = next(causes, c.op_name or "unknown")
+    groups.setdefault((cause, c.kind), []).append(c)
   rows = [
     {
       "cause": cause,
@@ -94,8 +95,7 @@ def step_seconds(
   }
   seconds["at_best"] = max(seconds.values())
   if cycles:
-    computing = cycles / chip.clock
-    seconds["compiler_estimate"] = computing + seconds["interconnect"]
+    seconds["compiler_estimate"] = cycles / chip.clock + seconds["interconnect"]
   return seconds
 
 
@@ -103,8 +103,3 @@ def _multiply_adds(output, operand, contracted):
   """FLOPs of a sum of products over the `contracted` axes of `operand`."""
   terms = math.prod(operand.aval.shape[axis] for axis in contracted)
   return 2 * math.prod(output.aval.shape) * terms
-
-
-def _cause(op_name):
-  causes = (cause for text, cause in _CAUSES if text in op_name)
-  return next(causes, op_name or "unknown")

@@ -35,21 +35,15 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](?:\{([^}]*)\})?")
 
 @dataclasses.dataclass(eq=False)
 class Instruction:
-  """'%name = shape opcode(arguments), attributes' and its place in the graph.
-
-  Attributes:
-    arguments: operands, or a constant's value, or a parameter's number.
-    operands: the instructions whose results it reads.
-    users: (instruction, n) for each use of its result as operand n.
-  """
+  """'%name = shape opcode(arguments), attributes', as a node of the graph."""
 
   name: str
   shape: str
   opcode: str
-  arguments: str
+  arguments: str  # Operands, or a constant's value, or a parameter's number.
   attributes: str
-  operands: list["Instruction"]
-  users: list[tuple["Instruction", int]]
+  operands: list["Instruction"]  # Whose results it reads.
+  users: list[tuple["Instruction", int]]  # (i, n): its result is i's operand n.
 
   def find(self, pattern: str) -> str | None:
     """The first group of a pattern in the attributes."""
@@ -64,23 +58,14 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """An array that devices exchange.
+  """An array that devices exchange."""
 
-  Attributes:
-    kind: the opcode, such as 'all-reduce'.
-    op_name: the path of the JAX operation that it comes from.
-    bytes: of the input or the output on one device, whichever is larger.
-    runs: how often it is exchanged in one run of the program.
-    name: of the instruction, which may exchange several arrays.
-    group_size: number of devices that exchange it; 0 if unknown.
-  """
-
-  kind: str
-  op_name: str
-  bytes: int
-  runs: int
-  name: str
-  group_size: int
+  kind: str  # The opcode, such as 'all-reduce'.
+  op_name: str  # The path of the JAX operation that it comes from.
+  bytes: int  # Of the input or the output on one device, whichever is larger.
+  runs: int  # How often it is exchanged in one run of the program.
+  name: str  # Of the instruction, which may exchange several arrays.
+  group_size: int  # Number of devices that exchange it; 0 if unknown.
 
   @property
   def sent_bytes(self) -> float:
@@ -90,15 +75,11 @@ class Collective:
 
 
 class Program:
-  """A compiled program.
-
-  Attributes:
-    computations: name -> its instructions, in the order of the text.
-    roots: name -> the instruction that gives its result.
-  """
+  """A compiled program; its text is from `jax.stages.Compiled.as_text`."""
 
   def __init__(self, text: str):
-    """Reads what `jax.stages.Compiled.as_text` returns."""
+    # By the name of a computation: its instructions, in the order of the text,
+    # and the one that gives its result.
     self.computations: dict[str, list[Instruction]] = {}
     self.roots: dict[str, Instruction] = {}
     for line in text.splitlines():
@@ -121,21 +102,20 @@ class Program:
         if is_root:
           self.roots[computation] = instruction
 
-  def instructions(self) -> Iterator[tuple[Instruction, int]]:
+  def instructions(
+    self, computation: str | None = None, runs: int = 1
+  ) -> Iterator[tuple[Instruction, int]]:
     """Yields every instruction that runs, and how often it does.
 
     A fusion counts as one. All branches of a conditional are taken to run.
     """
-    yield from self._instructions(self._entry, 1)
-
-  def _instructions(self, computation, runs):
-    for instruction in self.computations[computation]:
+    for instruction in self.computations[computation or self._entry]:
       yield instruction, runs
       if instruction.opcode in _CALLS:
         trips = self._trips(instruction) if instruction.opcode == "while" else 1
         for called in _CALLED.findall(instruction.attributes):
           for name in _REFERENCE.findall(called):
-            yield from self._instructions(name, runs * trips)
+            yield from self.instructions(name, runs * trips)
 
   def _trips(self, loop):
     """How often a loop runs: XLA's number, or the limit in its condition."""
@@ -149,8 +129,7 @@ class Program:
     """Bytes read and written in memory in one run.
 
     Every instruction reads its operands and writes its results; of a slice,
-    only the part that is cut out or replaced. Arrays in the memories on a TPU's
-    chip do not count.
+    only the part that is cut out or replaced. On-chip memory does not count.
     """
     return sum(runs * self._bytes(i) for i, runs in self.instructions())
 

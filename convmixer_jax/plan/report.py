@@ -17,12 +17,9 @@ def report(result: dict[str, Any]) -> str:
   """The text that the command prints for the result of `plan.plan`."""
   model, dtype = result["description"], result["dtype"]
   group = result["bn_group_size"]
-  norm = {
-    "batch": f"BatchNorm over groups of {group} images"
-    if group
-    else "BatchNorm over the whole batch",
-    "layer": "LayerNorm",
-  }.get(result["norm"])
+  group = f"groups of {group} images" if group else "the whole batch"
+  norms = {"batch": f"BatchNorm over {group}", "layer": "LayerNorm"}
+  norm = norms.get(result["norm"])
   scan = "scanned" if result["scan"] else None
   details = filter(None, (model, dtype, norm, scan, result["remat"]))
   per_device = result["batch_size"] // result["num_devices"]

@@ -25,13 +25,8 @@ def find_batch(
   Only sizes are tried of which each device gets whole BatchNorm groups,
   microbatches and mixing groups. Larger ones are assumed to need more memory.
   The search starts from the config's size and passes a line for each size to
-  `log`; see `plan.plan` for the other arguments.
-
-  Returns:
-    The result of `plan.plan`, and `tried`: [{batch_size, fits, memory_bytes}].
-
-  Raises:
-    UserError: no size fits.
+  `log`. See `plan.plan` for the other arguments and the result, which also has
+  `tried`: [{batch_size, fits, memory_bytes}]. Raises UserError if no size fits.
   """
   unit = math.lcm(
     len(devices) * config.accum_steps * (config.model.bn_group_size or 1),

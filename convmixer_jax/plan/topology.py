@@ -17,21 +17,13 @@ from convmixer_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A TPU chip, which JAX shows as one device.
+  """A TPU chip, which JAX shows as one device."""
 
-  Attributes:
-    flops: peak bfloat16 FLOP/s; by default float32 is multiplied so too.
-    bandwidth: of its memory, bytes/s.
-    interconnect: bytes/s that it can send over all its links together.
-    memory: bytes available to a program, according to libtpu 0.0.42.1.
-    clock: Hz; `flops` divided by the FLOPs of its matrix units in a cycle.
-  """
-
-  flops: float
-  bandwidth: float
-  interconnect: float
-  memory: int
-  clock: float
+  flops: float  # Peak bfloat16 FLOP/s; by default float32 is multiplied so too.
+  bandwidth: float  # Of its memory, bytes/s.
+  interconnect: float  # Bytes/s that it can send over all its links together.
+  memory: int  # Bytes available to a program, according to libtpu 0.0.42.1.
+  clock: float  # Hz: `flops` / the FLOPs of its matrix units in a cycle.
 
 
 _GIB = 2**30
@@ -54,14 +46,9 @@ _KINDS = "v4", "v5e", "v5p", "v6e"  # libtpu's names for these chips.
 def open_topology(name: str | None) -> Sequence[Any]:
   """The devices of a topology such as 'v5e:4x4' or 'cpu:8'.
 
-  Call it before anything else uses JAX: unless `name` is None, it restricts
-  JAX's own computation to the CPU.
-
-  Args:
-    name: None means the devices of this machine.
-
-  Raises:
-    UserError: there is no such topology, or libtpu is missing.
+  None stands for this machine's devices. For any other name, JAX's own
+  computation is restricted to the CPU; call this before anything else uses JAX.
+  Raises UserError if there is no such topology, or libtpu is missing.
   """
   if name is None:
     return jax.devices()
@@ -77,10 +64,8 @@ def open_topology(name: str | None) -> Sequence[Any]:
   if kind == "cpu":
     jax.config.update("jax_num_cpu_devices", count)
     return jax.devices()
-  if (
-    importlib.util.find_spec("libtpu") is None
-    and "TPU_LIBRARY_PATH" not in os.environ
-  ):
+  installed = importlib.util.find_spec("libtpu") is not None
+  if not installed and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError(
       f"--topology={name}: needs libtpu, which is not installed; run pip"
       f' install "jax[tpu]=={jax.__version__}"'
