@@ -57,13 +57,12 @@ on_workers() {
 }
 
 setup() {
-  local root archive jax
+  local root archive
   root=$(cd "$(dirname "$0")/.." && pwd)
   archive=$(mktemp -d)
   # shellcheck disable=SC2064  # Expand $archive now.
   trap "rm -rf '$archive'" EXIT
   git -C "$root" archive --prefix=convmixer_jax/ -o "$archive/code.tar.gz" HEAD
-  jax=$(sed -n 's/^jax==//p' "$root/requirements.txt")
   gcloud compute tpus tpu-vm scp "$archive/code.tar.gz" "$tpu:convmixer_jax.tar.gz" \
     "${where[@]}" --worker=all
   # Ubuntu 22.04 packages Python 3.11; later releases have a newer default.
@@ -73,7 +72,7 @@ setup() {
     tar xzf convmixer_jax.tar.gz
     cd convmixer_jax
     make .venv
-    .venv/bin/pip install --quiet 'jax[tpu]==$jax'"
+    .venv/bin/pip install --quiet -c requirements.txt 'jax[tpu]'"
 }
 
 run() {

@@ -184,13 +184,13 @@ def test_a_loss_that_is_no_number_stops_the_run(
   tmp_path, monkeypatch, log_every
 ):
   """A learning rate that leaps: the update of step 7 ruins the parameters."""
-  make_schedule = train.optim.make_schedule
+  make_schedule = recipe_lib.optim.make_schedule
 
   def leaping(*args):
     schedule = make_schedule(*args)
     return lambda count: jax.numpy.where(count == 6, 1e38, schedule(count))
 
-  monkeypatch.setattr(train.optim, "make_schedule", leaping)
+  monkeypatch.setattr(recipe_lib.optim, "make_schedule", leaping)
   with pytest.raises(UserError, match=r"step 8: loss (nan|inf)") as e:
     train_digits(tmp_path, log_every=log_every, save_every=3)
   assert "step 6 is saved" in str(e.value)

@@ -103,7 +103,7 @@ class TestGoldens:
         train=True,
         mutable=["batch_stats"],
       )
-      loss = step_lib.cross_entropy(logits, targets).mean()
+      loss = optax.softmax_cross_entropy(logits, targets).mean()
       return loss, (logits, updated)
 
     (loss, (logits, updated)), grads = jax.value_and_grad(
@@ -292,10 +292,10 @@ def test_soft_targets_are_pytorchs():
   assert np.allclose(targets, [[0.05, 0.85, 0.05, 0.05]])
   logits = jnp.array([[0.1, 2.0, -1.0, 0.3]])
   expected = -(targets * jax.nn.log_softmax(logits)).sum(-1)
-  assert np.allclose(step_lib.cross_entropy(logits, targets), expected)
+  assert np.allclose(optax.softmax_cross_entropy(logits, targets), expected)
   hard = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([1]))
   assert np.allclose(
-    step_lib.cross_entropy(
+    optax.softmax_cross_entropy(
       logits, step_lib.soft_targets(jnp.array([1]), 4, 0.0)
     ),
     hard,
