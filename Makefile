@@ -17,6 +17,9 @@ test: .venv/dev
 ## test-slow: the slow tests: accuracies, kills, and those that need CIFAR-10
 test-slow: .venv/dev
 	$(RUN) pytest -m slow
+	XLA_FLAGS=--xla_backend_optimization_level=3 $(RUN) pytest -m "not slow" \
+	  --numprocesses=2 --dist=loadscope \
+	  $(addprefix tests/test_,$(addsuffix .py,augment models ops optim step train))
 
 lint: .venv/dev
 	$(RUN) ruff check .

@@ -168,7 +168,7 @@ def run_main(
   env = os.environ | (environment or {})
   env |= {
     "PYTHONPATH": str(ROOT),
-    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+    "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
   }
   return subprocess.Popen(
     [

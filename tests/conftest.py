@@ -21,6 +21,21 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
     TF_ENABLE_ONEDNN_OPTS="0",
   )
 
+
+def pytest_configure(config):
+  """Compiles without LLVM's optimisations: a third of the quick tests' time.
+
+  Not for slow tests, nor where XLA_FLAGS says otherwise. `make test-slow` also
+  repeats the quick tests of numbers as XLA compiles them for users.
+  """
+  level = "--xla_backend_optimization_level"
+  if (
+    config.option.markexpr == "not slow"
+    and level not in os.environ["XLA_FLAGS"]
+  ):
+    os.environ["XLA_FLAGS"] += f" {level}=0"
+
+
 MEMORY = 1 << 30  # What a test may take beyond what it began with, in bytes.
 
 
