@@ -21,8 +21,6 @@ AUGMENTED = {
   "flip": True,
   "crop_scale": (0.5, 1.0),
   "crop_ratio": (0.75, 4 / 3),
-  # One of each kind, for all fifteen take several times as long to compile.
-  "randaugment": "rand-m9-mstd0.5-inc1:Rotate,Equalize,ColorIncreasing",
   "color_jitter": 0.2,
   "mixup_alpha": 0.5,
   "cutmix_alpha": 0.5,

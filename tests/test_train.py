@@ -415,7 +415,7 @@ def test_encoded_images_train(photos, tmp_path, portable):
       "data.dir": str(photos),
       "data.eval_split": "val",
       "data.image_size": 32,
-      "data.num_workers": 2,
+      "data.num_workers": 1,
       "augment.mix_group_size": 8,
       # All fifteen operations take several times as long to compile.
       "augment.randaugment": "rand-m9-mstd0.5-inc1:Rotate",
@@ -423,6 +423,7 @@ def test_encoded_images_train(photos, tmp_path, portable):
       "accum_steps": 2,
       "epochs": 2,
       "log_every": 1,
+      "eval_every": 5,
     }
   )
   state = train.train_and_evaluate(config, tmp_path / "run")
