@@ -111,10 +111,10 @@ def by_turns(
   pause: float = 0.0,
   label: str = "measuring",
 ) -> dict[str, np.ndarray]:
-  """Times several things; each round runs every one of them once.
+  """Times several functions; each round runs every one of them once.
 
-  A slow phase of the machine then affects all of them alike, and the ratio of
-  two results of one round means something.
+  A slow phase of the machine then affects all of them, so that the ratio of two
+  results of one round is still meaningful.
 
   Args:
     runs: name -> a function that does the work once.

@@ -109,7 +109,7 @@ def _repeated(run: Callable[[], Any], count: int) -> Callable[[], None]:
 
 
 def _chains(model: nn.Module, batch: int, size: int) -> dict[str, list[Runs]]:
-  """Each convolution of a block, alone and with more and more of what follows.
+  """Each convolution of a block, alone and with more and more following steps.
 
   At inference that is one fused pass, whose parts cannot be timed separately.
 

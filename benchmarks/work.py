@@ -67,13 +67,13 @@ def make_work(
   Args:
     mode: of `MODES`. 'train' is forward, backward, clipping, AdamW and the
       update of the running statistics, without augmentation.
-    model: of which 'train' and 'infer' are the whole, the others a stage.
+    model: 'train' and 'infer' time all of it, the other modes one stage.
     batch: number of images.
     image_size: their side in pixels.
 
   Returns:
-    A function that does the work once, its first result what PyTorch's is
-    compared with; the inputs by name, numpy arrays, the model's weights as the
+    A function that does the work once, and whose first result is compared with
+    PyTorch's; the inputs, name -> numpy array, with the model's weights as the
     tree 'variables'; and the FLOPs of one call.
 
   Raises:

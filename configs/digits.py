@@ -34,6 +34,6 @@ def get_config():
   config.epochs = 20
   config.batch_size = 64
   config.log_every = 10
-  config.eval_every = 115  # Five epochs, which take three seconds.
+  config.eval_every = 115  # About five epochs, which take three seconds.
   config.save_every = 115
   return config

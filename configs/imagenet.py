@@ -14,8 +14,8 @@ Data: TFDS's imagenet2012 as ArrayRecord, or with --config.data.name=folder
 
 from convmixer_jax import config as config_lib
 
-# variant -> (model, epochs). The epochs of 1024_20 are not established: those
-# of 1536_20 are taken.
+# variant -> (model, epochs). The epochs of 1024_20 are not known; those of
+# 1536_20 are used.
 VARIANTS = {
   "1536_20": ("convmixer_1536_20", 150),
   "768_32": ("convmixer_768_32", 300),
@@ -49,9 +49,7 @@ def get_config(variant: str = "1536_20"):
   config.augment.mixup_alpha = 0.5  # Command.
   config.augment.cutmix_alpha = 0.5  # Command.
   config.augment.cutmix_prob = 0.5  # Default.
-  config.augment.mix_group_size = (
-    64  # Images of a GPU are mixed with each other.
-  )
+  config.augment.mix_group_size = 64  # The images of a GPU.
   config.augment.erase_prob = 0.25  # Command.
   config.augment.erase_mode = "pixel"  # Command.
   config.augment.erase_area = (0.02, 1 / 3)  # Default.

@@ -46,7 +46,7 @@ class Flags(flags.FlagValues):
   def define_config(self) -> flags.FlagHolder:
     """Defines --config and a flag for each of its fields."""
     text = (
-      "Config file. If it has variants, the name of one may follow a colon:"
+      "Config file, and optionally a colon and the name of a variant:"
       " --config configs/imagenet.py:768_32. Its fields are flags too:"
       " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'."
     )
@@ -107,10 +107,10 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   if os.path.exists(file) and not os.path.isfile(file):  # A FIFO would wait.
     raise UserError(f"--config={path}: not a file")
   verbosity = logging.get_verbosity()
-  logging.set_verbosity(logging.ERROR)  # What warns of a config fails below.
+  logging.set_verbosity(logging.ERROR)  # Bad configs fail below.
   try:
     rest = flag_values(argv)
-    flags.FLAGS(argv[:1])  # absl's own, which grain reads, are not for users.
+    flags.FLAGS(argv[:1])  # Parses absl's own flags, which grain reads.
     if "config" in flag_values and path is not None:
       config = flag_values.config
       getattr(config, "get", None)  # Raises if the file did not load.
@@ -178,7 +178,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
     code = e.code or 0
   finally:
     # At exit Python waits for threads and locks. A dead file system or a dead
-    # process may block one of them for ever, so it gets 10 seconds.
+    # process may block one of them forever, so it gets 10 seconds.
     with contextlib.suppress(OSError):
       sys.stdout.flush()
     timer = threading.Timer(10, os._exit, [code])

@@ -39,7 +39,7 @@ def _integer(low: int, high: int = 2**32 - 1) -> Rule:
   test = lambda v: (
     isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
   )
-  return Rule(f"an integer of at least {low}, at most {high}", test, int)
+  return Rule(f"an integer from {low} to {high}", test, int)
 
 
 def _number(low: float, high: float = _LARGEST) -> Rule:
@@ -127,9 +127,9 @@ FIELDS: dict[str, Field] = {
   "data.eval_split": Field("test", _TEXT,
     "Images to score, as a TFDS slice: train[98%:]."),
   "data.mean": Field((0.5, 0.5, 0.5), _numbers(3, 0, 1),
-    "Mean of each channel, subtracted; pixels are from 0 to 1."),
+    "Mean of each channel, for pixels from 0 to 1; it is subtracted."),
   "data.std": Field((0.5, 0.5, 0.5), _numbers(3, 1e-3, 1),
-    "Standard deviation of each channel, divided by."),
+    "Standard deviation of each channel; pixels are divided by it."),
   "data.crop_pct": Field(1.0, _number(0.1, 1),
     "Evaluation: side of the centre crop over the image's shorter side."),
   "data.num_workers": Field(0, _integer(0, 1000),
@@ -160,11 +160,11 @@ FIELDS: dict[str, Field] = {
   "augment.erase_prob": Field(0.0, _number(0, 1),
     "Probability that a rectangle of the image is erased."),
   "augment.erase_mode": Field("pixel", _choice("pixel", "const"),
-    "Fill it with noise for each pixel, or with 0, the mean colour."),
+    "Fill of the rectangle: noise for each pixel, or 0, the mean colour."),
   "augment.erase_area": Field((0.02, 1 / 3), _interval(0.001, 1),
-    "Its area, as a fraction of the image."),
+    "Area of the rectangle, as a fraction of the image."),
   "augment.erase_aspect": Field((0.3, 1 / 0.3), _interval(0.01, 100),
-    "Its aspect ratio."),
+    "Height over width of the rectangle."),
   "augment.label_smoothing": Field(0.0, _number(0, 0.999),
     "Share of the target that is spread over all classes."),
   "optim.learning_rate": Field(0.01, _number(0),
@@ -180,7 +180,7 @@ FIELDS: dict[str, Field] = {
   "optim.eps": Field(1e-8, _number(1e-12),
     "AdamW's eps."),
   "optim.betas": Field((0.9, 0.999), _numbers(2, 0, 0.999999),
-    "AdamW's decay of the first and second moments."),
+    "AdamW's decay rates of the first and second moments."),
   "optim.clip_norm": Field(0.0, _number(0),
     "Largest norm of the gradient; 0 does not clip."),
   "ema_decay": Field(0.0, _number(0, 0.999999),
@@ -192,7 +192,7 @@ FIELDS: dict[str, Field] = {
   "accum_steps": Field(1, _integer(1),
     "Microbatches that a step is cut into, whose gradients are averaged."),
   "seed": Field(0, _integer(0),
-    "Of weights, order of images and augmentation."),
+    "Seed of the initial weights, the image order and augmentation."),
   "deterministic": Field(False, _BOOL,
     "Bit-exact on GPUs too, by XLA's flag; slower."),
   "log_every": Field(50, _integer(1),
@@ -274,7 +274,7 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
 
   Args:
     values: flat, some or all of `FIELDS`.
-    where: prefix of the message: where they are from.
+    where: prefix of the message, which says where they are from.
 
   Raises:
     UserError: naming the field, its value and what is accepted.
@@ -290,7 +290,7 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
 def _shown(value):
   try:
     return repr(value)
-  except Exception:  # An integer of thousands of digits, for one.
+  except Exception:  # For example, an integer of thousands of digits.
     return f"<{type(value).__name__}>"
 
 
@@ -325,7 +325,7 @@ def check(config: ml_collections.ConfigDict, num_devices: int | None) -> None:
   require(
     not warmup or config.optim.schedule != "onecycle",
     "optim.warmup_epochs",
-    "schedule=onecycle has its own",
+    "must be 0: schedule=onecycle has its own",
   )
   require(
     warmup < epochs, "optim.warmup_epochs", f"must be below epochs={epochs}"

@@ -38,9 +38,9 @@ def session(
 ) -> Iterator[None]:
   """Connects to the other processes, then runs the body.
 
-  If one process ends early, all do: the others print one line and exit with
-  `LOST`. They notice as soon as the coordinator, process 0, is gone; any other
-  process is given up once the coordinator has not heard from it for `timeout`
+  If one process ends early, the others print one line and exit with `LOST`.
+  They notice at once if the coordinator, process 0, is gone. Any other process
+  counts as lost when the coordinator has not heard from it for `timeout`
   seconds. The processes also wait that long for each other to connect.
 
   `coordinator` is the HOST:PORT of process 0. On TPU, Slurm and Kubernetes the
@@ -63,8 +63,8 @@ def session(
       socket.create_server(("", port)).close()
     except OSError as e:
       raise UserError(f"--coordinator={coordinator}: {e}") from e
-  # The processes connect directly, whatever proxies the environment names, so
-  # that jax need not warn of them.
+  # The processes connect directly and ignore the environment's proxies, so that
+  # jax need not warn of them.
   os.environ.setdefault("grpc_proxy", "")
   jax.config.update("jax_check_proxy_envs", False)
   with _Watch(timeout) as watch:
@@ -137,7 +137,7 @@ class _Watch:
 
   def __exit__(self, *exception):
     os.dup2(self._stderr, 2)
-    self._thread.join(1)  # It goes on if a child process holds the pipe open.
+    self._thread.join(1)  # A child process may hold the pipe open.
     sys.stderr.flush()
     sys.stderr = self._python_stderr
     faulthandler.enable(sys.stderr)

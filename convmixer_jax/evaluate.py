@@ -85,11 +85,11 @@ def evaluate_checkpoint(
 ) -> dict[str, Any]:
   """Scores weights on `config.data.eval_split`.
 
-  The weights are those of the newest checkpoint in `workdir`, or if there is
-  none those that `config.init_from` names.
+  The weights are those of the newest checkpoint in `workdir`. If it has no
+  checkpoint, they are those that `config.init_from` names.
 
   Returns:
-    step, None for `init_from`, and what `make_evaluate`'s function returns.
+    step (None for `init_from`), and what `make_evaluate`'s function returns.
 
   Raises:
     UserError: invalid config or workdir, or no weights.

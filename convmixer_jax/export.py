@@ -7,16 +7,16 @@
 DIR/model.stablehlo takes uint8 RGB images [batch, size, size, 3] of any batch,
 normalises them, and gives logits [batch, classes], on CPU, CUDA, ROCm and TPU:
 
-  jax.export.deserialize(open("exported/model.stablehlo", "rb").read()).call(x)
+  data = bytearray(open("exported/model.stablehlo", "rb").read())
+  logits = jax.export.deserialize(data).call(images)
 
 DIR/model.json has the image size, how to resize, and the names of the classes.
 The file is read back and compared with the model before the command ends. There
-is no ONNX: jax2onnx, its one maintained converter, needs an older version of
-the checkpoint library.
+is no ONNX export: the maintained converter, jax2onnx, needs an older orbax.
 
 A BatchNorm cannot be folded into a convolution's weights here: the activation
-lies between them, and the next convolution pads with zeros. Its weights are
-constants, which XLA turns into one scale and one shift.
+lies between them, and the next convolution pads with zeros. But its variables
+are constants, which XLA turns into one scale and one shift.
 """
 
 from collections.abc import Callable

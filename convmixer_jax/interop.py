@@ -1,4 +1,4 @@
-"""Weights of PyTorch's ConvMixers: their files, and their names to ours."""
+"""Reads PyTorch's weight files, and converts their names to ours and back."""
 
 from collections.abc import Mapping
 import logging
@@ -106,7 +106,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
   """Converts our variables, scanned or not, to timm's state_dict.
 
   Raises:
-    UserError: they are of no family.
+    UserError: no family has such variables.
   """
   variables = models.unstack_blocks(variables)
   known = models.infer(variables["params"])
@@ -129,7 +129,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
     value = np.asarray(value)
     if leaf == "kernel":
       value = _KERNELS[kind][1](value)
-    # Contiguous: safetensors writes a transposed array's buffer as it lies.
+    # safetensors would write a transposed array's buffer in the wrong order.
     value = np.ascontiguousarray(value)
     state_dict[f"{module}.{names[collection, leaf]}"] = value
   return state_dict

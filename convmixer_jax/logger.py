@@ -44,7 +44,7 @@ class Logger:
     active: bool,
     changes: Sequence[str] = (),
   ):
-    """Creates the workdir, if there is none, and opens the files.
+    """Creates the workdir if it does not exist, and opens the files.
 
     Of `total_steps` updates, `first_step` are done. Records of later ones, made
     after the last checkpoint, are removed from metrics.jsonl. `changes` are

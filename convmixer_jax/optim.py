@@ -73,7 +73,7 @@ def make_optimizer(
   Args:
     schedule: see `make_schedule`.
     params: the tree to optimise; shapes and names are enough.
-    config: a config's `optim`, of which these are read.
+    config: a config's `optim`. These fields are read:
       weight_decay: decoupled, multiplied by the learning rate (PyTorch's
         AdamW).
       decay_all: decay every tensor; otherwise only kernels (tensors with two
@@ -82,7 +82,8 @@ def make_optimizer(
       betas: decay of the first and second moments.
       clip_norm: largest global gradient norm; 0 does not clip.
     freeze: path prefixes ('stem', 'block_0/depthwise') of parameters that are
-      not updated and do not count in the norm. Scanned models have them too.
+      not updated and do not count in the norm. The names are those of an
+      unrolled model, also if the model is scanned.
     backbone_lr_scale: factor on the learning rate of all but the head.
 
   Returns:

@@ -112,14 +112,14 @@ def decoded(
 ) -> Iterator[tuple[Sequence[str], np.ndarray, list[str]]]:
   """Decodes in threads, ahead of the consumer.
 
-  Yields up to `batch_size` paths; uint8 [B, size, size, 3]; and an error for
-  each file, '' if there is none.
+  Yields up to `batch_size` paths, their images uint8 [B, size, size, 3], and an
+  error for each file, or ''.
   """
 
   def load(path):
     try:
       return decode.eval_image(decode.read_file(path), size, crop_pct), ""
-    except Exception as e:  # Pillow raises whatever a damaged file leads to.
+    except Exception as e:  # Pillow may raise anything for a damaged file.
       reason = getattr(e, "strerror", None) or str(e) or type(e).__name__
       return np.zeros((size, size, 3), np.uint8), f"cannot be decoded: {reason}"
 

@@ -1,4 +1,4 @@
-"""What a run is made of: `build` turns a config into model, steps and batches.
+"""The parts of a run: `build` turns a config into model, steps and batches.
 
 Training, evaluation, plan, replay, preview and benchmarks all start here.
 """
@@ -31,7 +31,7 @@ class Recipe:
 
   Attributes:
     config: of the run.
-    data: the training images, or what is known of them.
+    data: the training images, or their description.
     mesh: the devices, which share each batch.
     model: unbound.
     shapes: {'params', 'batch_stats'}, of the model's variables.
@@ -58,11 +58,11 @@ class Recipe:
     return -(-self.config.epochs * self.data.size // self.config.batch_size)
 
   def is_due(self, step: int, every: int | None) -> bool:
-    """Whether something is done after `step` updates; the last step always is.
+    """Whether something is due after `step` updates; always after the last.
 
     Args:
       step: at least 1.
-      every: steps between two times; None: at the end of each epoch.
+      every: period in steps; None: at the end of each epoch.
     """
     if every is None:
       size, batch_size = self.data.size, self.config.batch_size
@@ -187,7 +187,7 @@ def build(
 
   Args:
     config: of the run; see `config.check`, which is not called here.
-    data: the training images, or only what is known of them.
+    data: the training images, or a description with known size and classes.
     devices: None is all devices of all processes; they need not exist (see
       `plan.open_topology`) as long as nothing is computed.
 

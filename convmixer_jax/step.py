@@ -44,7 +44,11 @@ def init_state(
   image_size: int,
   ema: bool = False,
 ) -> TrainState:
-  """A fresh state, from a PRNG key, for square RGB images."""
+  """The state of step 0, drawn from a PRNG key.
+
+  `image_size` is the side of the RGB images. With `ema`, the state has moving
+  averages.
+  """
   images = jnp.zeros((1, image_size, image_size, 3))
   variables = model.init(key, images, train=False)
   variables = {"batch_stats": {}} | variables
@@ -78,7 +82,15 @@ def augmented(
   """A batch as the model gets it after `step` updates.
 
   The randomness is a function of (seed, step) alone, so a resumed run repeats
-  what an unbroken one does.
+  what an uninterrupted one does.
+
+  Args:
+    augment: see `Augment`.
+    batch: image uint8 [B, H, W, C]; label int [B], or float [B, K].
+    num_classes: K.
+    label_smoothing: see `soft_targets`; not for labels [B, K].
+    seed: of the run.
+    step: the number of updates done.
 
   Returns:
     Float images [B, H, W, C], and targets [B, K].

@@ -47,7 +47,7 @@ def train_and_evaluate(
 
   Raises:
     UserError: invalid config or workdir; existing files are untouched.
-    SystemExit: SIGTERM or SIGINT came, and the state is saved.
+    SystemExit: a signal stopped the run, and the state is saved.
   """
   # --- 1. Data and recipe. Mistakes are found before anything is written.
   config_lib.check(config, jax.device_count())
@@ -90,7 +90,8 @@ def train_and_evaluate(
     step = first_step = int(state.step)
     if first_step > total_steps:
       raise UserError(
-        f"{workdir}: is at step {first_step} of {total_steps}; its data changed"
+        f"{workdir}: is at step {first_step}, but this config and data give"
+        f" {total_steps} steps; pass another --workdir"
       )
     metrics = workdir_lib.read_eval(workdir, first_step)
     if first_step == total_steps and metrics:
@@ -129,11 +130,11 @@ def train_and_evaluate(
     learning_rate = jax.jit(lambda step: recipe.schedule(step - 1))
 
     # --- 4. The loop. Step n means n updates done. Logging and saving wait for
-    # the device; other steps wait for the one AHEAD before, so that the device
-    # always has one to do.
+    # the device. Other steps wait for the one that is AHEAD steps earlier, so
+    # that the device always has work.
     received = stack.enter_context(runtime.stop_signals())
     stopped = lambda: bool(received)
-    # A run that was stopped while it evaluated a step does that now.
+    # A run that was stopped during an evaluation repeats it now.
     if first_step and not metrics and recipe.is_due(step, config.eval_every):
       metrics = evaluate(state, stopped)
       logger.log_eval(step, metrics)

@@ -1,4 +1,4 @@
-"""Variables from wherever they are: a workdir, a file, the Hugging Face Hub."""
+"""Loads variables from a workdir, a file or the Hugging Face Hub."""
 
 from collections.abc import Mapping
 import os
@@ -51,11 +51,11 @@ def match(
   """Checks variables against a model's, tensor by tensor.
 
   Args:
-    loaded: from `load`, so of an unrolled model.
+    loaded: from `load`; those of an unrolled model.
     wanted: the model's variables, arrays or shapes; it may be a scanned one.
     name: where `loaded` is from, for messages.
-    new_head: take the head from `wanted`, and say so, if `loaded` has none or
-      one of another shape.
+    new_head: if `loaded` has no head or one of another shape, take it from
+      `wanted`, and print that.
 
   Returns:
     {'params', 'batch_stats'}, named as in `wanted`.
@@ -115,7 +115,7 @@ def load_init_from(
 def architecture(
   variables: Mapping[str, Any], name: str
 ) -> tuple[types.ModuleType, dict[str, Any]]:
-  """The family of an unrolled model, and what its tensors tell of it.
+  """The family of an unrolled model, and the arguments that its shapes imply.
 
   Args:
     variables: from `load`.
@@ -172,12 +172,12 @@ def load_model(
   """Builds the model that weights belong to.
 
   Args:
-    where: see `load`. A workdir's config says what its model is. Of a file,
-      tensors tell the sizes, and the published variant of that size the rest.
+    where: see `load`. A workdir's config defines its model. A file's tensors
+      imply the sizes, and the published variant of these sizes the rest.
     model_name: a key of `models.VARIANTS`, for a file.
 
   Returns:
-    The model, unrolled; its variables; and how its images are prepared:
+    The model, unrolled; its variables; and the preprocessing of its images:
     image_size, crop_pct, mean, std, and class_names or None.
 
   Raises:
@@ -189,7 +189,9 @@ def load_model(
   folder = Path(where).expanduser()
   if folder.is_dir():
     if model_name is not None:
-      raise UserError(f"--model={model_name}: {where} says what its model is")
+      raise UserError(
+        f"--model={model_name}: not used, because {where} has a config"
+      )
     config = config_lib.flatten(workdir_lib.read_config(folder))
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}
     data = of("data", family.preprocessing(None))

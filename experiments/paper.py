@@ -13,7 +13,7 @@ class Published:
     table: the table of the paper, or the origin.
     model: a key of `models.VARIANTS`, or the row's label.
     patch_size: None if the model has none.
-    kernel_size: likewise.
+    kernel_size: None if the model has none.
     value: top-1 in percent; None if it is not established.
     source: where the value comes from.
   """

@@ -44,7 +44,7 @@ def main(*names: str) -> None:
   pictures = plots.draw(results)
   page = render(names[0], sweep, folder, results, problems, pictures)
   try:
-    # A file name need not be valid text.
+    # File names may not be valid Unicode.
     Path(out).expanduser().write_text(page, "utf-8", "backslashreplace")
     if _FIGURES.value:
       figures = Path(_FIGURES.value).expanduser()

@@ -8,7 +8,7 @@ A run's workdir is ROOT/SWEEP/CELL/seedS; its output is log.txt in there. Rerun
 the command to continue: finished runs are skipped, interrupted runs resume, and
 failed runs, which have a failed.txt, are tried again. A failure does not stop
 the other runs. Ctrl-C or SIGTERM makes the active runs save their state and
-end. With several GPUs, each trains a run of its own.
+end. With several GPUs, each trains another run.
 """
 
 import dataclasses
@@ -35,7 +35,7 @@ from experiments import sweeps
 
 _FLAGS = cli.Flags()
 _ROOT = _FLAGS.string(
-  "root", "Folder in which the sweep's folder is made: --root runs."
+  "root", "Folder in which the sweep's folder is created: --root runs."
 )
 _ONLY = _FLAGS.string(
   "only",
@@ -121,7 +121,7 @@ def _part(runs, only):
 
 
 def _gpus() -> list[str]:
-  """Numbers of the GPUs. Another process looks, so that this one holds none."""
+  """Numbers of the GPUs. A child process looks, so that this one holds none."""
   code = (
     "import jax\n"
     "if jax.default_backend() == 'gpu': print(jax.local_device_count())"
@@ -248,7 +248,7 @@ def _summary(runs):
 
 
 def _counts(runs, *statuses):
-  """'3 finished, 1 failed', without those of which there are none."""
+  """'3 finished, 1 failed'; omits a status that no run has."""
   found = {s: sum(run.status == s for run in runs) for s in statuses}
   return ", ".join(f"{n} {status}" for status, n in found.items() if n)
 
@@ -276,7 +276,7 @@ def _dry_run(runs):
 
 
 def _training_data(config):
-  """The number of images and classes, also where the data are not."""
+  """The number of images and classes; the data need not be here."""
   d = config.data
   return sources.describe(d.name, d.dir, d.train_split, d.image_size)
 

@@ -1,4 +1,4 @@
-"""What the runs of a sweep scored: their folders read, checked, summarised."""
+"""Reads, checks and summarises the results of a sweep's runs."""
 
 from collections.abc import Mapping
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from experiments import sweeps
 
 COLUMNS = ("cell", "parameters", "GFLOP/image", "img/s", "ours", "paper",
            "difference")  # fmt: skip
-# A run may differ from the sweep in these: where the data are, and its pace.
+# A run's config may differ from the sweep's in these fields.
 _FREE = {*config_lib.FREE_FIELDS, "data.dir"}
 
 

@@ -141,7 +141,7 @@ def _num_tasks():
 
 
 def _single(args):
-  """The task of one run. Mistakes in its flags are found before it queues."""
+  """The task of one run. Finds mistakes in its flags before it is queued."""
   cli.parse_flags(["main", *args], _RUN_FLAGS)
   config_lib.check(cli.required(_CONFIG), _num_tasks())
   command = [sys.executable, "-m", "convmixer_jax.main", *args]

@@ -12,8 +12,9 @@ the rest of the code knows its models:
   TORCH_NAMES        rows of timm's module, ours, and the kind of layer; see
                      `interop`
   timm_module        other names that such modules have -> timm's
-  infer              params -> the arguments that their shapes tell, or None
-  flops, describe    (model, image_size) -> int, model -> text for reports
+  infer              params -> the arguments that their shapes imply, or None
+  flops              (model, image_size) -> int, of one image's forward pass
+  describe           model -> text for reports
 
 To add one, add its module to `FAMILIES`, and attributes that no other family
 has to `config.FIELDS`.
@@ -77,12 +78,12 @@ def create_model(
 
 
 def family_of(model: nn.Module) -> types.ModuleType:
-  """The module of `FAMILIES` that a model is of."""
+  """The module of `FAMILIES` that `model` belongs to."""
   return next(f for f in FAMILIES if isinstance(model, f.MODEL))
 
 
 def unrolled(model: nn.Module) -> nn.Module:
-  """The same model with its blocks one by one, if its family can scan them."""
+  """The same model without `scan`, if it has that attribute."""
   return model.clone(scan=False) if getattr(model, "scan", False) else model
 
 
@@ -99,9 +100,9 @@ def describe(model: nn.Module) -> str:
 def infer(
   params: Mapping[str, Any],
 ) -> tuple[types.ModuleType, dict[str, Any]] | None:
-  """The family, and the arguments, that an unrolled model's params tell.
+  """Finds the family of an unrolled model's params, and its arguments.
 
-  num_classes is None where there is no head. None if no family knows them.
+  num_classes is None if there is no head. Returns None if no family matches.
   """
   found = ((family, family.infer(params)) for family in FAMILIES)
   return next((pair for pair in found if pair[1] is not None), None)
@@ -112,7 +113,8 @@ def variable_shapes(model: nn.Module, image_size: int = 224) -> dict[str, Any]:
 
   Args:
     model: unbound.
-    image_size: side of the images; any will do where no variable depends on it.
+    image_size: side of the images; it matters only to models with variables
+      whose shapes depend on it.
   """
   images = jnp.zeros((1, image_size, image_size, 3))
   init = lambda: model.init(jax.random.key(0), images, train=False)

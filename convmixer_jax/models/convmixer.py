@@ -106,11 +106,11 @@ class ConvMixer(nn.Module):
       train: normalise by batch statistics and update the running ones (apply
         with mutable=['batch_stats']).
       return_features: stop before pooling and the head.
-      num_blocks: with return_features, stop after so many blocks, 0 to depth;
-        None is all of them.
+      num_blocks: with return_features, stop after this number of blocks, 0 to
+        depth; None is all of them.
 
     Returns:
-      [B, num_classes] float32, or features [B, H // p, W // p, dim].
+      [B, num_classes] float32, or features [B, H // p, W // p, dim] in `dtype`.
     """
     if num_blocks is not None and not return_features:
       raise ValueError(f"num_blocks={num_blocks}: needs return_features")
@@ -198,7 +198,7 @@ TORCH_NAMES = (
 
 
 def timm_module(module: str) -> str:
-  """The paper's nn.Sequential (stem 0 to 2, blocks, head) to timm's names."""
+  """Renames the paper's nn.Sequential as timm does: '3.1' -> 'blocks.0.1'."""
   index, _, rest = module.partition(".")
   if not re.fullmatch("[0-9]{1,9}", index):
     return module
@@ -208,7 +208,7 @@ def timm_module(module: str) -> str:
 
 
 def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
-  """Arguments that the tensors' shapes tell; None if this is no ConvMixer."""
+  """Arguments that the shapes imply; None if this is not a ConvMixer."""
   try:
     patch, _, _, dim = params["stem"]["kernel"].shape
     kernel, *_ = params["block_0"]["depthwise"]["kernel"].shape
@@ -220,7 +220,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def flops(model: ConvMixer, image_size: int) -> int:
-  """Of convolutions and the head, one image forward; the rest is under 1 %."""
+  """FLOPs of the convolutions and the head; the rest is under 1 %."""
   side = image_size // model.patch_size
   stem = 3 * model.patch_size**2 * model.dim
   block = model.kernel_size**2 * model.dim + model.dim**2

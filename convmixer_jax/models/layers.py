@@ -19,8 +19,8 @@ import jax.numpy as jnp
 
 from convmixer_jax import ops
 
-# What timm trains and evaluates with where a model says nothing else. mean and
-# std are of ImageNet's channels, in units of 255.
+# timm's default preprocessing. mean and std are those of ImageNet's channels,
+# for pixels from 0 to 1.
 IMAGENET = {
   "image_size": 224,
   "crop_pct": 0.875,
@@ -88,7 +88,7 @@ class Conv(nn.Module):
         return ops.depthwise_conv, x, kernel[:, :, 0, :], bias
       case (s, "VALID", 1) if self.kernel_size == (s, s):
         return _patches, x, kernel, bias
-    raise ValueError(f"{self}: neither depthwise nor of patches")
+    raise ValueError(f"{self}: must be a depthwise or a patch convolution")
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H', W', features]."""
@@ -139,7 +139,7 @@ class PointwiseConv(nn.Module):
 class LayerNorm(nn.LayerNorm):
   """norm(activation(conv(x))) + residual over the channels of each location.
 
-  Called like `ops.BatchNorm`, in whose place it can stand.
+  Called like `ops.BatchNorm`, which it can replace.
   """
 
   epsilon: float = 1e-5

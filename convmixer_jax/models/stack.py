@@ -1,4 +1,4 @@
-"""Equal blocks in a row: unrolled, or one that is scanned."""
+"""Applies equal blocks in a row: unrolled, or as one scan."""
 
 from collections.abc import Callable
 import functools
@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# What a block keeps for its backward pass, of jax.checkpoint_policies.
+# The names in jax.checkpoint_policies that a model's `remat` accepts.
 REMAT_POLICIES = ("nothing_saveable",)
 
 
@@ -35,10 +35,13 @@ def apply_blocks(
     depth: number of blocks.
     x: input of the first block; every block returns the same shape.
     train: argument of every call.
-    num_blocks: apply only the first so many, 0 to `depth`; None is all.
+    num_blocks: apply only this number of blocks, 0 to `depth`; None is all.
 
   Returns:
     The last block's result.
+
+  Raises:
+    ValueError: num_blocks is out of range.
   """
   if module.remat is not None:
     make_block = functools.partial(
@@ -88,7 +91,7 @@ def stack_blocks(tree: Any) -> Any:
 
   Args:
     tree: any pytree with variables in it: a model's, an optimiser's, a train
-      state's. What has no blocks stays as it is.
+      state's. A part without blocks is not changed.
   """
   unrolled = lambda node: isinstance(node, dict) and "block_0" in node
 

@@ -45,9 +45,9 @@ def load() -> ctypes.CDLL | None:
     output = getattr(e, "stderr", None) or str(e)
     lines = output.strip().splitlines() or [type(e).__name__]
     logging.warning(
-      "ops/native.cc could not be compiled (%s). Depthwise convolutions run in"
-      " plain XLA, which is several times slower. Install a C++ compiler, for"
-      " example with `apt-get install g++`, or name one in $CXX.",
+      "ops/native.cc could not be compiled (%s). Convolutions and BatchNorm run"
+      " in plain XLA, which is several times slower. Install a C++ compiler,"
+      " for example with `apt-get install g++`, or name one in $CXX.",
       next((line for line in lines if "error" in line), lines[-1]),
     )
     return None

@@ -13,7 +13,7 @@ libtpu: pip install "jax[tpu]". Times are lower bounds, not measurements: the
 step cannot be faster than its arithmetic at the peak rate, its memory traffic
 at full bandwidth, or its communication over all links.
 
-Exits with 0 if the run fits, and with 1 if it does not.
+The exit code is 0 if the run fits, and 1 if it does not.
 """
 
 import dataclasses

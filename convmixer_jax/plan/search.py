@@ -22,8 +22,8 @@ def find_batch(
 ) -> dict[str, Any]:
   """The plan of the largest batch size that fits, to the unit or within 2 %.
 
-  Only sizes are tried of which each device gets whole BatchNorm groups,
-  microbatches and mixing groups. Larger ones are assumed to need more memory.
+  It tries only sizes that give each device whole BatchNorm groups, microbatches
+  and mixing groups. Larger ones are assumed to need more memory.
   The search starts from the config's size and passes a line for each size to
   `log`. See `plan.plan` for the other arguments and the result, which also has
   `tried`: [{batch_size, fits, memory_bytes}]. Raises UserError if no size fits.

@@ -32,8 +32,8 @@ _GIB = 2**30
 # /v6e in November 2026. Interconnect is half of their "bidirectional ICI
 # bandwidth per chip" (v4: 6 links of 50 GB/s each way, Jouppi et al.,
 # arXiv:2304.01433). Matrix units: eight of 128 x 128 on v4 and v5p, four on
-# v5e; v6e does 2^19 FLOPs a cycle, of which its compiler expects 70 % for a
-# product of two [8192, 8192].
+# v5e. v6e does 2^19 FLOPs a cycle; its compiler expects to reach 70 % of that
+# for a product of two [8192, 8192].
 CHIPS = {
   "TPU v4": Chip(275e12, 1200e9, 300e9, int(30.75 * _GIB), 275e12 / 2**18),
   "TPU v5 lite": Chip(197e12, 819e9, 200e9, int(15.75 * _GIB), 197e12 / 2**17),
