@@ -62,9 +62,7 @@ def main() -> None:
   unbroken = _start(root / "unbroken", flags_of_config, cores[0])
   starts = []
   try:
-    starts = _killed_again_and_again(
-      root / "killed", flags_of_config, cores[-1]
-    )
+    starts = _run_with_kills(root / "killed", flags_of_config, cores[-1])
     if unbroken.wait():
       raise UserError(f"The run failed; see {root / 'unbroken.log'}")
   finally:
@@ -97,19 +95,19 @@ def _start(workdir, config, core):
   return process
 
 
-def _killed_again_and_again(workdir, config, core) -> list[dict[str, Any]]:
-  """Until it ends by itself. Returns what each start used."""
+def _run_with_kills(workdir, config, core) -> list[dict[str, Any]]:
+  """Kills and restarts the run until it ends. Returns what each start used."""
   starts, rng = [], random.Random(0)
   begun = time.monotonic()
   with tqdm.tqdm(total=60 * _MINUTES.value, unit="s", disable=None) as bar:
     while True:
       process = _start(workdir, config, core)
-      fate = time.monotonic() + rng.expovariate(1 / _KILL_EVERY.value)
+      kill_at = time.monotonic() + rng.expovariate(1 / _KILL_EVERY.value)
       used = {"mebibytes": 0, "open_files": 0, "killed": False}
       while process.poll() is None:
         elapsed = time.monotonic() - begun
         bar.update(round(elapsed) - bar.n)
-        if time.monotonic() > fate and elapsed < 60 * _MINUTES.value:
+        if time.monotonic() > kill_at and elapsed < 60 * _MINUTES.value:
           process.kill()
           used["killed"] = True
           break

@@ -28,8 +28,8 @@ class Flags(flags.FlagValues):
   """The flags of one command.
 
   Each command has its own, so that several can be imported together. A method
-  defines a flag from its name, its help, a default, None or False if it is not
-  given, and absl's further options: `integer("step", "...", 0, lower_bound=0)`.
+  takes the flag's name, its help, its default (otherwise None or False), and
+  absl's further options: `integer("step", "...", 0, lower_bound=0)`.
   """
 
   def _add(self, define, name, text, default=None, **options):

@@ -105,7 +105,7 @@ class _Watch:
   with a stack trace and calls abort(). No callback can prevent that. Therefore
   stderr becomes a pipe. A thread reads it, drops the service's log lines and
   passes on all others. When it reads the fatal error, it prints one line and
-  exits while abort() is held up. Python's own sys.stderr bypasses the pipe.
+  exits while abort() is delayed. Python's own sys.stderr bypasses the pipe.
   """
 
   connected = False  # Whether all processes have connected.

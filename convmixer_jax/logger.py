@@ -126,7 +126,8 @@ class Logger:
   def log_train(
     self, step: int, metrics: Sequence[Mapping[str, Any]], **more: float
   ) -> None:
-    """Records the means of `metrics`: scalars of each step since the last one.
+    """Records the means of `metrics`, the scalars of each step since the last
+    record.
 
     Adds images_per_second, data_wait, the percentage of the time spent waiting
     for batches, and `more`.

@@ -58,7 +58,7 @@ class Recipe:
     return -(-self.config.epochs * self.data.size // self.config.batch_size)
 
   def is_due(self, step: int, every: int | None) -> bool:
-    """Whether something is due after `step` updates; always after the last.
+    """Whether something is due after `step` updates; it always is at the end.
 
     Args:
       step: at least 1.

@@ -190,7 +190,7 @@ def load_model(
   if folder.is_dir():
     if model_name is not None:
       raise UserError(
-        f"--model={model_name}: not used, because {where} has a config"
+        f"--model={model_name}: omit it; {where} has a config that names it"
       )
     config = config_lib.flatten(workdir_lib.read_config(folder))
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}

@@ -160,7 +160,7 @@ SWEEPS: dict[str, Sweep] = {
     _grid(_SCRIPT, "cifar10_script_grid", (1, 2, 4, 8), (3, 5, 7, 9)),
   ),
   "patch_kernel_small": Sweep(
-    "The same question, at a size that two CPU cores answer in hours.",
+    "Patch and kernel size for ConvMixer-64/4, 8 epochs: hours on two CPUs.",
     _grid(
       _SCRIPT,
       "",
@@ -178,7 +178,7 @@ SWEEPS: dict[str, Sweep] = {
     seeds=(0, 1),
   ),
   "cifar10_script": Sweep(
-    "The authors' script, and the grid that others reran with it.",
+    "The authors' script, and the grid of an independent rerun.",
     [
       Cell("script", _SCRIPT, {}, "cifar10_script"),
       *(

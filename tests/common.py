@@ -188,8 +188,8 @@ def run_main(
 def call(module, *args, stdin=""):
   """`python -m MODULE` in this process: (exit code, output, errors).
 
-  Less what `cli.run` does for a process as a whole, and the seconds in which a
-  process imports everything.
+  Without what `cli.run` does for the whole process, and without the seconds in
+  which a new process imports everything.
   """
   path = ROOT / module.replace(".", "/")
   path = path / "__main__.py" if path.is_dir() else path.with_suffix(".py")
@@ -235,7 +235,7 @@ def decode_for_ever(photos, num_workers=1, **settings):
 
 
 def cifar10_absent():
-  """Says why, or nothing where TFDS has it as ArrayRecord."""
+  """Why CIFAR-10 cannot be used; '' if TFDS has prepared it."""
   import tensorflow_datasets as tfds
 
   builder = tfds.builder("cifar10")

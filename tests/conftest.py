@@ -36,7 +36,7 @@ def pytest_configure(config):
     os.environ["XLA_FLAGS"] += f" {level}=0"
 
 
-MEMORY = 1 << 30  # What a test may take beyond what it began with, in bytes.
+MEMORY = 1 << 30  # Bytes that a test may add to the process.
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def portable():
   """Runs in plain XLA, for tests of all but the operations.
 
   jax's cache keeps no program of native operations on several devices: it holds
-  the address of a Python object. So each run would be compiled anew.
+  the address of a Python object. So each run would be compiled again.
   """
   from convmixer_jax import ops
 
@@ -54,7 +54,7 @@ def portable():
 
 @pytest.fixture
 def little_memory(request):
-  """Whatever a file claims to need; and no machine runs out of it meanwhile."""
+  """Limits the memory that a test can take, whatever a file claims to need."""
 
   def resident(field):
     (line,) = (
@@ -78,6 +78,6 @@ def little_memory(request):
 
 @pytest.fixture
 def folder(tmp_path):
-  """Where a test of abuse may write."""
+  """A folder for the files of tests of invalid input."""
   (tmp_path / "given").mkdir()
   return tmp_path / "given"

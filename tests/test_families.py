@@ -1,4 +1,4 @@
-"""A family of one's own: what models/__init__.py promises is enough."""
+"""A family from outside the package: it needs only what models/ lists."""
 
 import json
 import types

@@ -38,7 +38,7 @@ ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
 class Convolution(NamedTuple):
   """A convolution that the norm after it computes: see `BatchNorm`.
 
-  A layer is one as well, if it has `operands`; see `models.layers.Conv`.
+  Layers with a method `operands` work too; see `models.layers.Conv`.
   """
 
   operation: Callable[..., jax.Array]  # (x, kernel, implementation=...) -> y
@@ -64,8 +64,8 @@ class BatchNorm(nn.Module):
   activation. At inference the convolution's last store does everything else.
 
   Attributes:
-    group_size: images per group; 0 means the whole batch, on however many
-      devices it lies ("synchronised" BatchNorm).
+    group_size: images per group; 0 means the whole batch, over all devices
+      ("synchronised" BatchNorm).
     activation: key of `ACTIVATIONS`.
     momentum: weight of the old running value (PyTorch's momentum is one minus
       this).
@@ -93,8 +93,8 @@ class BatchNorm(nn.Module):
     Args:
       x: [B, H, W, C].
       train: normalise by batch statistics, and update the running ones.
-      conv: the layer before, [B, H, W, C] -> [B, H', W', D]; None: there is
-        none, and D = C.
+      conv: the layer before, [B, H, W, C] -> [B, H', W', D]. None: no layer,
+        and D = C.
       residual: [B, H', W', D].
 
     Raises:
@@ -273,7 +273,7 @@ def _groups_backward(static, group, epsilon, kept, grads):
 _normalize_groups.defvjp(_groups_forward, _groups_backward)
 
 
-# --- The passes over images that all of this is made of.
+# --- The passes over images that the functions above use.
 
 
 def _dispatch(static, name, plain, *args, **attributes):

@@ -25,7 +25,7 @@ from convmixer_jax.plan import cost
 from convmixer_jax.plan import hlo
 from convmixer_jax.plan import topology
 
-# Attributes of a model, if its family has them, that a plan repeats.
+# Attributes that a plan reports, if the model has them.
 _MODEL = ("dim", "depth", "patch_size", "kernel_size", "norm", "bn_group_size",
           "scan", "remat")  # fmt: skip
 
@@ -44,8 +44,8 @@ def plan(
   Returns:
     The fields that `--json` prints, except topology, command and versions.
     Sizes (bytes), FLOPs and times (seconds) are those of one device and one
-    step. None stands for what is unknown: what the program would tell, if it
-    does not compile for lack of memory, and times, if the chip is not in
+    step. Unknown fields are None: those that are read from the program, if it
+    needs too much memory to compile, and times, if the chip is not in
     `topology.CHIPS`.
   """
   recipe, state, batch, traced = trace_step(config, devices, data)

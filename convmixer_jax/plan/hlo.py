@@ -107,7 +107,7 @@ class Program:
   ) -> Iterator[tuple[Instruction, int]]:
     """Yields every instruction that runs, and how often it does.
 
-    A fusion counts as one. All branches of a conditional are taken to run.
+    A fusion counts as one. All branches of a conditional are assumed to run.
     """
     for instruction in self.computations[computation or self._entry]:
       yield instruction, runs

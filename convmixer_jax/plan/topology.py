@@ -19,7 +19,7 @@ from convmixer_jax.errors import UserError
 class Chip:
   """A TPU chip, which JAX shows as one device."""
 
-  flops: float  # Peak bfloat16 FLOP/s; by default float32 is multiplied so too.
+  flops: float  # Peak bfloat16 FLOP/s, also for float32 by default.
   bandwidth: float  # Of its memory, bytes/s.
   interconnect: float  # Bytes/s that it can send over all its links together.
   memory: int  # Bytes available to a program, according to libtpu 0.0.42.1.
