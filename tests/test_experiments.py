@@ -192,7 +192,7 @@ def test_more_parts_than_runs_is_no_mistake(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_skips_records_and_resumes(tmp_path, monkeypatch):
+def test_a_sweep_skips_records_and_resumes(tmp_path):
   """One cell trains, one fails; again: the first is skipped."""
   small = {"model.dim": 8, "model.depth": 1, "epochs": 1}
   cells = [

@@ -406,7 +406,7 @@ def test_a_disk_that_cannot_be_written(whole, mounted):
 
 @pytest.mark.slow
 @other_reads
-def test_a_disk_that_goes_away(mounted, monkeypatch, tmp_path):
+def test_a_disk_that_goes_away(mounted, monkeypatch):
   folder = mounted("2m")
 
   def go_away():

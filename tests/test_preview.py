@@ -13,7 +13,7 @@ from convmixer_jax.errors import UserError
 from tests import common
 
 
-def test_the_sheet_shows_what_the_step_trains_on(monkeypatch, tmp_path):
+def test_the_sheet_shows_what_the_step_trains_on(tmp_path):
   """The very images and targets that the train step's loss sees."""
   config = common.digits_config(
     **{

@@ -112,7 +112,7 @@ def test_a_sweep_without_runs_has_a_page(tmp_path):
   assert len(re.findall(r">missing</text>", text)) == 4
 
 
-def test_curves_are_means_of_common_steps(tmp_path):
+def test_curves_are_means_of_common_steps():
   cell = sweeps.get("smoke").cells[0]
   runs = {
     0: [{"kind": "eval", "step": s, "top1": t} for s, t in ((5, 1), (10, 2))],

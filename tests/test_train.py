@@ -316,7 +316,7 @@ def test_a_crash_is_recorded(tmp_path, monkeypatch, portable):
   assert start["status"] == "failed"
 
 
-def test_init_from_a_run(unbroken, tmp_path, capsys, portable):
+def test_init_from_a_run(unbroken, tmp_path, portable):
   workdir, state = unbroken
   frozen = {
     "init_from": str(workdir),

@@ -329,7 +329,7 @@ def run(tmp_path_factory):
   return workdir, path, config
 
 
-def test_init_from_and_eval_of_a_file(run, tmp_path, capsys, portable):
+def test_init_from_and_eval_of_a_file(run, tmp_path, portable):
   workdir, path, config = run
   by_workdir = evaluate.evaluate_checkpoint(config, workdir)
   config = common.digits_config(init_from=str(path))
