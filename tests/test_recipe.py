@@ -43,7 +43,7 @@ OPTIM = {
 }
 MODEL = {"dim": 6, "depth": 1, "patch_size": 2, "kernel_size": 4,
          "activation": "relu", "pointwise_residual": True,
-         "depthwise_residual": False, "bn_group_size": 4}  # fmt: skip
+         "depthwise_residual": False}  # fmt: skip
 MEAN, STD = (0.2, 0.3, 0.4), (0.3, 0.2, 0.5)
 RNG = np.random.default_rng(0)
 SOURCE = sources.InMemory(
@@ -139,7 +139,9 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   assert common.tree_error(state.batch_stats, new["batch_stats"]) <= 2e-5
   assert common.tree_error(state.ema, ema) <= 2e-5
   assert common.relative_error(metrics["grad_norm"], norm) <= 2e-5
-  ((config, options),) = asked
+  groups = make_recipe(**{"model.bn_group_size": 4}).model.bn_group_size
+  assert groups == 4  # With it, accumulation would change nothing above.
+  config, options = asked[0]
   assert AUGMENT.items() <= config.items()
   assert options == {"mean": MEAN, "std": STD, "crop": True}
   assert (recipe.total_steps, recipe.steps_per_epoch) == (5, 2.5)
