@@ -147,6 +147,7 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   assert (recipe.total_steps, recipe.steps_per_epoch) == (5, 2.5)
   due = [n for n in range(1, 6) if recipe.is_due(n, None)]
   assert due == [3, 5]  # Samples 48 and 80 are the first beyond 40 and 80.
+  assert [n for n in range(1, 6) if recipe.is_due(n, 4)] == [4, 5]
 
 
 def test_batches_get_what_the_config_says(monkeypatch):
