@@ -538,8 +538,8 @@ def test_a_clock_that_jumps_loses_nothing(tmp_path):
     if code != -signal.SIGABRT:
       assert code == 2
       assert re.fullmatch(
-        r"error: .*/checkpoints: cannot be written: .* timed out after .*\. What"
-        r" is saved there is intact; rerun the command to resume from it",
+        r"error: .*/checkpoints: cannot be written: .* timed out after .*\."
+        r" What is saved there is intact; rerun the command to resume from it",
         err.splitlines()[-1],
       )
   assert code == 0
