@@ -29,8 +29,9 @@ CONFIGS = [
   "configs/imagenet.py:768_32",
   "configs/imagenet.py:1024_20",
 ]
-# They differ from configs/imagenet.py in their sizes alone.
-SLOW_CONFIGS = ("configs/imagenet.py:768_32", "configs/imagenet.py:1024_20")
+# They differ from another one in sizes or the weight decay alone.
+SLOW_CONFIGS = ("configs/imagenet.py:768_32", "configs/imagenet.py:1024_20",
+                "configs/cifar10.py:paper_wd1e-2")  # fmt: skip
 
 
 def test_no_config_is_missing_here():

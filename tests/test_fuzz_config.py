@@ -190,7 +190,7 @@ def begin(trace, folder, monkeypatch):
 
 
 def test_malformed_overrides(begin):
-  @examples(120)
+  @examples(80)
   @hypothesis.given(
     st.lists(GOOD, max_size=2), st.lists(BAD, min_size=1, max_size=2)
   )

@@ -415,7 +415,7 @@ def test_encoded_images_train(photos, tmp_path, portable):
       "data.dir": str(photos),
       "data.eval_split": "val",
       "data.image_size": 32,
-      "data.num_workers": 1,
+      "data.num_workers": 0,  # test_data and test_faults have processes.
       "augment.mix_group_size": 8,
       # All fifteen operations take several times as long to compile.
       "augment.randaugment": "rand-m9-mstd0.5-inc1:Rotate",
