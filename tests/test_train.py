@@ -77,6 +77,9 @@ def test_a_run(unbroken, capsys):
   )
   assert train_steps == [2, 4, 6, 8, 10]
   assert eval_steps == [4, 8, 10]
+  # In a run of one epoch the schedule falls from peak / 20 to 0 at the last.
+  rates = [r["learning_rate"] for r in records(workdir) if r["kind"] == "train"]
+  assert rates == pytest.approx([0.0004, 0.0003, 0.0002, 0.0001, 0], abs=1e-9)
   last = records(workdir)[-1]
   assert last["count"] == 360
   assert 0 <= last["top1"] <= last["top5"] <= 100
