@@ -598,7 +598,6 @@ def test_the_whole_of_it_is_a_function_of_the_key():
   common.assert_close(a[1], golden["targets"], 1e-6)
 
 
-
 CROP = {"crop_scale": (0.5, 1.0), "interpolation": "random"}
 MIXED = {"mixup_alpha": 0.5, "cutmix_alpha": 0.5, "mix_group_size": 2}
 ERASE = {"erase_prob": 0.5, "erase_mode": "const"}
