@@ -66,7 +66,7 @@ def make_recipe(**more):
       "batch_size": 16,
       "accum_steps": 2,
       "ema_decay": 0.4,
-      "epochs": 2,
+      "epochs": 3,
       "seed": 5,
       "freeze": ("stem",),
       "backbone_lr_scale": 0.25,
@@ -93,7 +93,7 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   state = recipe.init_state()
   batch = {"image": SOURCE.images[:16], "label": SOURCE.labels[:16]}
   model = models.ConvMixer(num_classes=5, **MODEL)
-  schedule = optim.make_schedule("cosine", 0.03, 2, 40 / 16, 0.5)
+  schedule = optim.make_schedule("cosine", 0.03, 3, 40 / 16, 0.5)
   tx = optim.make_optimizer(
     schedule,
     state.params,
@@ -144,10 +144,10 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   config, options = asked[0]
   assert AUGMENT.items() <= config.items()
   assert options == {"mean": MEAN, "std": STD, "crop": True}
-  assert (recipe.total_steps, recipe.steps_per_epoch) == (5, 2.5)
-  due = [n for n in range(1, 6) if recipe.is_due(n, None)]
-  assert due == [3, 5]  # Samples 48 and 80 are the first beyond 40 and 80.
-  assert [n for n in range(1, 6) if recipe.is_due(n, 4)] == [4, 5]
+  assert (recipe.total_steps, recipe.steps_per_epoch) == (8, 2.5)
+  due = [n for n in range(1, 9) if recipe.is_due(n, None)]
+  assert due == [3, 5, 8]  # The first steps beyond 40, 80 and 120 samples.
+  assert [n for n in range(1, 9) if recipe.is_due(n, 3)] == [3, 6, 8]
 
 
 def test_batches_get_what_the_config_says(monkeypatch):
