@@ -465,7 +465,10 @@ def test_imagenets_names_are_built_in(tmp_path):
     "bias": np.eye(1000, dtype=np.float32)[281],
   }
   path = tmp_path / "a.safetensors"
-  safetensors.numpy.save_file(interop.to_torch(variables), path)
+  tensors = interop.to_torch(variables)
+  safetensors.numpy.save_file(
+    {k: np.ascontiguousarray(v) for k, v in tensors.items()}, path
+  )
   *_, data = weights.load_model(str(path))
   assert data["class_names"][281] == "tabby"
   assert len(set(data["class_names"])) == 1000
@@ -573,8 +576,9 @@ def test_full_size_models_are_timms(name, tmp_path):
   common.assert_close(ours, expected, 1e-4, name)
   # Ours there.
   other = jax.tree.map(lambda x: x * np.float32(0.9), variables)
-  path = tmp_path / "ours.safetensors"
-  safetensors.numpy.save_file(interop.to_torch(other), path)
+  tensors = interop.to_torch(other)
+  tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+  safetensors.numpy.save_file(tensors, tmp_path / "ours.safetensors")
   _, expected = timms(name, tmp_path)
   ours = model.apply(other, wanted, train=False)
   common.assert_close(ours, expected, 1e-4, name)
