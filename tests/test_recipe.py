@@ -95,11 +95,7 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   model = models.ConvMixer(num_classes=5, **MODEL)
   schedule = optim.make_schedule("cosine", 0.03, 3, 40 / 16, 0.5)
   tx = optim.make_optimizer(
-    schedule,
-    state.params,
-    OPTIM,
-    freeze=("stem",),
-    backbone_lr_scale=0.25,
+    schedule, state.params, OPTIM, freeze=("stem",), backbone_lr_scale=0.25
   )
 
   @jax.jit
@@ -126,10 +122,7 @@ def test_the_step_is_what_the_config_says(monkeypatch):
     ]
     grads, stats = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     updates, _ = tx.update(grads, tx.init(params), params)
-    new = {
-      "params": optax.apply_updates(params, updates),
-      "batch_stats": stats,
-    }
+    new = {"params": optax.apply_updates(params, updates), "batch_stats": stats}
     ema = jax.tree.map(lambda a, b: 0.4 * a + 0.6 * b, variables, new)
     return new, ema, optax.tree.norm(grads)
 
@@ -152,12 +145,8 @@ def test_the_step_is_what_the_config_says(monkeypatch):
 
 def test_batches_get_what_the_config_says(monkeypatch):
   """The crops of images that the host decodes, and those of evaluation."""
-  fields = {
-    "data.num_workers": 3,
-    "data.max_unreadable": 7,
-    "data.crop_pct": 0.8,
-  }
-  recipe = make_recipe(**fields)
+  recipe = make_recipe()
+  recipe.config.data.update(num_workers=3, max_unreadable=7, crop_pct=0.8)
   given = {}
 
   def keep(source, **options):
