@@ -30,9 +30,9 @@ _LOCK = threading.Lock()
 _portable = contextvars.ContextVar("portable", default=False)
 
 # The dimensions of each op's arguments and results. Only n is sharded: images,
-# or parts [n, b] of a batch, each with its own gradient of the kernel. No result
-# is a sum over n, which would count what XLA pads a device's share with.
-# Without a residual, any array may stand in its place: the dimension e.
+# or parts [n, b] of a batch, each with the kernel's gradient of its own images.
+# No result is a sum over n, which would count what XLA pads a device's share
+# with. Without a residual, any array may stand in its place: the dimension e.
 _OPS = {
   "depthwise": "n h w c, k l c -> n h w c",
   "depthwise_norm": "n h w c, k l c, c, c, c, n h w c -> n h w c",
