@@ -1,5 +1,6 @@
 """Runs of several processes, one per host, that start and end together."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Mapping
 import contextlib
@@ -35,6 +36,7 @@ def session(
   *,
   timeout: int,
   settings: Mapping[str, Any],
+  operations: Callable[[], str],
 ) -> Iterator[None]:
   """Connects to the other processes, then runs the body.
 
@@ -45,8 +47,10 @@ def session(
 
   `coordinator` is the HOST:PORT of process 0. On TPU, Slurm and Kubernetes the
   first three arguments may be None. `settings` are values, by dotted name, that
-  must be equal in all processes. Raises UserError if they are not, or the
-  processes cannot connect.
+  must be equal in all processes, and so must the result of `operations`, which
+  is called once they are connected: programs with different operations exchange
+  different arrays. Raises UserError if they are not, or the processes cannot
+  connect.
   """
   port = 0
   if coordinator is not None:
@@ -87,7 +91,7 @@ def session(
       raise UserError(f"--distributed: {text}") from e
     watch.connected = True
     try:
-      _check_equal(settings, timeout)
+      _check_equal(settings, operations(), timeout)
       yield
       jax.distributed.shutdown()
     except SystemExit:  # After a signal, all processes stop at the same step.
@@ -241,21 +245,29 @@ def _unreachable(address: str) -> str | None:
   return None
 
 
-def _check_equal(settings, timeout):
-  """Raises UserError in every process unless all have the same settings."""
+def _check_equal(settings, operations, timeout):
+  """Raises UserError in every process unless all have the same arguments."""
   state = jax_distributed.global_state
   client = state.client
   assert client is not None
   settings = {"--num_processes": state.num_processes, **settings}
-  text = json.dumps(settings, default=str)
-  ours = json.loads(text)  # As the other processes read it.
+  text = json.dumps([operations, settings], default=str)
+  _, ours = json.loads(text)  # As the other processes read it.
   # Equal settings have the same key, so that a large cluster reads little.
   key = f"convmixer_jax/settings/{hashlib.sha256(text.encode()).hexdigest()}"
-  entry = json.dumps([state.process_id, ours])
+  entry = json.dumps([state.process_id, operations, ours])
   client.key_value_set(key, entry, allow_overwrite=True)
-  client.wait_at_barrier("convmixer_jax_settings", 1000 * timeout)
+  # Another process may still compile its operations; if it ends, the service
+  # notices.
+  client.wait_at_barrier("convmixer_jax_settings", 1000 * (timeout + 600))
   for _, other in client.key_value_dir_get("convmixer_jax/settings/"):
-    them, theirs = json.loads(other)
+    them, their_operations, theirs = json.loads(other)
+    if their_operations != operations:
+      raise UserError(
+        "--distributed: the processes would compute with different operations:"
+        f" {their_operations} in process {them} and {operations} in process"
+        f" {state.process_id}; native needs a C++ compiler on every host"
+      )
     different = [
       f"{name} is {theirs.get(name)} in process {them} and"
       f" {ours.get(name)} in process {state.process_id}"

@@ -29,6 +29,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import distributed
 from convmixer_jax import evaluate
 from convmixer_jax import logger
+from convmixer_jax import ops
 from convmixer_jax import train
 from convmixer_jax.errors import UserError
 
@@ -105,7 +106,10 @@ def main() -> None:
       "--accept_changes": accept,
     } | {f"config.{name}": value for name, value in fields}
     session = distributed.session(
-      *where, timeout=_TIMEOUT.value, settings=settings
+      *where,
+      timeout=_TIMEOUT.value,
+      settings=settings,
+      operations=lambda: ops.chosen(None, config.model.dtype or "float32"),
     )
   with session:
     if _MODE.value == "train":

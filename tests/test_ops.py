@@ -2,6 +2,7 @@
 
 from concurrent import futures
 import functools
+import math
 import os
 from pathlib import Path
 import shutil
@@ -276,6 +277,56 @@ def test_ops_compile_one_implementation_and_gather_nothing(op):
   assert exchanges(hlo) == ["all-reduce"]  # The kernel's gradient.
   alone = [jax.device_put(a, jax.devices()[0]) for a in (x, kernel)]
   assert common.tree_error(compiled(x, kernel), gradients(*alone)) < 2e-6
+
+
+@pytest.mark.parametrize(("devices", "batch"), [((8,), 2), ((2, 3), 8)])
+def test_a_batch_that_does_not_divide_over_the_devices(devices, batch):
+  """Every operation and its gradients; XLA pads what each device gets."""
+  args = normal(0, batch, 3, 4, 5), normal(1, 2, 2, 5), normal(2, 5, 5)
+  module = ops.BatchNorm(activation="gelu")
+  variables = module.init(jax.random.key(0), args[0], False)
+  # In another order than the devices' own.
+  devices = np.array(jax.devices()[: math.prod(devices)][::-1]).reshape(devices)
+  mesh = jax.sharding.Mesh(devices, ("a", "b")[: devices.ndim])
+
+  def value_and_gradients(x, kernel, matrix, spec=None):
+    x = jnp.cos(x)
+    if spec is not None:  # As of a microbatch: of a value, not of an argument.
+      x = jax.lax.with_sharding_constraint(x, spec)
+
+    def loss(x, kernel, matrix, bias, params):
+      apply = lambda x, op, kernel, train: module.apply(
+        variables | {"params": params},
+        x,
+        train,
+        conv=ops.Convolution(op, kernel, bias),
+        residual=x,
+        mutable=["batch_stats"],
+      )[0]
+      x = apply(x, ops.depthwise_conv, kernel, True)
+      x = apply(x, ops.pointwise_conv, matrix, False)
+      return jnp.sin(x).sum()
+
+    args = x, kernel, matrix, jnp.ones(5), variables["params"]
+    return jax.value_and_grad(loss, range(5))(*args)
+
+  spec = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
+  jitted = jax.jit(value_and_gradients, static_argnums=3)
+  assert common.tree_error(jitted(*args, spec), jitted(*args)) < 5e-6
+
+
+def test_a_batch_over_devices_in_a_way_without_a_name():
+  """XLA cuts the axis `data` of eight devices into two times four."""
+  x, kernel = normal(0, 16, 3, 4, 5), normal(1, 2, 2, 5)
+  gradient = jax.grad(lambda *args: jnp.sin(ops.depthwise_conv(*args)).sum(), 1)
+
+  def halves(x, kernel):
+    return [gradient(half, kernel) for half in x.reshape(2, 8, *x.shape[1:])]
+
+  mesh = sharding.make_mesh()
+  sharded = jax.device_put(x, sharding.batch_sharding(mesh))
+  expected = [gradient(half, kernel) for half in (x[:8], x[8:])]
+  assert common.tree_error(jax.jit(halves)(sharded, kernel), expected) < 2e-6
 
 
 # --- Activation and BatchNorm.

@@ -394,7 +394,8 @@ void correlate_taps(const Conv& s, const float* x, const float* grad,
 
 template <class T>
 void depthwise_vjp(ffi::ThreadPool& pool, const Conv& s, const T* x,
-                   const T* kernel, const T* grad, T* grad_x, T* grad_kernel) {
+                   const T* kernel, const T* grad, T* grad_x,
+                   float* grad_kernel) {
   const std::vector<float> rotated = pack_kernel(s, kernel, true);
   const int64_t low = (s.k - 1) / 2, taps = s.k * s.k;
   const int64_t step = s.vectors_per_task(2);
@@ -591,8 +592,9 @@ void multiply(ffi::ThreadPool& pool, const T* a, const float* panels,
 // depth is large: it is divided into chunks, which are summed in parallel. Then
 // the chunks' sums are added.
 template <class T>
-void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b, T* y,
-                         int64_t depth, int64_t rows, int64_t columns) {
+void multiply_transposed(ffi::ThreadPool& pool, const T* a, const T* b,
+                         float* y, int64_t depth, int64_t rows,
+                         int64_t columns) {
   constexpr int64_t kStep = 128;
   const int64_t tiles = even(ceil_div(rows, kTileRows), kMaxTilesVjp);
   const int64_t block_rows = tiles * kTileRows;
@@ -888,7 +890,7 @@ ffi::Error DepthwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
   return with_type(x, [&](auto element) {
     using T = decltype(element);
     depthwise_vjp(pool, conv_of(x, kernel), data<T>(x), data<T>(kernel),
-                  data<T>(grad), data<T>(grad_x), data<T>(grad_kernel));
+                  data<T>(grad), data<T>(grad_x), data<float>(grad_kernel));
   });
 }
 
@@ -901,8 +903,8 @@ ffi::Error PointwiseVjp(ffi::ThreadPool pool, In x, In kernel, In grad,
     const auto panels = pack_panels(pool, data<T>(kernel), d[1], d[0], true);
     multiply(pool, data<T>(grad), panels.get(), Sums{}, data<T>(grad_x), rows,
              d[1], d[0]);
-    multiply_transposed(pool, data<T>(x), data<T>(grad), data<T>(grad_kernel),
-                        rows, d[0], d[1]);
+    multiply_transposed(pool, data<T>(x), data<T>(grad),
+                        data<float>(grad_kernel), rows, d[0], d[1]);
   });
 }
 

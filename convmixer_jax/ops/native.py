@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import contextlib
 import contextvars
 import functools
+import math
 import threading
 from typing import Any
 
@@ -28,20 +29,21 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 _LOCK = threading.Lock()
 _portable = contextvars.ContextVar("portable", default=False)
 
-# The dimensions of each op's arguments and results. Only b is sharded; a result
-# without b is a sum over b. Without a residual, any array may stand in its
-# place: the dimension e.
+# The dimensions of each op's arguments and results. Only n is sharded: images,
+# or parts [n, b] of a batch, each with the kernel's gradient of its own images.
+# No result is a sum over n, which would count what XLA pads a device's share
+# with. Without a residual, any array may stand in its place: the dimension e.
 _OPS = {
-  "depthwise": "b h w c, k l c -> b h w c",
-  "depthwise_norm": "b h w c, k l c, c, c, c, b h w c -> b h w c",
-  "depthwise_vjp": "b h w c, k l c, b h w c -> b h w c, k l c",
-  "pointwise": "b h w c, c d -> b h w d",
-  "pointwise_norm": "b h w c, c d, d, d, d, b h w e -> b h w d",
-  "pointwise_vjp": "b h w c, c d, b h w d -> b h w c, c d",
-  "moments": "b h w c, c -> b c, b c",
-  "normalize": "b h w c, c, b c, b c, b h w c -> b h w c",
-  "grad_sums": "b h w c, c, b c, b h w c -> b c, b c",
-  "input_grad": "b h w c, c, b c, b c, b c, b h w c -> b h w c, b c",
+  "depthwise": "n h w c, k l c -> n h w c",
+  "depthwise_norm": "n h w c, k l c, c, c, c, n h w c -> n h w c",
+  "depthwise_vjp": "n b h w c, k l c, n b h w c -> n b h w c, n k l c",
+  "pointwise": "n h w c, c d -> n h w d",
+  "pointwise_norm": "n h w c, c d, d, d, d, n h w e -> n h w d",
+  "pointwise_vjp": "n b h w c, c d, n b h w d -> n b h w c, n c d",
+  "moments": "n h w c, c -> n c, n c",
+  "normalize": "n h w c, c, n c, n c, n h w c -> n h w c",
+  "grad_sums": "n h w c, c, n c, n h w c -> n c, n c",
+  "input_grad": "n h w c, c, n c, n c, n c, n h w c -> n h w c, n c",
 }
 
 
@@ -103,9 +105,9 @@ def portable() -> Iterator[None]:
 def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
   """Calls an op of native.cc. Its shapes are in `_OPS`.
 
-  Images and kernels are float32 or bfloat16; other arrays are float32. Results
-  have the first argument's dtype; those of [B, C] are float32. The attributes
-  are the op's integers and booleans.
+  Images and kernels are float32 or bfloat16; other arrays are float32. Images
+  among the results have the first argument's dtype; other results are float32.
+  The attributes are the op's integers and booleans.
   """
   return _op(name, tuple(attributes.items()))(*args)
 
@@ -157,7 +159,13 @@ def bilinear(
   vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
   xla_vjp, shift_vjp = vjp(xla), shift_vjp or vjp(shift)
   call_op = lambda *args: call(name, *args)[0]
-  call_vjp = lambda *args: tuple(call(f"{name}_vjp", *args))
+
+  def call_vjp(x, kernel, grad):
+    # Each device sums its own images, and XLA adds these sums.
+    parts = math.gcd(len(x), jax.device_count())
+    split = lambda a: a.reshape(parts, len(a) // parts, *a.shape[1:])
+    grad_x, sums = call(f"{name}_vjp", split(x), kernel, split(grad))
+    return grad_x.reshape(x.shape), sums.sum(0).astype(kernel.dtype)
 
   @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
   def op(implementation, *args):
@@ -180,7 +188,6 @@ def _op(name, attributes):
   """Returns an op as a function that can be sharded and vmapped."""
   split = lambda side: [dims.split() for dims in side.split(",")]
   takes, gives = map(split, _OPS[name].split("->"))
-  spec = lambda dims, axes: jax.P(axes if dims[0] == "b" else None)
 
   @custom_partitioning.custom_partitioning
   def op(*args):
@@ -190,34 +197,45 @@ def _op(name, attributes):
     results = [
       jax.ShapeDtypeStruct(
         [size[d] for d in dims],
-        jnp.float32 if dims == ["b", "c"] else args[0].dtype,
+        args[0].dtype if "h" in dims else jnp.float32,
       )
       for dims in gives
     ]
     if 0 in size.values():  # The results are empty, or sums over nothing.
       return [jnp.zeros(result.shape, result.dtype) for result in results]
+    if "b" not in size:
+      return ffi_call(results, args)
+    results = [result.update(shape=result.shape[1:]) for result in results]
+    parts = [
+      [a[i] if dims[0] == "n" else a for dims, a in zip(takes, args)]
+      for i in range(size["n"])
+    ]
+    return [*map(jnp.stack, zip(*(ffi_call(results, part) for part in parts)))]
+
+  def ffi_call(results, args):
     return jax.ffi.ffi_call(_target(name), results)(*args, **dict(attributes))
 
   def partition(mesh, args, results):
+    # XLA may divide any dimension, also along a part of a mesh axis, which has
+    # no name. n stays divided as it is, and the others are not.
     del results
-    # The mesh axes that the batch is sharded over. The spec of a replicated
-    # array may be empty.
-    axes = next(iter(args[0].sharding.spec), None)
+    hlo = args[0].sharding._to_xla_hlo_sharding(args[0].ndim)
+    count = 1 if hlo.is_replicated() else hlo.tile_assignment_dimensions()[0]
+    devices = hlo.tile_assignment_devices() or [0]
+    shape = count, len(devices) // count
+    shard = lambda dims: jax.NamedSharding(
+      jax.sharding.AbstractMesh(shape, ("n", "copies")),
+      jax.P("n" if dims[0] == "n" else None),
+      _logical_device_ids=tuple(devices),
+    )
+    return mesh, op.fun, [*map(shard, gives)], tuple(map(shard, takes))
 
-    def part(*args):
-      return [
-        result if dims[0] == "b" or axes is None else jax.lax.psum(result, axes)
-        for dims, result in zip(gives, op.fun(*args))
-      ]
-
-    shard = lambda dims: jax.NamedSharding(mesh, spec(dims, axes))
-    return mesh, part, [*map(shard, gives)], tuple(map(shard, takes))
-
-  not_sharded = dict.fromkeys(d for dims in takes for d in dims if d != "b")
+  not_sharded = dict.fromkeys(d for dims in takes for d in dims if d != "n")
   op.def_partition(
     partition,
     sharding_rule=_OPS[name],
     need_replication_factors=tuple(not_sharded),
+    decode_shardings=False,
   )
 
   @jax.custom_batching.custom_vmap
