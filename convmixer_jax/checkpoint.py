@@ -18,7 +18,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
-from convmixer_jax.errors import reason
+from convmixer_jax.errors import damage
+from convmixer_jax.errors import sync
 from convmixer_jax.errors import UserError
 from convmixer_jax.errors import writing
 from convmixer_jax.step import TrainState
@@ -38,15 +39,18 @@ class Checkpointer:
 
   Checkpoints are written in the background while training continues. Each gets
   its final name when it is complete, so that killing the process while it
-  writes one leaves the previous one intact. Scanned blocks are saved as
-  unrolled ones; a run may resume with either.
+  writes one leaves the previous one intact. That one is on the disk before the
+  next is begun, so that a power failure leaves it too. Scanned blocks are saved
+  as unrolled ones; a run may resume with either.
   """
 
   def __init__(self, workdir: str | os.PathLike):
     self._directory = _directory(workdir)
     with writing(self._directory, ValueError, RuntimeError):
       self._manager = _manager(
-        workdir, max_to_keep=KEEP, cleanup_tmp_directories=True
+        workdir,
+        max_to_keep=KEEP,
+        cleanup_tmp_directories=True,
       )
 
   def save(self, step: int, state: TrainState) -> None:
@@ -62,20 +66,34 @@ class Checkpointer:
       )
     state = jax.jit(models.unstack_blocks)(state)
     with writing(self._directory, ValueError, RuntimeError):
+      self._finish()
+      # The log must not lack records of a step that is saved.
+      sync(self._directory.with_name("metrics.jsonl"))
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
         custom_metadata={"crc32": _checksums(state)},
       )
 
+  def _finish(self):
+    """Waits until the last checkpoint is written, and forces it to the disk."""
+    self._manager.wait_until_finished()
+    step = self._manager.latest_step()
+    if jax.process_index() == 0 and step is not None:
+      folder = self._directory / str(step)
+      sync(*folder.rglob("*"), folder, *folder.parents[:3])
+
   def restore(self, template: TrainState) -> TrainState | None:
     """The newest state, with `template`'s structure and sharding, or None.
 
     Moves newer checkpoints that are damaged to `workdir`/damaged, with a
-    warning, so that the run can save their steps again. Raises UserError if no
-    checkpoint can be read, or they are of another model.
+    warning, so that the run can save their steps again. A checkpoint is damaged
+    if in every process its files can be read and do not hold what was saved.
+    Raises UserError if no checkpoint can be read, they are of another model, or
+    reading fails for another reason.
     """
-    state, damaged = _newest(self._manager, template, self._manager.all_steps())
+    with _reader(self._directory.parent) as manager:
+      state, damaged = _newest(manager, template, manager.all_steps())
     for step, problem in damaged.items():
       moved = self._set_aside(step)
       if jax.process_index() == 0:
@@ -112,6 +130,7 @@ class Checkpointer:
   def close(self) -> None:
     """Waits until the last checkpoint is written; raises as `save` does."""
     with writing(self._directory, ValueError, RuntimeError):
+      self._finish()
       self._manager.close()
 
 
@@ -121,7 +140,7 @@ def restore(
   """As `Checkpointer.restore`, of the steps before `before`. Read-only."""
   if latest_step(workdir) is None:
     return None
-  with _manager(workdir, create=False) as manager:
+  with _reader(workdir) as manager:
     steps = [step for step in manager.all_steps() if step < before]
     return _newest(manager, template, steps)[0]
 
@@ -129,7 +148,12 @@ def restore(
 def latest_step(workdir: str | os.PathLike) -> int | None:
   """The newest checkpoint's step; None if there is none. Read-only."""
   directory = _directory(workdir)
-  names = os.listdir(directory) if os.path.isdir(directory) else []
+  try:
+    names = os.listdir(directory)
+  except (FileNotFoundError, NotADirectoryError):
+    names = []
+  except OSError as e:
+    raise UserError(f"{directory}: {e.strerror}") from e
   return max((int(name) for name in names if name.isdecimal()), default=None)
 
 
@@ -151,8 +175,9 @@ def load_state(workdir: str | os.PathLike) -> dict[str, np.ndarray]:
 
 def _load(workdir):
   path = _directory(workdir) / str(latest_step(workdir))
+  jax.devices()  # A platform that is missing is no damage.
   try:
-    with _manager(workdir, ocp.PyTreeCheckpointHandler) as manager:
+    with _reader(workdir, ocp.PyTreeCheckpointHandler) as manager:
       step = int(path.name)
       as_numpy = ocp.RestoreArgs(restore_type=np.ndarray)
       tree = manager.item_metadata(step).tree
@@ -161,11 +186,11 @@ def _load(workdir):
       state = manager.restore(step, args=args)
       problem = _difference(manager, step, state)
   except Exception as e:  # orbax raises anything for a damaged file.
-    state, problem = {}, reason(e)
+    state, problem = {}, e
   if problem:
     raise UserError(
-      f"{path}: is damaged ({problem}); rerun the training command, which"
-      " resumes from the previous checkpoint"
+      f"{path}: is damaged ({damage(path, problem)}); rerun the training"
+      " command, which resumes from the previous checkpoint"
     )
   return state
 
@@ -182,10 +207,25 @@ def _manager(workdir, handler=ocp.StandardCheckpointHandler, **options):
   )
 
 
+def _reader(workdir, handler=ocp.StandardCheckpointHandler):
+  """A manager with which each process reads by itself and waits for none."""
+  process = jax.process_index()
+  alone = ocp.options.MultiprocessingOptions(
+    primary_host=process,
+    active_processes={process},
+    barrier_sync_key_prefix=f"process_{process}",
+  )
+  return _manager(workdir, handler, create=False, multiprocessing_options=alone)
+
+
 def _newest(manager, template, steps):
   """The newest readable state, and {step: problem} of newer checkpoints."""
   damaged = {}
-  for step in sorted(steps, reverse=True):
+  steps = sorted(steps)
+  # Process 0 says which is next: another may not see its files yet.
+  while step := int(
+    multihost_utils.broadcast_one_to_all(np.int32(steps.pop() if steps else 0))
+  ):
     state, problem = _read(manager, template, step)
     if not problem:
       if "blocks" in template.params:
@@ -202,7 +242,32 @@ def _newest(manager, template, steps):
 
 
 def _read(manager, template, step):
-  """The state as saved, of unrolled blocks, and what is wrong with it or ''."""
+  """The state as saved, of unrolled blocks, and what is wrong with it or ''.
+
+  All processes get the same answer, or each raises UserError.
+  """
+  path, failure = Path(manager.directory, str(step)), None
+  state, problem = None, ""
+  try:
+    state, problem = _read_alone(manager, template, step)
+    problem = problem and damage(path, problem)
+  except UserError as e:
+    failure = e
+  verdict = 2 if failure else 1 if problem else 0
+  verdicts = multihost_utils.process_allgather(np.int32(verdict)).ravel()
+  if failure:
+    raise failure
+  if len({*verdicts}) > 1:
+    which = ", ".join(str(i) for i in np.flatnonzero(verdicts))
+    raise UserError(
+      f"{path}: cannot be read in process {which}, but in others it can; check"
+      " that all hosts see the same files. Nothing was moved"
+    )
+  return state, problem
+
+
+def _read_alone(manager, template, step):
+  """The state and a text or exception; UserError if it is another model's."""
   saved = jax.tree.map(
     lambda x: x.update(sharding=template.step.sharding),
     jax.eval_shape(models.unstack_blocks, template),
@@ -210,7 +275,7 @@ def _read(manager, template, step):
   try:
     there = _named(manager.item_metadata(step))
   except Exception as e:  # orbax raises anything for a damaged file.
-    return None, reason(e)
+    return None, e
   if not there:
     return None, "metadata missing"
   here = _named(saved)
@@ -228,7 +293,7 @@ def _read(manager, template, step):
     state = manager.restore(step, args=ocp.args.StandardRestore(saved))
     return state, _difference(manager, step, state)
   except Exception as e:
-    return None, reason(e)
+    return None, e
 
 
 def _named(tree):

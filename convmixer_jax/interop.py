@@ -1,6 +1,7 @@
 """Reads PyTorch's weight files, and converts their names to ours and back."""
 
 from collections.abc import Mapping
+import itertools
 import logging
 import os
 import re
@@ -44,12 +45,20 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       of the nn.Sequential in the paper and in the authors' CIFAR-10 script.
 
   Returns:
-    {'params', 'batch_stats'} of numpy arrays, for an unrolled model.
+    {'params', 'batch_stats'} of numpy arrays, float32 whatever the type there,
+    for an unrolled model.
 
   Raises:
     UserError: a name that the family lacks, or a tensor that does not fit it.
   """
-  names = [k for k in state_dict if not k.endswith(".num_batches_tracked")]
+  state_dict = _without_prefix({k: _array(x) for k, x in state_dict.items()})
+  # Whole numbers without a dimension count batches or updates.
+  names = [
+    name
+    for name, x in state_dict.items()
+    if x.ndim or jnp.issubdtype(x.dtype, jnp.floating)
+    if not name.endswith(".num_batches_tracked")
+  ]
   # The family is the one that knows most of the names.
   candidates = [
     (family, {name: _to_ours(family, name) for name in names})
@@ -64,9 +73,10 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
       model = family.MODEL.__name__
       raise UserError(f"{name}: not a tensor of timm's {model}")
     path, kind = match
-    value = np.asarray(state_dict[name])
+    value = state_dict[name]
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise UserError(f"{name}: of {value.dtype}, not floating-point")
+    value = value.astype(np.float32, copy=False)
     if path[-1] == "kernel":
       if kind == "pointwise" and value.shape[2:] != (1, 1):
         raise UserError(f"{name}: {value.shape} is no 1 x 1 convolution's")
@@ -76,6 +86,12 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"{name}: {value.shape} is no {kind} kernel's") from e
     flat[path] = value
   return traverse_util.unflatten_dict(flat)
+
+
+def _array(x):
+  """A numpy array of an array or a tensor."""
+  brain = str(getattr(x, "dtype", "")) == "torch.bfloat16"  # numpy lacks it.
+  return np.asarray(x.float() if brain else x)
 
 
 def _to_ours(family, name):
@@ -137,24 +153,32 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 # --- Files.
 
+# What training scripts call the weights in their checkpoints; averages first.
+_WEIGHTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model",
+            "model_state_dict")  # fmt: skip
+# Modules that hold another one: of DataParallel and of torch.compile.
+_WRAPPERS = ("module", "_orig_mod")
+
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   """Reads the tensors in a file. Never executes code that the file holds.
 
   Args:
-    path: a .safetensors file, a PyTorch checkpoint (.pth or .pth.tar, in the
-      current zip format or the one before torch 1.6), or hf-hub:OWNER/NAME for
-      the model.safetensors of a model on the Hugging Face Hub.
+    path: a safetensors file, a PyTorch checkpoint (in the current zip format or
+      the one before torch 1.6) with any suffix, or hf-hub:OWNER/NAME for the
+      model.safetensors of a model on the Hugging Face Hub.
 
   Returns:
-    name -> array, without the prefix `module.`. Of a training checkpoint, the
-    moving averages of the weights if it has them, otherwise the weights.
+    name -> array, without a prefix that all names share. Of a training
+    checkpoint, the moving averages of the weights if it has them, otherwise the
+    weights. What is no tensor is left out.
 
   Raises:
-    UserError: the file does not exist, is damaged or of another format.
+    UserError: the file does not exist, is damaged or of another format, or it
+      holds several models.
   """
   path = os.fspath(path)
-  if path.startswith("hf-hub:"):
+  if re.fullmatch("hf-hub:[^/]+/[^/]+", path):
     path = _download(path)
   try:
     # Opening a FIFO would wait for a writer.
@@ -171,34 +195,97 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
       found = torch_pickle.load_legacy(path)
     else:
       raise UserError(f"{path}: neither a PyTorch checkpoint nor safetensors")
+  except MemoryError as e:
+    raise UserError(f"{path}: too large for this machine's memory") from e
   except OSError as e:
-    raise UserError(f"{path}: {e.strerror or e}") from e
+    text = f"{path}: {e.strerror or e}"
+    if ":" in path and isinstance(e, FileNotFoundError):
+      text += "; a model of the Hugging Face Hub is hf-hub:OWNER/NAME"
+    raise UserError(text) from e
   except UserError:
     raise
   except Exception as e:  # A damaged file may raise anything.
     raise UserError(f"{path}: damaged or cut short: {first_line(e)}") from e
-  for name in ("state_dict_ema", "model_ema", "state_dict", "model"):
-    if isinstance(found, dict) and isinstance(found.get(name), dict):
-      found = found[name]
-      break
-  if not isinstance(found, dict):
-    raise UserError(f"{path}: holds a {type(found).__name__}, not tensors")
-  for name, value in found.items():
-    if not isinstance(name, str):
-      raise UserError(f"{path}: {name!r} is not the name of a tensor")
-    if not isinstance(value, np.ndarray):
-      raise UserError(
-        f"{path}: {name} is a {type(value).__name__}, not a tensor"
-      )
-  return {name.removeprefix("module."): x for name, x in found.items()}
+  return _without_prefix(_tensors(found, path))
+
+
+def _tensors(found, path):
+  """The dict of tensors in what a file holds, without its other values."""
+  dicts, foreign, seen = [], [], set()
+  values = [("", found)]
+  for name, value in values:  # It grows.
+    if isinstance(value, torch_pickle.Inert):
+      foreign.append(value.name)
+    if isinstance(value, dict) and id(value) not in seen:
+      seen.add(id(value))
+      values += value.items()
+      arrays = {
+        k: x
+        for k, x in value.items()
+        if isinstance(k, str) and isinstance(x, np.ndarray)
+      }
+      dicts.append((name, value, arrays))
+  # The others are an optimiser's or stray ones.
+  largest = max((len(arrays) for *_, arrays in dicts), default=0)
+  dicts = [d for d in dicts if 2 * len(d[2]) >= largest > 0]
+  named = [[d for d in dicts if d[0] == name] for name in _WEIGHTS]
+  chosen = next(filter(None, named), dicts)
+  if len(chosen) > 1:
+    names = ", ".join(str(name) for name, *_ in chosen)
+    raise UserError(f"{path}: holds several models: {names}; save one alone")
+  for _, whole, arrays in chosen:
+    # An object with a tensor's name may be a tensor of another kind.
+    foreign = [
+      value.name
+      for name, value in whole.items()
+      if isinstance(value, torch_pickle.Inert) and "." in str(name)
+    ]
+    if not foreign:
+      return arrays
+  if foreign:
+    raise UserError(
+      f"{path}: holds {foreign[0]}; only tensors and plain data are read; save"
+      " the model's state_dict() instead"
+    )
+  raise UserError(f"{path}: holds a {type(found).__name__}, not tensors")
+
+
+def _without_prefix(state_dict):
+  """Removes the names of wrappers, and a prefix that all tensors share."""
+  bare = {
+    ".".join(part for part in name.split(".") if part not in _WRAPPERS): value
+    for name, value in state_dict.items()
+  }
+  if len(bare) < len(state_dict):
+    return dict(state_dict)
+  # The counters of wrappers have no prefix.
+  names = [name for name, value in bare.items() if np.ndim(value)]
+  levels = zip(*(name.split(".")[:-1] for name in names))
+  same = itertools.takewhile(lambda parts: len({*parts}) == 1, levels)
+  prefix = "".join(f"{part}." for part, *_ in same if len(names) > 1)
+  return {name.removeprefix(prefix): value for name, value in bare.items()}
 
 
 def _download(path):
   import huggingface_hub
 
   logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-  repository = path.removeprefix("hf-hub:")
+  where = path.removeprefix("hf-hub:"), "model.safetensors"
+  problem = None
   try:
-    return huggingface_hub.hf_hub_download(repository, "model.safetensors")
+    # Asked once: without a network hf_hub_download would retry for half a
+    # minute. It also finds what was downloaded before.
+    huggingface_hub.get_hf_file_metadata(
+      huggingface_hub.hf_hub_url(*where), timeout=5
+    )
   except Exception as e:  # No network, no such model, no permission.
-    raise UserError(f"{path}: cannot be downloaded: {first_line(e)}") from e
+    problem = e
+  try:
+    return huggingface_hub.hf_hub_download(
+      *where, local_files_only=problem is not None
+    )
+  except Exception as e:
+    raise UserError(
+      f"{path}: cannot be downloaded: {first_line(problem or e)}; if there is"
+      " no network here, download its model.safetensors elsewhere and pass that"
+    ) from e

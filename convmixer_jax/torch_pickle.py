@@ -1,8 +1,9 @@
 """Reads PyTorch's checkpoint files without executing what they hold.
 
 A PyTorch checkpoint is a pickle, and a pickle is a program: Python's own reader
-would run it. The reader here accepts the few operations that PyTorch writes and
-a list of classes, and refuses everything else. It does not need torch.
+would run it. The reader here imports nothing that a file names. It makes
+tensors, arrays and plain data by its own functions, and puts an inert stand-in
+for every other object. It does not need torch.
 """
 
 import functools
@@ -10,6 +11,7 @@ import io
 import math
 import os
 import pickle
+import re
 from typing import Any
 import zipfile
 
@@ -30,11 +32,13 @@ _STORAGES = {
   "CharStorage": np.dtype("i1"),
   "ByteStorage": np.dtype("u1"),
   "BoolStorage": np.dtype("?"),
+  "ComplexFloatStorage": np.dtype("<c8"),
+  "ComplexDoubleStorage": np.dtype("<c16"),
 }
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
-# The accepted operations of a pickle. Not among them are sets, which would hash
-# any object, and operations that reserve more memory than the file is large.
+# The accepted operations of a pickle; `_Unpickler` has some more. Not among
+# them are those that reserve more memory than the file is large.
 _OPCODES = [
   "PROTO", "FRAME", "STOP", "MARK", "POP", "NONE", "NEWTRUE", "NEWFALSE",
   "BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINSTRING",
@@ -42,7 +46,7 @@ _OPCODES = [
   "SHORT_BINUNICODE", "EMPTY_TUPLE", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3",
   "EMPTY_LIST", "APPEND", "APPENDS", "EMPTY_DICT", "SETITEM", "SETITEMS",
   "BINPUT", "LONG_BINPUT", "MEMOIZE", "BINGET", "LONG_BINGET", "GLOBAL",
-  "STACK_GLOBAL", "BINPERSID", "REDUCE", "NEWOBJ", "BUILD",
+  "STACK_GLOBAL", "BINPERSID", "REDUCE",
 ]  # fmt: skip
 
 
@@ -50,10 +54,10 @@ def load_zip(path: str) -> Any:
   """Reads a file in the zip format of torch 1.6 and later.
 
   Returns:
-    What was saved, with numpy arrays for tensors. They are read-only.
+    What was saved, with numpy arrays for tensors. They are read-only. Objects
+    that are neither tensors nor plain data are `Inert`.
 
   Raises:
-    UserError: the file holds an object of a class that is not accepted.
     OSError: the file cannot be read.
     Exception: of any kind, if the file is damaged.
   """
@@ -95,7 +99,10 @@ def load_legacy(path: str) -> Any:
 
   with open(path, "rb") as file:
     unpickle = lambda: _Unpickler(file, path, storage).load()
-    if unpickle() != _LEGACY_MAGIC:
+    found = unpickle()
+    if isinstance(found, Inert):  # A whole object, and no checkpoint.
+      return found
+    if found != _LEGACY_MAGIC:
       raise UserError(f"{path}: a pickle, but not a PyTorch checkpoint")
     unpickle()  # The version of the format.
     unpickle()  # The byte order, always little-endian, and sizes of integers.
@@ -112,11 +119,20 @@ def load_legacy(path: str) -> Any:
   return found
 
 
-class _Inert:
-  """Replaces an object that is not needed; keeps nothing of it."""
+class Inert:
+  """Stands for an object, its class or a function; keeps only the name.
 
-  def __init__(self, *args):
+  Calling it runs nothing.
+  """
+
+  def __init__(self, name: str):
+    self.name = name
+
+  def __call__(self, *args) -> "Inert":
     del args
+    return self
+
+  append = extend = __call__
 
 
 def _refuse(unpickler):
@@ -124,7 +140,7 @@ def _refuse(unpickler):
 
 
 class _Unpickler(pickle._Unpickler):
-  """Reads tensors and plain data; refuses everything else.
+  """Reads tensors, arrays and plain data; see `Inert` for everything else.
 
   Derived from pickle's implementation in Python, not the one in C. Operations
   can be removed from it, and its memo is a dict: that of C reserves 64 GiB if
@@ -138,27 +154,32 @@ class _Unpickler(pickle._Unpickler):
 
   def __init__(self, file, path, storage):
     super().__init__(file)
-    self._path, self._storage = path, storage
+    self._path, self._storage, self._encoded = path, storage, {}
 
   def find_class(self, module, name):
     if module in ("torch", "torch.storage") and name in _STORAGES:
       return name  # A string: a pickle can neither call nor change it.
-    if (module, name) in _CLASSES:
-      return _CLASSES[module, name]
-    raise UserError(
-      f"{self._path}: holds {module}.{name}; only tensors and plain data are"
-      " read; save the model's state_dict() instead"
-    )
+    if (module, name) == ("_codecs", "encode"):
+      return self._encode
+    return _CLASSES.get((module, name)) or Inert(f"{module}.{name}")
+
+  def _encode(self, text, *_):
+    """Bytes, as the older protocols write them; once for each text."""
+    if type(text) is not str:
+      raise ValueError("bytes of an unusual kind")
+    if text not in self._encoded:
+      self._encoded[text] = text.encode("latin1")
+    return self._encoded[text]
 
   def _set_items(self):
-    """Sets items of dicts only, and only with keys that hash quickly."""
-    keys, values = self.stack[::2], self.stack[1::2]
-    target = self.metastack[-1][-1]
+    """Sets items of dicts only, and only those whose keys hash quickly."""
+    items = self.pop_mark()
     plain = (str, int, float, bytes, type(None))
-    if type(target) is not dict or not all(isinstance(k, plain) for k in keys):
-      raise ValueError("a dict with keys of an unusual type")
-    self.pop_mark()
-    target.update(zip(keys, values))
+    if not isinstance(target := self.stack[-1], (dict, Inert)):
+      raise ValueError("items of what is no dict")
+    if isinstance(target, dict):
+      pairs = zip(items[::2], items[1::2])
+      target.update((k, v) for k, v in pairs if isinstance(k, plain))
 
   def _set_item(self):
     items = self.stack[-2:]
@@ -167,16 +188,40 @@ class _Unpickler(pickle._Unpickler):
     self.stack += items
     self._set_items()
 
-  def _drop_state(self):
-    """Ignores an object's state: it could change a class or a function."""
+  def _set_state(self):
+    """Fills an array; ignores other states, which could change a class."""
+    state = self.stack.pop()
+    match self.stack[-1], state:
+      case np.dtype(), (_, ">", *_):
+        raise ValueError("big-endian, not little-endian")
+      case np.ndarray() as array, (_, shape, np.dtype() as dtype, order, data):
+        array.__setstate__((1, shape, dtype, bool(order), data))
+      case np.ndarray(), _:
+        self.stack[-1] = Inert("numpy.ndarray")
+
+  def _new(self):
+    """Makes an object as REDUCE does, without its named arguments."""
     self.stack.pop()
+    self.load_reduce()
+
+  def _set(self):
+    """Keeps nothing of a set, which would hash any object."""
+    self.pop_mark()
+    self.append(Inert("set"))
 
   dispatch[pickle.SETITEMS[0]] = _set_items
   dispatch[pickle.SETITEM[0]] = _set_item
-  dispatch[pickle.BUILD[0]] = _drop_state
+  dispatch[pickle.NEWOBJ[0]] = pickle._Unpickler.load_reduce
+  dispatch[pickle.NEWOBJ_EX[0]] = _new
+  dispatch[pickle.FROZENSET[0]] = _set
+  dispatch[pickle.EMPTY_SET[0]] = lambda self: self.append(Inert("set"))
+  dispatch[pickle.ADDITEMS[0]] = lambda self: self.pop_mark()
+  dispatch[pickle.BUILD[0]] = _set_state
 
   def persistent_load(self, pid):
     kind, name, key, _, size, *_ = pid
+    if isinstance(name, Inert):  # Of numbers that numpy does not have.
+      return name
     if not all(isinstance(x, str) for x in (kind, name, key)) or (
       not isinstance(size, int)
     ):
@@ -191,6 +236,8 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
 
   A view with strides of zero could be larger than `storage`. It is refused.
   """
+  if isinstance(storage, Inert):
+    return storage
   numbers = (offset, *shape, *strides)
   if len(shape) != len(strides) or not all(
     isinstance(n, int) and 0 <= n < 2**48 for n in numbers
@@ -204,17 +251,20 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
   )
 
 
-# What takes the place of each accepted class or function. Checkpoints of
-# training hold the inert ones.
+def _dtype(code, *_):
+  """A dtype of plain numbers; a stand-in for those that hold objects."""
+  plain = type(code) is str and re.fullmatch("[biufc][0-9]{1,2}", code)
+  return np.dtype(code) if plain else Inert("numpy.dtype")
+
+
+# What takes the place of each class or function. All others are `Inert`.
 _CLASSES = {
-  ("collections", "OrderedDict"): lambda: {},
+  ("collections", "OrderedDict"): lambda *_: {},
+  ("collections", "defaultdict"): lambda *_: {},
   ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
   ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-  ("argparse", "Namespace"): _Inert,
-  ("numpy", "dtype"): _Inert,
-  ("numpy.core.multiarray", "scalar"): _Inert,
-  ("numpy._core.multiarray", "scalar"): _Inert,
-  ("_codecs", "encode"): _Inert,
-  ("torch", "device"): _Inert,
-  ("torch", "Size"): _Inert,
+  ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+  ("numpy", "dtype"): _dtype,
+  ("numpy.core.multiarray", "_reconstruct"): lambda *_: np.zeros(0),
+  ("numpy._core.multiarray", "_reconstruct"): lambda *_: np.zeros(0),
 }

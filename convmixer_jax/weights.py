@@ -58,7 +58,7 @@ def match(
       `wanted`, and print that.
 
   Returns:
-    {'params', 'batch_stats'}, named as in `wanted`.
+    {'params', 'batch_stats'}, named as in `wanted` and of its types.
 
   Raises:
     UserError: a tensor is missing, unknown or of another shape.
@@ -80,10 +80,17 @@ def match(
       text = f"has no {path}; the model's is {wants[path].shape}"
     elif path not in wants:
       text = f"{path} {has[path].shape} is not in the model"
-    elif has[path].shape != wants[path].shape:
-      text = f"{path} is {has[path].shape}; the model's is {wants[path].shape}"
-    else:
+    elif has[path].shape == wants[path].shape:
+      has[path] = has[path].astype(wants[path].dtype, copy=False)
       continue
+    elif path == "params/head/bias":
+      text = (
+        f"is of {has[path].size} classes and the data of {wants[path].size};"
+        " evaluate on data of its classes, or train on these with"
+        " config.init_from, which starts a new head"
+      )
+    else:
+      text = f"{path} is {has[path].shape}; the model's is {wants[path].shape}"
     raise UserError(f"{name}: {text}")
   for text in anew:
     print(text)

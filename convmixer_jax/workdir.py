@@ -17,6 +17,7 @@ import jax
 import ml_collections
 
 from convmixer_jax import config as config_lib
+from convmixer_jax.errors import sync
 from convmixer_jax.errors import UserError
 
 
@@ -153,7 +154,12 @@ def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
 
 
 def write_whole(path: Path, text: str) -> None:
-  """Replaces the file at once: a crash leaves the old text or the new one."""
+  """Replaces the file at once: a crash leaves the old text or the new one.
+
+  So does a power failure.
+  """
   temporary = path.with_suffix(path.suffix + ".tmp")
   temporary.write_text(text)
+  sync(temporary)
   temporary.replace(path)
+  sync(path.parent)

@@ -137,6 +137,20 @@ def test_when_all_are_damaged_nothing_is_lost(copy):
   assert {*copy.rglob("*")} == before
 
 
+@other_reads
+@pytest.mark.parametrize("name", ["_CHECKPOINT_METADATA", "default/d/*"])
+def test_a_disk_that_fails_is_not_called_damage(copy, name):
+  """What cannot be read, here because of EIO, stays where it is."""
+  file = max((copy / "checkpoints" / "10").glob(name), key=os.path.getsize)
+  file.unlink()
+  file.symlink_to("/proc/self/mem")
+  for use in (train_digits, checkpoint.load_variables):
+    with pytest.raises(UserError, match="10: cannot be read: Input/output err"):
+      use(copy)
+  assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["10", "5"]
+  time.sleep(1)  # The other reads end here, where their warnings are ignored.
+
+
 # --- Two runs in a workdir, and other configs.
 
 

@@ -204,6 +204,16 @@ OBJECTS = [
   Storage(), Storage(1), Storage("storage", FLOATS),
   Storage("storage", FLOATS, "../../../etc/passwd", "cpu", 1),
 ]  # fmt: skip
+# Arrays that are not as large as they say, or not of numbers.
+ARRAYS = [
+  Called(Name("numpy.core.multiarray", "_reconstruct"), (),
+         (1, shape, Called(Name("numpy", "dtype"), (code,)), False, data))
+  for code in ("f8", "O8", "f3", "V0", "i99", "b1", "M8", 3)
+  for shape, data in (
+    ((2**40,), b"x" * 8), ((-1,), b""), ((1,), "x"), ((2**62, 0), b""),
+    ((1,), [Name("os", "system")]), ((1,), b"x" * 8), (3, None),
+  )
+]  # fmt: skip
 NAMES = ["", "a\nb", "9" * 5000 + ".1.weight", *str.split("""
   head.weight stem.0.weight blocks.0.0.fn.0.weight blocks.0.3.running_var head
   stem.2.num_batches_tracked weight 7.weight blocks.999999999999.1.weight ..
@@ -336,6 +346,15 @@ def odd_files():
   )  # fmt: skip
 
 
+@functools.cache
+def apply(model):
+  """Traces a model, once for all files that it fits."""
+  side = 3 * model.patch_size
+  images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
+  variables = models.variable_shapes(model)
+  jax.eval_shape(functools.partial(model.apply, train=False), variables, images)
+
+
 @pytest.fixture
 def load(folder, monkeypatch):
   """Writes a file, and makes a model of it: bytes -> variables, or None."""
@@ -344,11 +363,7 @@ def load(folder, monkeypatch):
 
   def run():
     model, variables, _ = weights.load_model(str(path))
-    side = 3 * model.patch_size
-    images = jax.ShapeDtypeStruct((1, side, side, 3), np.float32)
-    jax.eval_shape(
-      functools.partial(model.apply, train=False), variables, images
-    )
+    apply(model)
     return variables
 
   def load(data):
@@ -383,13 +398,9 @@ def test_every_odd_opcode(folder):
   """Beside a model's tensors, in both of PyTorch's formats, and alone."""
   path = folder / "weights"
   tensors, data = whole_pickle()
-  for code in CODES:
-    inside = pickled({"state_dict": tensors, "args": raw(code)})
-    for file in (
-      zipped(inside, data),
-      legacy(inside, data),
-      b"\x80\x02" + code + b".",
-    ):
+  for odd in [*map(raw, CODES), *ARRAYS]:
+    inside = pickled({"state_dict": tensors, "args": odd})
+    for file in (zipped(inside, data), legacy(inside, data), pickled(odd)):
       path.write_bytes(file)
       abuse(interop.load, str(path), folder=path, names=[str(path)])
 

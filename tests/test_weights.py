@@ -1,13 +1,17 @@
 """Weights in and out: files, names, and what is made of them."""
 
 import argparse
+import collections
 import functools
 import json
 import os
+import pathlib
 import pickle
 import re
+import socket
 import subprocess
 import sys
+import types
 import zipfile
 
 from huggingface_hub import constants as hub
@@ -60,6 +64,34 @@ WAYS = {
   "checkpoint": TRAINING | {"state_dict": PREFIXED},
   "averages": TRAINING | {"state_dict": OTHER, "state_dict_ema": TENSORS},
   "parameters": {k: torch.nn.Parameter(v, False) for k, v in TENSORS.items()},
+  "any name": {"epoch": 3, "loss": 0.1, "weights": {"of": TENSORS}},
+  "compiled": {f"_orig_mod.module.{k}": v for k, v in TENSORS.items()},
+  "lightning": {
+    "state_dict": {f"net.model.{k}": v for k, v in TENSORS.items()},
+    "callbacks": {"best": {"score": torch.tensor(0.5)}},
+  },
+  "beside objects": TENSORS
+  | {
+    "epoch": 3,
+    "args": argparse.Namespace(lr=0.01),
+    "paths": {pathlib.Path("a"), (1, 2)},
+    "config": types.SimpleNamespace(table={(1, 2): 3}, dtype=torch.float32),
+    "of objects": np.array([None, "a"]),
+    "counts": collections.Counter("aab"),
+    "complex": [torch.zeros(3, dtype=torch.complex64)],
+  },
+  "beside arrays": {
+    "state_dict": TENSORS,
+    "mean": np.ones(3),
+    "std": TENSORS["head.bias"],
+  },
+  "arrays": {"state_dict": STATE},
+}
+MMPRETRAIN = {
+  re.sub(r"(backbone\.)head", "head.fc", f"backbone.{name}").replace(
+    ".blocks.", ".stages."
+  ): value
+  for name, value in TENSORS.items()
 }
 
 
@@ -77,8 +109,10 @@ def same(found, wanted=STATE):
 @pytest.mark.parametrize("way", WAYS)
 def test_pytorch_files(way, zipped, tmp_path):
   path = tmp_path / "weights.pth.tar"
-  torch.save(WAYS[way], path, _use_new_zipfile_serialization=zipped)
-  same(interop.load(path))
+  for protocol in (2, 4):
+    torch.save(WAYS[way], path, pickle_protocol=protocol,
+               _use_new_zipfile_serialization=zipped)  # fmt: skip
+    same(interop.load(path))
 
 
 def test_views_and_types(tmp_path):
@@ -103,6 +137,23 @@ def test_views_and_types(tmp_path):
   brain = interop.load(tmp_path / "b.pth")["brain"]
   assert brain.dtype == jnp.bfloat16
   assert np.array_equal(brain.astype(np.float32), whole)
+
+
+@pytest.mark.parametrize(
+  ("saved", "says"),
+  [
+    ({"net": TENSORS, "teacher": {"net": OTHER}}, "several models: net, net;"),
+    ({"a": TENSORS, "b": OTHER}, "holds several models: a, b; save one alone"),
+    (
+      {"model": torch.nn.ReLU(), "epoch": 3},
+      r"holds torch\.nn\..*\.ReLU; only",
+    ),
+  ],
+)
+def test_which_tensors_are_meant_is_not_guessed(saved, says, tmp_path):
+  torch.save(saved, tmp_path / "a.pth")
+  with pytest.raises(UserError, match=says):
+    interop.load(tmp_path / "a.pth")
 
 
 def test_safetensors(tmp_path):
@@ -184,7 +235,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
   with pytest.raises(UserError, match="holds a list, not tensors"):
     interop.load(path)
   torch.save({"state_dict": {"a": 3}}, path)
-  with pytest.raises(UserError, match="a is a int, not a tensor"):
+  with pytest.raises(UserError, match="holds a dict, not tensors"):
     interop.load(path)
 
 
@@ -235,6 +286,19 @@ def test_the_papers_sequential(tmp_path):
   common.assert_close(ours, expected, 2e-5)
 
 
+def test_other_names_and_types_give_the_same_variables():
+  wanted = interop.from_torch(STATE)
+  half = jax.tree.map(lambda x: x.astype(np.float16), wanted)
+  averaged = interop.from_torch(PREFIXED | {"n_averaged": np.array(3)})
+  found = [weights.match(half, wanted, "run"), averaged] + [
+    interop.from_torch({k: x.to(dtype) for k, x in MMPRETRAIN.items()})
+    for dtype in (torch.float16, torch.bfloat16, torch.float64)
+  ]
+  for tree in found:
+    assert {x.dtype for x in jax.tree.leaves(tree)} == {np.dtype(np.float32)}
+    assert common.tree_error(tree, wanted) < 4e-3
+
+
 def test_what_does_not_fit_is_named(tmp_path):
   variables = interop.from_torch(STATE)
   model = common.tiny_model(dim=16)
@@ -243,6 +307,9 @@ def test_what_does_not_fit_is_named(tmp_path):
   with pytest.raises(UserError, match=r"^weights.pth: .* is \(.*model's is \("):
     weights.match(variables, shapes, name)
   own = jax.tree.map(lambda x: np.zeros(x.shape), shapes)
+  other = models.variable_shapes(model.clone(num_classes=3))
+  with pytest.raises(UserError, match="is of 10 classes and the data of 3; ev"):
+    weights.match(own, other, name)
   assert weights.match(own, shapes, name).keys() == own.keys()
   missing = {**own, "params": {**own["params"]}}
   del missing["params"]["block_1"]
@@ -319,17 +386,27 @@ def test_init_from_and_eval_of_a_file(run, tmp_path, portable):
   by_file = evaluate.evaluate_checkpoint(config, tmp_path / "none")
   assert by_file == by_workdir | {"step": None}
   assert not (tmp_path / "none").exists()
-  # Fine-tuned at another resolution, on other classes.
+  # Fine-tuned at another resolution, from weights of half precision.
+  half = tmp_path / "half.safetensors"
+  types = {"running_mean": np.float32, "running_var": np.float32}
+  safetensors.numpy.save_file(
+    {
+      name: x.astype(types.get(name.rpartition(".")[2], np.float16))
+      for name, x in interop.load(path).items()
+    },
+    half,
+  )
   tuned = {
-    "init_from": str(path),
+    "init_from": str(half),
     "data.image_size": 12,
     "data.train_split": "train[:64]",
     "optim.learning_rate": 0.0,
   }
   config = common.digits_config(**tuned)
   state = train.train_and_evaluate(config, tmp_path / "tuned")
-  loaded = interop.from_torch(interop.load(path))["params"]["stem"]
+  loaded = interop.from_torch(interop.load(half))["params"]["stem"]
   common.assert_close(state.params["stem"]["kernel"], loaded["kernel"], 0.0)
+  assert {x.dtype for x in jax.tree.leaves(state.params)} == {np.dtype("f4")}
   config = common.digits_config(init_from=str(tmp_path / "none.pth"))
   with pytest.raises(UserError, match=r"config.init_from=.*No such file"):
     evaluate.evaluate_checkpoint(config, tmp_path / "none")
@@ -419,10 +496,20 @@ def test_the_hubs_cache_is_read(run, tmp_path, monkeypatch):
   code, out, err = predict("--weights=hf-hub:timm/convmixer_digits", photo)
   assert code == 0, err
   assert out.splitlines()[0] == str(photo)
-  code, _, err = predict("--weights=hf-hub:timm/another", photo)
-  assert code == 2
-  assert err.startswith("error: hf-hub:timm/another: cannot be downloaded: ")
-  assert len(err.splitlines()) == 1
+  asked = []
+
+  def no_network(*args, **kwargs):
+    asked.append(args)
+    raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+  monkeypatch.setattr(socket, "getaddrinfo", no_network)
+  for offline, calls in ((True, 0), (False, 1)):  # It is not asked again.
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", offline)
+    code, _, err = predict("--weights=hf-hub:timm/another", photo)
+    assert code == 2
+    assert err.startswith("error: hf-hub:timm/another: cannot be downloaded: ")
+    assert len(err.splitlines()) == 1
+    assert len(asked) == calls
 
 
 def test_torch_is_not_needed():
@@ -442,6 +529,7 @@ def test_torch_is_not_needed():
   [
     (["a.jpg"], "--weights: is required"),
     (["--weights=none.pth", "a.jpg"], "none.pth: No such file"),
+    (["--weights=hf_hub:timm/x", "a.jpg"], "file or directory; a model of the"),
     (["--weights=tests", "a.jpg"], "tests: holds no checkpoints"),
     (["--weights=README.md"], "no images"),
     (["--weights=README.md", "--tpo=3", "a.jpg"], "tpo"),

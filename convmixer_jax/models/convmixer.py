@@ -198,7 +198,13 @@ TORCH_NAMES = (
 
 
 def timm_module(module: str) -> str:
-  """Renames the paper's nn.Sequential as timm does: '3.1' -> 'blocks.0.1'."""
+  """Renames others' modules as timm does.
+
+  Of the paper's nn.Sequential, '3.1' -> 'blocks.0.1'; of mmpretrain,
+  'backbone.stages.0.1' -> 'blocks.0.1' and 'head.fc' -> 'head'.
+  """
+  module = re.sub(r"^(backbone\.)?stages\.", "blocks.", module)
+  module = re.sub(r"^backbone\.(?=stem\.)|(?<=^head)\.fc$", "", module)
   index, _, rest = module.partition(".")
   if not re.fullmatch("[0-9]{1,9}", index):
     return module
