@@ -703,9 +703,56 @@ def test_batch_norm_inference_uses_running_statistics():
   assert np.all(running["var"] == 2)
 
 
-def test_batch_norm_refuses_broken_groups():
+def test_batch_norm_refuses():
   with pytest.raises(ValueError, match="groups of 5"):
     batch_norm(X, 5)
+  with pytest.raises(ValueError, match="takes images"):
+    batch_norm(X[0], 0)
+  apply = lambda **kwargs: ops.BatchNorm().init(
+    jax.random.key(0), X, False, **kwargs
+  )
+  for shape in (X[:1].shape, X[..., :1].shape, X.shape[1:]):
+    with pytest.raises(ValueError, match="a residual"):
+      apply(residual=jnp.ones(shape))
+  with pytest.raises(ValueError, match="a bias"):
+    apply(conv=ops.Convolution(ops.pointwise_conv, jnp.eye(4), jnp.zeros(1)))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"strides": 2},
+    {"strides": (1, 1)},
+    {"padding": "VALID"},
+    {"padding": 1},
+    {"kernel_size": (3, 5)},
+    {"kernel_size": (0, 0)},
+    {"kernel_size": (3,)},
+    {"features": 8},
+    {"feature_group_count": 1},
+    {"feature_group_count": 2},
+    {"strides": 2, "padding": "VALID", "feature_group_count": 1},
+    {"kernel_dilation": 2},
+    {"input_dilation": 2},
+    {"use_bias": False},
+    {"mask": 1},
+  ],
+)
+def test_a_layer_refuses_what_it_does_not_honour(change):
+  attributes = {"kernel_size": (3, 3), "feature_group_count": 4} | change
+  with pytest.raises(
+    (ValueError, TypeError), match="must be depthwise|keyword"
+  ):
+    layers.Conv(**{"features": 4, **attributes}).init(jax.random.key(0), X)
+
+
+def test_other_layers_refuse_what_they_do_not_honour():
+  with pytest.raises(ValueError, match="dtype"):
+    layers.LayerNorm(dtype=jnp.bfloat16).init(jax.random.key(0), X, True)
+  with pytest.raises(AttributeError, match="operands"):  # Its own attributes.
+    ops.BatchNorm().init(
+      jax.random.key(0), X, True, conv=nn.Conv(4, (3, 3), kernel_dilation=2)
+    )
 
 
 # --- The library.

@@ -98,7 +98,8 @@ class BatchNorm(nn.Module):
       residual: [B, H', W', D].
 
     Raises:
-      ValueError: the batch is not a multiple of `group_size`.
+      ValueError: the batch is not a multiple of `group_size`, or mismatched
+        shapes.
     """
     operation = None
     if conv is None:
@@ -109,6 +110,17 @@ class BatchNorm(nn.Module):
         x = operation(x, kernel, implementation=self.implementation)
         operation = None
     batch, channels = x.shape[0], kernel.shape[-1]
+    # native.cc reads as much as these shapes say.
+    added = None if residual is None else residual.shape
+    if (
+      x.ndim != 4
+      or bias.shape != (channels,)
+      or added not in (None, (*x.shape[:3], channels))
+    ):
+      raise ValueError(
+        "BatchNorm takes images [B, H, W, C], a bias [D], and a residual [B, H,"
+        f" W, D] or none, not {x.shape}, {bias.shape}, {added}; D is {channels}"
+      )
     scale = self.param("scale", nn.initializers.ones, (channels,))
     offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
@@ -129,7 +141,7 @@ class BatchNorm(nn.Module):
       return _affine(static, x, bias, scale, offset, residual)
 
     group = self.group_size or batch
-    if batch % group:
+    if group < 1 or batch % group:
       raise ValueError(f"a batch of {batch} is not whole groups of {group}")
     y, mean, var = _normalize_groups(
       static, group, self.epsilon, x, bias, scale, offset, residual
