@@ -173,6 +173,7 @@ class LayerNorm(nn.LayerNorm):
       operation, x, kernel, bias = conv.operands(x)
       x = operation(x, kernel, implementation=self.implementation)
     dtype = x.dtype
-    x = ops.ACTIVATIONS[self.activation](x.astype(jnp.float32) + bias)
+    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    x = ops.ACTIVATIONS[self.activation](x + bias)
     y = super().__call__(x).astype(dtype)
     return y if residual is None else y + residual
