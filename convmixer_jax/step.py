@@ -219,7 +219,8 @@ def make_eval_step(
     labels, mask = batch["label"], batch["mask"]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))
-    hits = best == labels[:, None]
+    # top_k ranks NaN first. Such an image is no hit, and the loss is NaN.
+    hits = (best == labels[:, None]) & ~jnp.isnan(losses)[:, None]
     total = lambda x: jnp.where(mask, x, 0).sum(dtype=jnp.float32)
     return {
       "count": total(mask),

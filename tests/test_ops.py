@@ -550,6 +550,107 @@ def test_batch_norm_of_mixed_dtypes_and_vmap():
     assert common.tree_error(ours, expected) < 2e-6
 
 
+def chain(x, kernel, matrix, bias, exactly=False):
+  """All operations but a norm without a convolution, to one number.
+
+  `exactly`: of JAX's own functions, for any precision.
+  """
+  module = ops.BatchNorm(2, "gelu")
+  stats = {"mean": jnp.zeros(5), "var": jnp.ones(5)}
+  params = {"scale": jnp.cos(bias), "bias": bias}
+
+  def norm(x, op, kernel, train):
+    if exactly:
+      y = op(x, kernel, implementation="xla")
+      args = bias, params["scale"], bias, x, 2, None if train else stats
+      return norm_reference("gelu", y, *args)
+    conv = ops.Convolution(op, kernel, bias)
+    return module.apply(
+      {"params": params, "batch_stats": stats},
+      x,
+      train,
+      conv=conv,
+      residual=x,
+      mutable=["batch_stats"],
+    )[0]
+
+  x = norm(x, ops.depthwise_conv, kernel, True)
+  return jnp.sin(norm(x, ops.pointwise_conv, matrix, False)).sum()
+
+
+CHAIN = ((4, 3, 2, 5), (2, 2, 5), (5, 5), (5,))
+
+
+def gradient(*args, exactly=False):
+  return jax.grad(functools.partial(chain, exactly=exactly), range(4))(*args)
+
+
+@functools.cache
+def exact_chain():
+  """Arguments, a vector, and in float64 gradients and Hessian times vector."""
+  args, dots = (tuple(normal(i, *s) for s in CHAIN) for i in (0, 1))
+  with jax.enable_x64(True):
+    wide = (tuple(map(jnp.float64, arrays)) for arrays in (args, dots))
+    function = functools.partial(gradient, exactly=True)
+    expected = jax.jit(functools.partial(jax.jvp, function))(*wide)
+    return args, dots, jax.tree.map(np.asarray, expected)
+
+
+def test_derivatives_of_second_order():
+  args, dots, (_, expected) = exact_chain()
+
+  @jax.jit
+  def derivatives(args, dots):
+    forward = lambda *args: jax.jvp(chain, args, dots)[1]
+    product = lambda *args: sum(map(jnp.vdot, gradient(*args), dots))
+    times = lambda c: jax.jvp(gradient, args, (*(c * dot for dot in dots),))[1]
+    return {
+      # As in jax.hessian.
+      "forward over reverse": [v[1] for v in jax.vmap(times)(jnp.arange(2.0))],
+      "reverse over forward": jax.grad(forward, range(4))(*args),
+      "reverse over reverse": jax.grad(product, range(4))(*args),
+      "forward over forward": jax.jvp(forward, args, dots)[1],
+    }
+
+  ours = derivatives(args, dots)
+  total = sum(map(np.vdot, expected, dots))
+  common.assert_close(ours.pop("forward over forward"), total, 2e-5)
+  for name, values in ours.items():
+    for value, golden in zip(values, expected, strict=True):
+      common.assert_close(value, golden, 2e-5, name)
+
+
+def test_float64_is_computed_in_float64():
+  args, _, (expected, _) = exact_chain()
+  with jax.enable_x64(True):
+    ours = jax.jit(gradient)(*map(jnp.float64, args))
+    assert common.tree_error(ours, expected) < 1e-12
+
+
+@pytest.mark.parametrize("implementation", [None, "shift"])
+def test_within_shard_map(implementation):
+  """With its default check of which values differ between devices."""
+  x, kernel = normal(0, 16, 3, 4, 5), normal(1, 2, 2, 5)
+  op = functools.partial(ops.depthwise_conv, implementation=implementation)
+
+  def loss(x, kernel):
+    norm = ops.BatchNorm(2, implementation=implementation)
+    conv = ops.Convolution(ops.depthwise_conv, kernel, kernel[0, 0])
+    y, _ = norm.init_with_output(jax.random.key(0), x, True, conv=conv)
+    return jnp.sin(y * op(x, kernel)).sum()
+
+  sharded = jax.shard_map(
+    lambda *args: jax.lax.psum(loss(*args), "data"),
+    mesh=sharding.make_mesh(),
+    in_specs=(jax.P("data"), jax.P()),
+    out_specs=jax.P(),
+  )
+  ours, expected = (
+    jax.jit(jax.grad(f, (0, 1)))(x, kernel) for f in (sharded, loss)
+  )
+  assert common.tree_error(ours, expected) < 5e-6
+
+
 def batch_norm(x, group_size, mesh=None):
   """Returns y and the updated running statistics, from mean 1 and var 2."""
   module = ops.BatchNorm(group_size)
@@ -633,9 +734,54 @@ def test_groups_within_a_device_need_no_communication():
   assert collectives(0) == ["all-reduce"]
 
 
-def test_batch_norm_refuses_broken_groups():
+def test_batch_norm_refuses():
   with pytest.raises(ValueError, match="groups of 5"):
     batch_norm(X, 5)
+  with pytest.raises(ValueError, match="takes images"):
+    batch_norm(X[0], 0)
+  apply = lambda **kwargs: ops.BatchNorm().init(
+    jax.random.key(0), X, False, **kwargs
+  )
+  for shape in (X[:1].shape, X[..., :1].shape, X.shape[1:]):
+    with pytest.raises(ValueError, match="a residual"):
+      apply(residual=jnp.ones(shape))
+  with pytest.raises(ValueError, match="a bias"):
+    apply(conv=ops.Convolution(ops.pointwise_conv, jnp.eye(4), jnp.zeros(1)))
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    {"strides": 2},
+    {"strides": (1, 1)},
+    {"padding": "VALID"},
+    {"padding": 1},
+    {"kernel_size": (3, 5)},
+    {"kernel_size": (0, 0)},
+    {"kernel_size": (3,)},
+    {"features": 8},
+    {"feature_group_count": 1},
+    {"feature_group_count": 2},
+    {"strides": 2, "padding": "VALID", "feature_group_count": 1},
+    {"kernel_dilation": 2},
+    {"input_dilation": 2},
+    {"use_bias": False},
+    {"mask": 1},
+  ],
+)
+def test_a_layer_refuses_what_it_does_not_honour(change):
+  attributes = {"kernel_size": (3, 3), "feature_group_count": 4} | change
+  with pytest.raises((ValueError, TypeError), match=r"depthwise|keyword"):
+    layers.Conv(**{"features": 4, **attributes}).init(jax.random.key(0), X)
+
+
+def test_other_layers_refuse_what_they_do_not_honour():
+  with pytest.raises(ValueError, match="dtype"):
+    layers.LayerNorm(dtype=jnp.bfloat16).init(jax.random.key(0), X, True)
+  with pytest.raises(AttributeError, match="operands"):  # Its own attributes.
+    ops.BatchNorm().init(
+      jax.random.key(0), X, True, conv=nn.Conv(4, (3, 3), kernel_dilation=2)
+    )
 
 
 # --- The library.

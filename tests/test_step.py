@@ -146,6 +146,20 @@ def test_every_image_counts_once(batch_size, devices):
   assert score(state, stopped=lambda: True) is None
 
 
+def test_nan_logits_are_no_hits_and_show():
+  class Model(Scores):
+    def apply(self, variables, images, train):
+      return images
+
+  logits = jnp.eye(4, 7).at[1].set(jnp.nan).at[2, 2].set(jnp.nan)
+  eval_step = step_lib.make_eval_step(Model(), lambda images: images)
+  state = step_lib.TrainState(jnp.zeros(()), {}, {}, ())
+  batch = {"image": logits, "label": jnp.arange(4), "mask": jnp.ones(4, bool)}
+  sums = eval_step(state, batch)
+  assert (sums["count"], sums["top1"], sums["top5"]) == (4, 2, 2)
+  assert jnp.isnan(sums["loss"])
+
+
 def test_a_lost_image_is_an_error(monkeypatch):
   source = sources.InMemory(
     np.zeros((9, 2, 2, 3), np.uint8), np.zeros(9, np.int32), list("abcdefg")

@@ -77,18 +77,26 @@ class Conv(nn.Module):
   @nn.compact
   def operands(self, x: jax.Array) -> Operands:
     """Returns operation, x, kernel and bias; see `ops.Convolution`."""
-    k, groups = self.kernel_size[0], self.feature_group_count
-    shape = (*self.kernel_size, x.shape[-1] // groups, self.features)
-    init = torch_uniform(k * k * shape[2])
+    size, groups = self.kernel_size, self.feature_group_count
+    kind = (self.strides, self.padding, groups)
+    depthwise = kind == (1, "SAME", x.shape[-1]) and groups == self.features
+    patches = kind == (self.strides, "VALID", 1) and size == 2 * (self.strides,)
+    if not (depthwise or patches) or size != 2 * size[:1] or size[0] < 1:
+      raise ValueError(
+        "Conv must be depthwise (feature_group_count = features = C, a square"
+        " kernel, strides=1, padding='SAME') or of patches (strides = both"
+        f" sides of the kernel, padding='VALID'), not features={self.features},"
+        f" kernel_size={size}, strides, padding, feature_group_count={kind} for"
+        f" x {x.shape}"
+      )
+    shape = (*size, x.shape[-1] // groups, self.features)
+    init = torch_uniform(math.prod(shape[:3]))
     kernel = self.param("kernel", init, shape).astype(self.dtype)
     bias = self.param("bias", init, (self.features,))
     x = x.astype(self.dtype)
-    match (self.strides, self.padding, groups):
-      case (1, "SAME", self.features) if shape[2] == 1:
-        return ops.depthwise_conv, x, kernel[:, :, 0, :], bias
-      case (s, "VALID", 1) if self.kernel_size == (s, s):
-        return _patches, x, kernel, bias
-    raise ValueError(f"{self}: must be a depthwise or a patch convolution")
+    if depthwise:
+      return ops.depthwise_conv, x, kernel[:, :, 0, :], bias
+    return _patches, x, kernel, bias
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H', W', features]."""
@@ -139,7 +147,8 @@ class PointwiseConv(nn.Module):
 class LayerNorm(nn.LayerNorm):
   """norm(activation(conv(x))) + residual over the channels of each location.
 
-  Called like `ops.BatchNorm`, which it can replace.
+  Called like `ops.BatchNorm`, which it can replace. The result has x's dtype;
+  linen's attribute `dtype` is refused.
   """
 
   epsilon: float = 1e-5
@@ -157,11 +166,14 @@ class LayerNorm(nn.LayerNorm):
   ) -> jax.Array:
     """Returns [B, H', W', D]; see `ops.BatchNorm` for the arguments."""
     del train
+    if self.dtype is not None:
+      raise ValueError(f"LayerNorm(dtype={self.dtype}): it has x's dtype")
     bias = 0.0
     if conv is not None:
       operation, x, kernel, bias = conv.operands(x)
       x = operation(x, kernel, implementation=self.implementation)
     dtype = x.dtype
-    x = ops.ACTIVATIONS[self.activation](x.astype(jnp.float32) + bias)
+    x = x.astype(jnp.promote_types(dtype, jnp.float32))
+    x = ops.ACTIVATIONS[self.activation](x + bias)
     y = super().__call__(x).astype(dtype)
     return y if residual is None else y + residual

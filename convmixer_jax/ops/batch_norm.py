@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from convmixer_jax.ops import derivative
 from convmixer_jax.ops import native
 from convmixer_jax.ops.depthwise import depthwise_conv
 from convmixer_jax.ops.pointwise import pointwise_conv
@@ -88,7 +89,7 @@ class BatchNorm(nn.Module):
     conv: Convolution | nn.Module | None = None,
     residual: jax.Array | None = None,
   ) -> jax.Array:
-    """Returns [B, H', W', D], of x's dtype; sums are computed in float32.
+    """Returns [B, H', W', D], of x's dtype, computed as `native.widened` says.
 
     Args:
       x: [B, H, W, C].
@@ -98,7 +99,8 @@ class BatchNorm(nn.Module):
       residual: [B, H', W', D].
 
     Raises:
-      ValueError: the batch is not a multiple of `group_size`.
+      ValueError: the batch is not a multiple of `group_size`, or mismatched
+        shapes.
     """
     operation = None
     if conv is None:
@@ -109,18 +111,30 @@ class BatchNorm(nn.Module):
         x = operation(x, kernel, implementation=self.implementation)
         operation = None
     batch, channels = x.shape[0], kernel.shape[-1]
+    # native.cc reads as much as these shapes say.
+    added = None if residual is None else residual.shape
+    if (
+      x.ndim != 4
+      or bias.shape != (channels,)
+      or added not in (None, (*x.shape[:3], channels))
+    ):
+      raise ValueError(
+        "BatchNorm takes images [B, H, W, C], a bias [D], and a residual [B, H,"
+        f" W, D] or none, not {x.shape}, {bias.shape}, {added}; D is {channels}"
+      )
     scale = self.param("scale", nn.initializers.ones, (channels,))
     offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))
-    bias, scale, offset = map(_float, (bias, scale, offset))
+    dtype = native.widened(x).dtype
+    bias, scale, offset = (v.astype(dtype) for v in (bias, scale, offset))
     if residual is not None:
       residual = residual.astype(x.dtype)
     static = (self.implementation or "auto", self.activation)
 
     if not train:
-      scale *= jax.lax.rsqrt(_float(running_var.value) + self.epsilon)
-      offset -= _float(running_mean.value) * scale
+      scale *= jax.lax.rsqrt(running_var.value.astype(dtype) + self.epsilon)
+      offset -= running_mean.value.astype(dtype) * scale
       if operation is not None:
         args = x, kernel, bias, scale, offset, residual
         return _conv_affine(static, operation, *args)
@@ -129,31 +143,32 @@ class BatchNorm(nn.Module):
       return _affine(static, x, bias, scale, offset, residual)
 
     group = self.group_size or batch
-    if batch % group:
+    if group < 1 or batch % group:
       raise ValueError(f"a batch of {batch} is not whole groups of {group}")
     y, mean, var = _normalize_groups(
-      static, group, self.epsilon, x, bias, scale, offset, residual
+      (static, group, self.epsilon), x, bias, scale, offset, residual
     )
     if not self.is_initializing():
       n = group * x.shape[1] * x.shape[2]
       with jax.named_scope(AVERAGES):
         new = mean, var * (n / max(n - 1, 1))
         for running, value in zip((running_mean, running_var), new):
-          running.value += (1 - self.momentum) * (value.mean(0) - running.value)
+          step = (1 - self.momentum) * (value.mean(0) - running.value)
+          running.value += step.astype(running.value.dtype)
     return y
 
 
 # --- y = act(x + bias) * scale + offset + residual; scale, offset: [B, C].
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _affine(static, x, bias, scale, offset, residual):
+def _affine_forward(static, x, bias, scale, offset, residual):
   has_residual = residual is not None
 
   def plain(act, x, bias, scale, offset, residual):
-    y = act(_float(x) + bias) * scale[:, None, None] + offset[:, None, None]
+    a = act(native.widened(x) + bias)
+    y = a * scale[:, None, None] + offset[:, None, None]
     if has_residual:
-      y += _float(residual)
+      y += native.widened(residual)
     return (y.astype(x.dtype),)
 
   args = x, bias, scale, offset, residual if has_residual else x
@@ -161,21 +176,22 @@ def _affine(static, x, bias, scale, offset, residual):
   return y
 
 
-def _affine_forward(static, x, bias, scale, offset, residual):
-  y = _affine(static, x, bias, scale, offset, residual)
-  return y, (x, bias, scale, residual is not None)
+def _affine_tangent(static, args, tangents):
+  return jax.jvp(functools.partial(_affine_forward, static), args, tangents)[1]
 
 
-def _affine_backward(static, kept, grad):
-  x, bias, scale, has_residual = kept
+def _affine_backward(static, args, _, grad):
+  x, bias, scale, _, residual = args
   zeros = jnp.zeros_like(scale)
   grad_offset, grad_scale = _grad_sums(static, x, bias, zeros, grad)
   grad_x, grad_bias = _input_grad(static, x, bias, scale, zeros, zeros, grad)
-  grad_residual = grad if has_residual else None
+  grad_residual = None if residual is None else grad
   return grad_x, grad_bias.sum(0), grad_scale, grad_offset, grad_residual
 
 
-_affine.defvjp(_affine_forward, _affine_backward)
+_affine = derivative.differentiable(
+  _affine_forward, _affine_tangent, _affine_backward
+)
 
 
 # --- The same of a convolution, in one pass; scale, offset: [C].
@@ -187,7 +203,7 @@ _FUSED: dict[Any, str] = {
 }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _conv_affine(static, operation, x, kernel, bias, scale, offset, residual):
   has_residual = residual is not None
 
@@ -209,28 +225,22 @@ def _two_passes(static, operation, x, kernel, bias, scale, offset, residual):
   return _affine(static, y, bias, by_image(scale), by_image(offset), residual)
 
 
-_conv_affine.defvjp(
-  lambda static, operation, *args: jax.vjp(
-    functools.partial(_two_passes, static, operation), *args
-  ),
-  lambda static, operation, vjp, grad: vjp(grad),
+_conv_affine.defjvp(
+  lambda static, operation, args, tangents: jax.jvp(
+    functools.partial(_two_passes, static, operation), args, tangents
+  )
 )
 
 
-# --- The same with the statistics of each group, which have no gradient.
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
-def _normalize_groups(static, group, epsilon, *args):
-  """Returns y, and the groups' means and (biased) variances, [B / group, C]."""
-  return _groups_forward(static, group, epsilon, *args)[0]
+# --- The same with the statistics of each group.
 
 
 def _by_group(x, group):
   return x.reshape(-1, group, x.shape[-1])
 
 
-def _groups_forward(static, group, epsilon, x, bias, scale, offset, residual):
+def _groups_forward(static, x, bias, scale, offset, residual):
+  static, group, epsilon = static
   # Of each image, [B / group, group, C].
   means, squares = (_by_group(v, group) for v in _moments(static, x, bias))
   pixels = x.shape[1] * x.shape[2]
@@ -243,14 +253,19 @@ def _groups_forward(static, group, epsilon, x, bias, scale, offset, residual):
   factor = by_image(inverse * scale)
   shift = by_image(offset - mean * inverse * scale)
   y = _affine(static, x, bias, factor, shift, residual)
-  kept = x, bias, scale, mean, inverse, residual is not None
-  return (y, mean, var), kept
+  return y, mean, var
 
 
-def _groups_backward(static, group, epsilon, kept, grads):
-  del epsilon
-  x, bias, scale, mean, inverse, has_residual = kept
-  grad = grads[0]
+def _groups_tangent(static, args, tangents):
+  return jax.jvp(functools.partial(_groups_forward, static), args, tangents)[1]
+
+
+def _groups_backward(static, args, kept, grads):
+  static, group, epsilon = static
+  x, bias, scale, _, residual = args
+  mean, var = kept
+  grad, grad_mean, grad_var = grads
+  inverse = jax.lax.rsqrt(var + epsilon)
   by_image = lambda v: jnp.repeat(v, group, axis=0)
   grad_sums = _grad_sums(static, x, bias, by_image(mean), grad)
   with jax.named_scope(STATISTICS):
@@ -258,19 +273,23 @@ def _groups_backward(static, group, epsilon, kept, grads):
   # Of a = act(x + bias) and the normalised â = (a - mean) * inverse, with means
   # over the n values of a group, the gradient is
   #   inverse * scale * (grad - mean(grad) - â * mean(grad * â))
+  #   + grad_mean / n + grad_var * 2 * (a - mean) / n
   #   = p * grad + q * a + r.
   n = group * x.shape[1] * x.shape[2]
   p = inverse * scale
-  q = -p * jnp.square(inverse) * products / n
-  r = -p * sums / n - q * mean
+  q = (2 * grad_var - p * jnp.square(inverse) * products) / n
+  r = (grad_mean - p * sums) / n - q * mean
   p, q, r = map(by_image, (p, q, r))
   grad_x, grad_bias = _input_grad(static, x, bias, p, q, r, grad)
   grad_scale = (inverse * products).sum(0)
-  grad_residual = grad if has_residual else None
+  grad_residual = None if residual is None else grad
   return grad_x, grad_bias.sum(0), grad_scale, sums.sum(0), grad_residual
 
 
-_normalize_groups.defvjp(_groups_forward, _groups_backward)
+# Returns y, and the groups' means and (biased) variances, [B / group, C].
+_normalize_groups = derivative.differentiable(
+  _groups_forward, _groups_tangent, _groups_backward, keep=lambda y: y[1:]
+)
 
 
 # --- The passes over images that the functions above use.
@@ -281,21 +300,20 @@ def _dispatch(static, name, plain, *args, **attributes):
   index = [*ACTIVATIONS].index(activation)
   plain = functools.partial(plain, ACTIVATIONS[activation])
   call = functools.partial(native.call, name, activation=index, **attributes)
-  fused = lambda *args: tuple(call(*args))
+  fused = jax.custom_jvp(lambda *args: tuple(call(*args)))
+  fused.defjvp(
+    lambda args, tangents: (fused(*args), jax.jvp(plain, args, tangents)[1])
+  )
   return native.dispatch(
     implementation, *args, native=fused, shift=plain, xla=plain
   )
-
-
-def _float(x):
-  return x.astype(jnp.float32)
 
 
 def _moments(static, x, bias):
   """Mean and sum of squared differences from it of act(x + bias): [B, C]."""
 
   def plain(act, x, bias):
-    a = act(_float(x) + bias)
+    a = act(native.widened(x) + bias)
     mean = a.mean((1, 2), keepdims=True)
     return mean[:, 0, 0], jnp.square(a - mean).sum((1, 2))
 
@@ -306,8 +324,8 @@ def _grad_sums(static, x, bias, mean, grad):
   """Sums of grad, and of grad * (act(x + bias) - mean): [B, C]."""
 
   def plain(act, x, bias, mean, grad):
-    grad = _float(grad)
-    centred = act(_float(x) + bias) - mean[:, None, None]
+    grad = native.widened(grad)
+    centred = act(native.widened(x) + bias) - mean[:, None, None]
     return grad.sum((1, 2)), (grad * centred).sum((1, 2))
 
   return _dispatch(static, "grad_sums", plain, x, bias, mean, grad)
@@ -317,9 +335,9 @@ def _input_grad(static, x, bias, p, q, r, grad):
   """(p * grad + q * act(x + bias) + r) * act'(x + bias), and sums: [B, C]."""
 
   def plain(act, x, bias, p, q, r, grad):
-    a, vjp = jax.vjp(act, _float(x) + bias)
+    a, vjp = jax.vjp(act, native.widened(x) + bias)
     p, q, r = (v[:, None, None] for v in (p, q, r))
-    (grad_x,) = vjp(_float(grad) * p + a * q + r)
+    (grad_x,) = vjp(native.widened(grad) * p + a * q + r)
     return grad_x.astype(x.dtype), grad_x.sum((1, 2))
 
   return _dispatch(static, "input_grad", plain, x, bias, p, q, r, grad)

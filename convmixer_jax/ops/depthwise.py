@@ -10,6 +10,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from convmixer_jax.ops import derivative
 from convmixer_jax.ops import native
 
 
@@ -74,9 +75,12 @@ def _xla(x, kernel):
 
 
 def _windows(x, k, padding):
-  """Yields x [N, H, W, C] in float32, shifted by each offset of the kernel."""
+  """Yields x [N, H, W, C], shifted by each offset of the kernel.
+
+  In float32, or in float64 if x is.
+  """
   _, height, width, _ = x.shape
-  x = jnp.pad(x.astype(jnp.float32), [(0, 0), padding, padding, (0, 0)])
+  x = jnp.pad(native.widened(x), [(0, 0), padding, padding, (0, 0)])
   # Without the barrier, XLA would compute x again for every window.
   x = lax.optimization_barrier(x)
   for i in range(k):
@@ -86,7 +90,7 @@ def _windows(x, k, padding):
 
 def _correlate(x, kernel, padding):
   k, _, channels = kernel.shape
-  taps = kernel.astype(jnp.float32).reshape(k * k, channels)
+  taps = native.widened(kernel).reshape(k * k, channels)
   total = sum(w * tap for w, tap in zip(_windows(x, k, padding), taps))
   # Without the barrier, XLA would compute the sum again for every reduction of
   # it, as in BatchNorm.
@@ -111,13 +115,15 @@ def _shift_vjp(x, kernel, grad):
 
   def one_image_per_lane(sums, image):
     x, grad = image  # [lanes, H, W, C] each
-    grad = grad.astype(jnp.float32)
+    grad = native.widened(grad)
     windows = _windows(x, k, padding)
     return [s + w * grad for s, w in zip(sums, windows)], None
 
   by_lane = lambda a: a.reshape(lanes, batch // lanes, *image_shape)
   by_image = [jnp.moveaxis(by_lane(a), 1, 0) for a in (x, grad)]
-  zeros = [jnp.zeros((lanes, *image_shape), jnp.float32)] * (k * k)
+  zeros = jnp.zeros_like(native.widened(by_image[0][0]))
+  zeros = [zeros] * (k * k)
+  zeros, _ = derivative.varying((zeros, by_image))
   sums, _ = lax.scan(one_image_per_lane, zeros, by_image)
   grad_kernel = jnp.stack([s.sum((0, 1, 2)) for s in sums])
   return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)

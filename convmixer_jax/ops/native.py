@@ -20,6 +20,7 @@ from jax.experimental import custom_partitioning
 import jax.numpy as jnp
 
 from convmixer_jax.ops import build
+from convmixer_jax.ops import derivative
 
 Op = Callable[..., Any]
 
@@ -102,6 +103,11 @@ def portable() -> Iterator[None]:
     _portable.reset(token)
 
 
+def widened(x: jax.Array) -> jax.Array:
+  """x in the type of its sums: float32, or float64 if x is."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
   """Calls an op of native.cc. Its shapes are in `_OPS`.
 
@@ -109,7 +115,8 @@ def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
   among the results have the first argument's dtype; other results are float32.
   The attributes are the op's integers and booleans.
   """
-  return _op(name, tuple(attributes.items()))(*args)
+  results = _op(name, tuple(attributes.items()))(*args)
+  return derivative.varying((args, results))[1]
 
 
 def dispatch(
@@ -156,8 +163,8 @@ def bilinear(
     (implementation, x, kernel) -> y; see `dispatch`.
   """
   shift = shift or xla
-  vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
-  xla_vjp, shift_vjp = vjp(xla), shift_vjp or vjp(shift)
+  plain_vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
+  xla_vjp, shift_vjp = plain_vjp(xla), shift_vjp or plain_vjp(shift)
   call_op = lambda *args: call(name, *args)[0]
 
   def call_vjp(x, kernel, grad):
@@ -167,19 +174,31 @@ def bilinear(
     grad_x, sums = call(f"{name}_vjp", split(x), kernel, split(grad))
     return grad_x.reshape(x.shape), sums.sum(0).astype(kernel.dtype)
 
-  @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-  def op(implementation, *args):
-    return dispatch(implementation, *args, native=call_op, shift=shift, xla=xla)
-
-  def forward(implementation, *args):
-    return op(implementation, *args), args
-
-  def backward(implementation, args, grad):
-    return dispatch(
-      implementation, *args, grad, native=call_vjp, shift=shift_vjp, xla=xla_vjp
-    )
-
-  op.defvjp(forward, backward)
+  # Both functions are linear in each argument, and vjp is the gradient of
+  # <grad, op(x, kernel)>. So their derivatives are sums of themselves.
+  op = derivative.differentiable(
+    lambda static, *args: dispatch(
+      static, *args, native=call_op, shift=shift, xla=xla
+    ),
+    lambda static, args, dots: (
+      op(static, dots[0], args[1]) + op(static, args[0], dots[1])
+    ),
+    lambda static, args, _, grad: vjp(static, *args, grad),
+  )
+  vjp = derivative.differentiable(
+    lambda static, *args: dispatch(
+      static, *args, native=call_vjp, shift=shift_vjp, xla=xla_vjp
+    ),
+    lambda static, args, dots: jax.tree.map(
+      jnp.add,
+      vjp(static, *dots[:2], args[2]),
+      vjp(static, *args[:2], dots[2]),
+    ),
+    lambda static, args, _, grads: (
+      *vjp(static, *grads, args[2]),
+      op(static, grads[0], args[1]) + op(static, args[0], grads[1]),
+    ),
+  )
   return op
 
 

@@ -1,0 +1,116 @@
+"""Functions with derivatives of their own, in both modes and of any order."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+from jax.interpreters import ad
+from jax.interpreters import batching
+from jax.interpreters import mlir
+
+Function = Callable[..., Any]
+
+
+def varying(tree: Any) -> Any:
+  """Makes all arrays vary over the same axes of `jax.shard_map`.
+
+  Its types say over which axes a value differs between devices. JAX adds what
+  is needed to its own operations' arguments, and to their gradients.
+  """
+  axes_of = lambda x: jax.typeof(x).manual_axis_type.varying
+  axes = frozenset().union(*map(axes_of, jax.tree.leaves(tree)))
+  return jax.tree.map(
+    lambda x: jax.lax.pcast(x, (*(axes - axes_of(x)),), to="varying"), tree
+  )
+
+
+def differentiable(
+  function: Function,
+  tangent: Function,
+  backward: Function,
+  keep: Function = lambda y: (),
+) -> Function:
+  """Gives a function derivatives of its own, in both modes, of any order.
+
+  Like `jax.custom_vjp`, whose functions have no forward mode.
+
+  Args:
+    function: (static, *args) -> y. `static` can be hashed; args are arrays or
+      None.
+    tangent: (static, args, tangents of args) -> y's tangent.
+    backward: (static, args, keep(y), gradient of y) -> gradients of args.
+    keep: y -> what `backward` needs besides the args.
+  """
+  function = jax.custom_jvp(function, nondiff_argnums=(0,))
+
+  @function.defjvp
+  def _(static, args, tangents):
+    y = function(static, *args)
+    known, known_tree = jax.tree.flatten((args, keep(y)))
+    linear, linear_tree = jax.tree.flatten(tangents)
+    leaves, tree = jax.tree.flatten(y)
+
+    def apply(*flat):
+      args, _ = known_tree.unflatten(flat[: len(known)])
+      tangents = linear_tree.unflatten(flat[len(known) :])
+      return jax.tree.leaves(tangent(static, args, tangents))
+
+    def transpose(*flat):
+      args, kept = known_tree.unflatten(flat[: len(known)])
+      grad = tree.unflatten(flat[len(known) :])
+      return jax.tree.leaves(backward(static, args, kept, grad))
+
+    results = _linear.bind(
+      *known,
+      *linear,
+      apply=apply,
+      transpose=transpose,
+      avals=tuple(jax.typeof(leaf).to_tangent_aval() for leaf in leaves),
+      count=len(known),
+    )
+    return y, tree.unflatten(results)
+
+  return lambda static, *args: function(static, *varying(args))
+
+
+# The tangent of a `differentiable` function: apply(*args). It is linear in all
+# but the first `count` arguments, and transpose(*first, *gradients of results)
+# are the gradients of the others.
+_linear = core.Primitive("linear")
+_linear.multiple_results = True
+_linear.def_impl(lambda *args, apply, **_: apply(*args))
+_linear.def_abstract_eval(lambda *args, avals, **_: avals)
+mlir.register_lowering(_linear, mlir.lower_fun(_linear.impl, True))
+
+
+def _linear_jvp(args, tangents, *, apply, **_):
+  return jax.jvp(apply, args, (*map(ad.instantiate_zeros, tangents),))
+
+
+def _linear_transpose(grads, *args, transpose, count, **_):
+  grads = transpose(*args[:count], *map(ad.instantiate_zeros, grads))
+  unknown = map(ad.is_undefined_primal, args[count:])
+  return [None] * count + [g if u else None for g, u in zip(grads, unknown)]
+
+
+def _linear_batch(args, axes, *, apply, transpose, avals, count):
+  (size,) = {a.shape[i] for a, i in zip(args, axes) if i is not None}
+  args = list(args)
+  for i in range(count, len(args)):
+    args[i] = batching.bdim_at_front(args[i], axes[i], size)
+  known = (*axes[:count],)
+  axes = known + (0,) * (len(args) - count)
+  results = _linear.bind(
+    *args,
+    apply=jax.vmap(apply, axes),
+    transpose=jax.vmap(transpose, known + (0,) * len(avals)),
+    avals=tuple(a.update(shape=(size, *a.shape)) for a in avals),
+    count=count,
+  )
+  return results, [0] * len(results)
+
+
+ad.primitive_jvps[_linear] = _linear_jvp
+ad.primitive_transposes[_linear] = _linear_transpose
+batching.primitive_batchers[_linear] = _linear_batch
