@@ -21,7 +21,20 @@ from ml_collections import config_flags
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import runtime
+from convmixer_jax import workdir as workdir_lib
+from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
+
+
+class _ConfigParser(flags.ArgumentParser):
+  """Loads a config file, or the config.json of a run."""
+
+  def parse(self, path):
+    if path.endswith(".json"):
+      config = workdir_lib.load_config(path)
+    else:
+      config = config_lib.load_file(path)
+    return config.lock() if hasattr(config, "lock") else config
 
 
 class Flags(flags.FlagValues):
@@ -46,12 +59,15 @@ class Flags(flags.FlagValues):
   def define_config(self) -> flags.FlagHolder:
     """Defines --config and a flag for each of its fields."""
     text = (
-      "Config file, and optionally a colon and the name of a variant:"
-      " --config configs/imagenet.py:768_32. Its fields are flags too:"
-      " --config.batch_size=256 --config.augment.crop_scale='(0.5, 1.0)'."
+      "Config file, and optionally a colon and the name of a variant, or the"
+      " config.json of a run: --config configs/imagenet.py:768_32. Its fields"
+      " are flags too: --config.batch_size=256"
+      " --config.augment.crop_scale='(0.5, 1.0)'."
     )
     try:
-      return config_flags.DEFINE_config_file("config", None, text, self)
+      holder = config_flags.DEFINE_config_file("config", None, text, self)
+      self["config"].parser = _ConfigParser()
+      return holder
     except flags.Error as e:  # It reads the files of absl's --flagfile here.
       print(f"error: {UserError(str(e))}", file=sys.stderr)
       sys.exit(2)
@@ -103,9 +119,15 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
       near = difflib.get_close_matches(field, fields, 1, cutoff=0)[0]
       text = field if value is None else f"{field}={value}"
       raise UserError(f"--config.{text}: no such field; nearest is {near}")
-  file = (path or "").partition(":")[0]
-  if os.path.exists(file) and not os.path.isfile(file):  # A FIFO would wait.
-    raise UserError(f"--config={path}: not a file")
+  if overrides and path is None:
+    raise UserError(
+      f"--config.{min(overrides)}: needs a --config before it; a run's own is"
+      " WORKDIR/config.json"
+    )
+  file = os.path.expanduser((path or "").partition(":")[0])
+  if path is not None and not os.path.isfile(file):  # A FIFO would wait.
+    text = "not a file" if os.path.exists(file) else "no such file"
+    raise UserError(f"--config={path}: {text}")
   verbosity = logging.get_verbosity()
   logging.set_verbosity(logging.ERROR)  # Bad configs fail below.
   try:
@@ -169,8 +191,10 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   code = 1  # For exceptions that are not caught here.
   try:
     app.run(call, flags_parser=lambda argv: parse_flags(argv, flag_values))
-  except UserError as e:
-    print(f"error: {e}", file=sys.stderr, flush=True)
+  except (UserError, RuntimeError) as e:
+    if not isinstance(known := platform_error(e) or e, UserError):
+      raise
+    print(f"error: {known}", file=sys.stderr, flush=True)
     code = 2
   except KeyboardInterrupt:
     code = 128 + signal.SIGINT

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import os
 import runpy
+import sys
 from typing import Any
 from typing import NamedTuple
 
 import ml_collections
-from ml_collections import config_dict
 
 from convmixer_jax import augment
 from convmixer_jax import models
@@ -94,8 +95,7 @@ FIELDS: dict[str, Field] = {
     "Variant; a key of models.VARIANTS."),
   "model.dim": Field(None, _optional(_integer(1, 2**16)),
     "Width of every block."),
-  "model.depth": Field(None, _optional(_integer(1, 1000)),
-    "Number of blocks."),
+  "model.depth": Field(None, _optional(_integer(1, 1000)), "Number of blocks."),
   "model.patch_size": Field(None, _optional(_integer(1, 1000)),
     "Side of a patch, and stride of the stem, in pixels."),
   "model.kernel_size": Field(None, _optional(_integer(1, 1000)),
@@ -177,16 +177,14 @@ FIELDS: dict[str, Field] = {
     "AdamW's decoupled decay, multiplied by the learning rate."),
   "optim.decay_all": Field(False, _BOOL,
     "Decay biases and norms too, not only kernels."),
-  "optim.eps": Field(1e-8, _number(1e-12),
-    "AdamW's eps."),
+  "optim.eps": Field(1e-8, _number(1e-12), "AdamW's eps."),
   "optim.betas": Field((0.9, 0.999), _numbers(2, 0, 0.999999),
     "AdamW's decay rates of the first and second moments."),
   "optim.clip_norm": Field(0.0, _number(0),
     "Largest norm of the gradient; 0 does not clip."),
   "ema_decay": Field(0.0, _number(0, 0.999999),
     "Evaluate a moving average of the weights with this decay; 0 is off."),
-  "epochs": Field(100, _integer(1, 10**6),
-    "Passes over the training images."),
+  "epochs": Field(100, _integer(1, 10**6), "Passes over the training images."),
   "batch_size": Field(64, _integer(1, 10**6),
     "Images per step, over all devices."),
   "accum_steps": Field(1, _integer(1),
@@ -229,9 +227,9 @@ def defaults() -> ml_collections.ConfigDict:
   for name, field in FIELDS.items():
     section, _, leaf = name.rpartition(".")
     values = nested.setdefault(section, {}) if section else nested
-    missing = config_dict.placeholder(field.rule.type)
+    missing = ml_collections.config_dict.placeholder(field.rule.type)
     values[leaf] = missing if field.default is None else field.default
-  return config_dict.ConfigDict(nested)
+  return ml_collections.ConfigDict(nested)
 
 
 def markdown() -> str:
@@ -250,11 +248,14 @@ def markdown() -> str:
 def load_file(name: str) -> ml_collections.ConfigDict:
   """Runs a config file's `get_config`: 'configs/imagenet.py:768_32'.
 
-  Args:
-    name: path of the file, with a variant after a colon where it has some.
+  After the colon is a variant, if it has some. It may import files beside it.
   """
-  path, *variant = name.split(":")
-  return runpy.run_path(path)["get_config"](*variant)
+  path, *variant = os.path.expanduser(name).split(":", 1)
+  sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+  try:
+    return runpy.run_path(path)["get_config"](*variant)
+  finally:
+    del sys.path[0]
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,14 @@ def reason(error: BaseException) -> str:
   return os.strerror(int(code[1])) if code else first_line(error)[:200]
 
 
+def platform_error(error: BaseException) -> UserError | None:
+  """A line for jax's error that JAX_PLATFORMS names no platform here."""
+  if "Unable to initialize backend" not in str(error):
+    return None
+  chosen = os.environ.get("JAX_PLATFORMS", "")
+  return UserError(f"JAX_PLATFORMS={chosen}: {first_line(error)}")
+
+
 def damage(folder: Path, problem: Exception | str) -> str:
   """Says how the files in `folder` are damaged.
 

@@ -5,7 +5,7 @@
       --workdir runs/p4 --config.model.patch_size=4 --config.seed=1
   python -m convmixer_jax.main --config configs/imagenet.py:768_32 \\
       --config.data.name=folder --config.data.dir=/data/imagenet
-  python -m convmixer_jax.main --config configs/cifar10.py --mode eval
+  python -m convmixer_jax.main --workdir runs/cifar10 --mode eval
   python -m convmixer_jax.main --config configs/imagenet.py --mode eval \\
       --workdir runs/published --config.init_from=convmixer_1536_20.safetensors
 
@@ -31,6 +31,7 @@ from convmixer_jax import evaluate
 from convmixer_jax import logger
 from convmixer_jax import ops
 from convmixer_jax import train
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
@@ -38,13 +39,14 @@ _CONFIG = _FLAGS.define_config()
 _WORKDIR = _FLAGS.string(
   "workdir",
   "Folder for checkpoints, metrics and logs. If it holds a run, that run is"
-  " resumed: --workdir runs/mine. Default: runs/ and the config's name.",
+  " resumed: --workdir runs/mine. Default: runs/ and the config's name; of a"
+  " config.json, its folder.",
 )
 _MODE = _FLAGS.enum(
   "mode",
   "--mode train trains and evaluates. --mode eval evaluates the newest"
   " checkpoint of the workdir, or --config.init_from if it has none, and prints"
-  " a line and a JSON object.",
+  " a line and a JSON object. Without --config it uses the run's own config.",
   "train",
   enum_values=["train", "eval"],
 )
@@ -81,16 +83,21 @@ _TIMEOUT = _FLAGS.positive(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  if _CONFIG.value is None:
+  config, workdir = _CONFIG.value, _WORKDIR.value
+  if config is None and workdir and _MODE.value == "eval":
+    config = workdir_lib.load_config(workdir)
+  elif config is None:
     raise UserError(
       "--config is missing; try python -m convmixer_jax.main --config"
       " configs/digits.py, which takes seconds, or --help"
     )
-  config = _CONFIG.value
-  path, _, variant = _FLAGS["config"].config_filename.partition(":")
-  # configs/imagenet.py:768_32 -> runs/imagenet_768_32.
-  name = Path(path).stem + (f"_{variant}" if variant else "")
-  workdir = os.path.expanduser(_WORKDIR.value or f"runs/{name}")
+  if workdir is None:
+    path, _, variant = _FLAGS["config"].config_filename.partition(":")
+    # configs/imagenet.py:768_32 -> runs/imagenet_768_32.
+    name = Path(path).stem + (f"_{variant}" if variant else "")
+    own = path.endswith(".json")
+    workdir = Path(path).parent if own else f"runs/{name}"
+  workdir = os.path.expanduser(workdir)
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):
     raise UserError(

@@ -57,7 +57,8 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
   """Repeats the steps from the last checkpoint before `step` up to it.
 
   The first update is step 1. The workdir is not changed. Raises UserError if
-  there is no such run or step, or its data are missing.
+  there is no such run or step, its data are missing, or the config has changed
+  since (`--accept_changes`).
 
   Returns:
     step; start, the checkpoint's step, or 0; metrics and layers, by name;
@@ -81,6 +82,12 @@ def replay(workdir: str | os.PathLike, step: int) -> dict[str, Any]:
     )
   state = saved or state
   start = int(state.step)
+  for begun in workdir_lib.read_starts(workdir)["starts"]:
+    if begun.get("changes") and begun["first_step"] > start:
+      raise UserError(
+        f"--step={step}: the config was changed at step {begun['first_step']}"
+        f" ({'; '.join(begun['changes'])}); only later steps can be repeated"
+      )
 
   layers = jax.eval_shape(_layer_norms, recipe.shapes["params"])
   zeros = jax.tree.map(lambda x: jnp.zeros(x.shape), layers)

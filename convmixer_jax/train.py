@@ -57,6 +57,13 @@ def train_and_evaluate(
       f"{workdir} holds a run of another config ({'; '.join(changes)}); pass"
       " another --workdir, or --accept_changes to resume anyway"
     )
+  saved = checkpoint.latest_step(workdir)
+  if saved is None and workdir_lib.lacks_checkpoints(workdir):
+    raise UserError(
+      f"{workdir}: has the metrics.jsonl of a run, but no checkpoints; put"
+      " checkpoints/ back, pass another --workdir, or remove metrics.jsonl to"
+      " start again"
+    )
   data, batch_size = config.data, config.batch_size
   train_source, eval_source = (
     sources.open_source(data.name, data.dir, split, data.image_size)
@@ -72,7 +79,7 @@ def train_and_evaluate(
 
   # --- 2. State: the newest checkpoint > weights of another run > scratch.
   state = recipe.init_state()
-  if config.init_from is not None and checkpoint.latest_step(workdir) is None:
+  if config.init_from is not None and saved is None:
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
     loaded = weights.load_init_from(
       config.init_from, recipe.model, fresh, new_head=True

@@ -47,25 +47,36 @@ def config_changes(
   ]
 
 
-def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
-  """The config of a run; UserError if there is none, or a value is invalid."""
-  config = read_config(workdir)
-  config_lib.check(config, num_devices=None)
+def load_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
+  """The config of a run; UserError if there is none, or a value is invalid.
+
+  `where` is its workdir or its config.json.
+  """
+  found = read_config(where)
+  config_lib.check(found, num_devices=None)
+  values, config = config_lib.flatten(found), config_lib.defaults()
+  config.update_from_flattened_dict(
+    {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+  )
   return config
 
 
-def read_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+def read_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
   """The content of config.json, unchecked: a new field may be missing in it.
 
   Raises UserError if there is none, or it is damaged.
   """
-  path = Path(workdir).expanduser() / "config.json"
+  path = Path(where).expanduser()
+  path = path if path.suffix == ".json" else path / "config.json"
   try:
     return ml_collections.ConfigDict(json.loads(path.read_text()))
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
   except (ValueError, TypeError, AttributeError, RecursionError) as e:
     raise UserError(f"{path}: not a valid config: {e}") from e
+
+
+_SAVED = ("finished", "interrupted")  # A status whose last step was saved.
 
 
 @contextlib.contextmanager
@@ -151,6 +162,22 @@ def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
     text = f"{path}: damaged ({e}); remove it and rerun the command"
     raise UserError(text) from e
   return run
+
+
+def lacks_checkpoints(workdir: str | os.PathLike) -> bool:
+  """Whether a run that has no checkpoint must have had some.
+
+  It has records although it ended, was resumed, or its folder for checkpoints
+  is gone. One that was killed before the first checkpoint may begin again.
+  """
+  return bool(read_metrics(workdir)) and (
+    not Path(workdir, "checkpoints").exists()
+    or any(
+      start.get("first_step") or start.get("status") in _SAVED
+      for start in read_starts(workdir)["starts"]
+      if isinstance(start, dict)
+    )
+  )
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -121,6 +121,8 @@ MISTAKES = [
   ([DIGITS, "--wrokdir=x"], "wrokdir"),
   ([DIGITS, "extra"], "extra: not a flag"),
   (["--config.seed=1", DIGITS], "config.seed"),
+  (["--config.seed=1"], "--config.seed: needs a --config before it"),
+  (["--config=none.json"], "--config=none.json: no such file"),
   ([DIGITS, "--process_id=1"], "need --distributed"),
   ([DIGITS, "--distributed"], "--distributed: no cluster"),
   ([DIGITS, "--workdir=README.md/x"], "--workdir=README.md/x: Not a directory"),
@@ -149,6 +151,36 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     wrong = [text for text in pool.map(attempt, MISTAKES) if text]
   assert not wrong, "\n".join(wrong)
   assert not workdir.exists()
+
+
+def test_a_config_imports_a_file_beside_it(tmp_path, monkeypatch):
+  (tmp_path / "beside_it.py").write_text("SIZE = 0")
+  (tmp_path / "x.py").write_text(
+    "import beside_it\nfrom convmixer_jax import config as config_lib\n"
+    "def get_config():\n  config = config_lib.defaults()\n"
+    "  config.model.kernel_size = beside_it.SIZE\n  return config\n"
+  )
+  monkeypatch.setenv("HOME", str(tmp_path))
+  code, _, err = common.call("convmixer_jax.main", "--config=~/x.py")
+  assert (code, err[:34]) == (2, "error: config.model.kernel_size=0:")
+  assert str(tmp_path) not in sys.path
+
+
+@pytest.mark.slow
+def test_a_platform_that_is_not_there_is_one_line(tmp_path):
+  for module, *flags in (
+    ("convmixer_jax.main", DIGITS, f"--workdir={tmp_path / 'run'}"),
+    ("convmixer_jax.plan", DIGITS),
+    ("benchmarks.throughput", "--model=convmixer_128_4", "--batch=2"),
+  ):
+    process = common.run_main(
+      *flags, module=module, environment={"JAX_PLATFORMS": "nonsense"}
+    )
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2, err
+    assert err.startswith("error: JAX_PLATFORMS=nonsense: Unable to init"), err
+    assert len(err.splitlines()) == 1, err
+  assert not (tmp_path / "run").exists()
 
 
 FOLDERS = ("convmixer_jax", "configs", "experiments", "benchmarks", "examples")

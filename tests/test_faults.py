@@ -151,6 +151,43 @@ def test_a_disk_that_fails_is_not_called_damage(copy, name):
   time.sleep(1)  # The other reads end here, where their warnings are ignored.
 
 
+@other_reads
+@pytest.mark.parametrize("cut_short", [False, True])
+def test_processes_that_judge_apart_stop(copy, monkeypatch, cut_short):
+  """Whether it is this one or another that finds damage."""
+  if cut_short:
+    os.truncate(copy / "checkpoints" / "10" / "_CHECKPOINT_METADATA", 9)
+  other = lambda verdict: np.array([verdict, 1 - verdict])
+  monkeypatch.setattr(checkpoint.multihost_utils, "process_allgather", other)
+  process = 0 if cut_short else 1
+  with pytest.raises(
+    UserError, match=f"10: .* in process {process}, but in ot"
+  ):
+    train_digits(copy)
+  assert sorted(p.name for p in (copy / "checkpoints").iterdir()) == ["10", "5"]
+
+
+def test_what_is_saved_outlasts_a_power_failure(tmp_path, monkeypatch):
+  """Each file is forced to the disk after its last change."""
+  forced = {}
+
+  def fsync(number):
+    status = os.fstat(number)
+    forced[status.st_ino] = status.st_mtime_ns, status.st_size
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  train_digits(tmp_path, save_every=4)
+  names = ["config.json", "run.json", "classes.txt", "metrics.jsonl"]
+  files = [p for p in tmp_path.glob("checkpoints/**/*") if p.is_file()]
+  assert len({p.relative_to(tmp_path).parts[1] for p in files}) == 3
+  for path in [*files, *map(tmp_path.joinpath, names)]:
+    status = path.stat()
+    wanted = status.st_mtime_ns, status.st_size
+    assert forced.get(status.st_ino) == wanted, path
+  for folder in (tmp_path, tmp_path / "checkpoints"):
+    assert folder.stat().st_ino in forced
+
+
 # --- Two runs in a workdir, and other configs.
 
 
@@ -176,10 +213,29 @@ def test_a_changed_config_is_accepted_when_told(copy):
   start = json.loads((copy / "run.json").read_text())["starts"][-1]
   assert start["changes"] == ["optim.learning_rate is 0.01 there and 0.5 here"]
   assert start["first_step"] == 5
+  # What was done before has no config any more.
+  assert replay.replay(copy, 7)["start"] == 5
+  with pytest.raises(UserError, match=r"=3: .* at step 5 \(optim.*0\.5 here\)"):
+    replay.replay(copy, 3)
   config.model.dim = 4
   with pytest.raises(UserError, match=r"10: .* is \(8,\) in the .* and \(4,\)"):
     train.train_and_evaluate(config, copy, accept_changes=True)
   assert (copy / "checkpoints" / "10").is_dir()
+
+
+@pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/*"])
+def test_records_without_checkpoints_are_kept(copy, gone):
+  for path in copy.glob(gone):
+    shutil.rmtree(path)
+  before = (copy / "metrics.jsonl").read_bytes()
+  for _ in range(2):
+    with pytest.raises(UserError, match="of a run, but no checkpoints; put"):
+      train_digits(copy)
+  assert (copy / "metrics.jsonl").read_bytes() == before
+  # A run that was killed before its first checkpoint begins again.
+  (copy / "checkpoints").mkdir(exist_ok=True)
+  (copy / "run.json").write_text('{"starts": [{"first_step": 0}]}')
+  assert not workdir_lib.lacks_checkpoints(copy)
 
 
 # --- No numbers.

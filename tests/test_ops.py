@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +18,7 @@ import scipy.special
 
 from convmixer_jax import ops
 from convmixer_jax import sharding
+from convmixer_jax.models import layers
 from convmixer_jax.ops import build
 from convmixer_jax.ops import native
 from tests import common

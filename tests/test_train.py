@@ -327,6 +327,21 @@ def test_evaluation_refuses_another_model(unbroken, portable):
   assert evaluate.evaluate_checkpoint(config, unbroken[0])["count"] == 11
 
 
+def test_a_run_is_evaluated_with_its_own_config(unbroken, portable):
+  workdir, _ = unbroken
+  main = functools.partial(common.call, "convmixer_jax.main", "--mode=eval")
+  code, out, err = main(f"--workdir={workdir}")
+  assert code == 0, err
+  expected = records(workdir)[-1]["loss"]
+  metrics = json.loads(out.splitlines()[-1])
+  assert metrics["loss"] == pytest.approx(expected, rel=1e-5)
+  code, out, err = main(
+    f"--config={workdir}/config.json", "--config.data.eval_split=train[:7]"
+  )
+  assert code == 0, err
+  assert json.loads(out.splitlines()[-1])["count"] == 7
+
+
 @pytest.mark.slow
 def test_an_unreadable_image_is_named(photos, tmp_path):
   root = shutil.copytree(photos, tmp_path / "photos")
