@@ -144,7 +144,7 @@ def _state(process):
   """'worker 4242, D (disk sleep)'; no state on systems without /proc."""
   name = f"worker {process.pid}"
   with contextlib.suppress(OSError):
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
     if state := re.search(r"^State:\s*(.*)", status, re.M):
       return f"{name}, {state[1]}"
   return name
