@@ -1,7 +1,11 @@
 import dataclasses
+import gc
 import io
+from multiprocessing import shared_memory
+from multiprocessing import spawn
 from pathlib import Path
 import shutil
+import time
 
 import numpy as np
 from PIL import Image
@@ -145,6 +149,16 @@ def source_label(source, i):
 def test_worker_processes_give_the_same_batches(folder):
   source = sources.open_source("folder", str(folder), "train", 8)
   same(collect(source, 1, num_workers=2), collect(source, 1))
+  # At the end no shared memory is left; a worker does not import the program.
+  shared = lambda x: isinstance(x, shared_memory.SharedMemory)
+  for _ in range(20):  # A thread of grain's frees it.
+    if not (left := [*filter(shared, gc.get_objects())]):
+      break
+    time.sleep(0.1)
+  assert not left
+  imports = lambda name: "main" in "".join(spawn.get_preparation_data(name))
+  assert imports("another process")
+  assert not imports("grain-process-prefetch")
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 21, 32])
