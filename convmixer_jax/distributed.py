@@ -197,8 +197,10 @@ class _Watch:
       return f"--distributed: {process}: {why}", code
     if match := re.search(r"stopped sending heartbeats\):([\d, ]+)", text):
       lost = ", ".join(match[1].replace(",", " ").split())
+      # The last heartbeat may be half of the timeout older than the loss.
       why = (
-        f"lost process {lost} of {count}: no heartbeat for {self._timeout} s"
+        f"lost process {lost} of {count}: its heartbeats stopped"
+        f" (--timeout={self._timeout})"
       )
     elif "RPC" in text:  # A call to the coordinator failed.
       why = f"lost process 0 of {count}, the coordinator at {address}"
