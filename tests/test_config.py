@@ -4,12 +4,12 @@ import ast
 from concurrent import futures
 import os
 import re
+import runpy
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 import pytest
 
 from convmixer_jax import config as config_lib
@@ -18,20 +18,12 @@ from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from tests import common
 
-CONFIGS = [
-  "configs/digits.py",
-  "configs/cifar10.py",
-  "configs/cifar10.py:script100",
-  "configs/cifar10.py:paper",
-  "configs/cifar10.py:paper_wd1e-2",
-  "configs/cifar10.py:keras",
-  "configs/imagenet.py",
-  "configs/imagenet.py:768_32",
-  "configs/imagenet.py:1024_20",
-]
+CONFIGS = str.split("""
+configs/digits.py configs/cifar10.py configs/cifar10.py:script100
+configs/cifar10.py:paper configs/cifar10.py:keras configs/imagenet.py""")
 # They differ from another one in sizes or the weight decay alone.
-SLOW_CONFIGS = ("configs/imagenet.py:768_32", "configs/imagenet.py:1024_20",
-                "configs/cifar10.py:paper_wd1e-2")  # fmt: skip
+SLOW_CONFIGS = str.split("""configs/cifar10.py:paper_wd1e-2
+configs/imagenet.py:768_32 configs/imagenet.py:1024_20""")
 
 
 def test_no_config_is_missing_here():
@@ -43,10 +35,7 @@ def test_no_config_is_missing_here():
 
 @pytest.mark.parametrize(
   "path",
-  [
-    pytest.param(path, marks=pytest.mark.slow) if path in SLOW_CONFIGS else path
-    for path in CONFIGS
-  ],
+  [*CONFIGS, *(pytest.param(x, marks=pytest.mark.slow) for x in SLOW_CONFIGS)],
 )
 def test_configs_trace_one_step_on_their_real_shapes(path):
   config = common.load_config(path)
@@ -72,26 +61,17 @@ BAD = [
   ("model.kernel_size", 0, "from 1 to 1000"),
   ("model.kernel_size", 2.5, "integer"),
   ("model.activation", "swish", "gelu, relu"),
-  ("model.norm", "group", "batch, layer"),
-  ("model.remat", "everything", "nothing_saveable"),
-  ("model.dtype", "float16", "float32, bfloat16"),
+  ("model.heads", 3, "no such field"),
   ("model.bn_group_size", 7, "must divide the 64"),
   ("data.mean", (0.5,), "3 values"),
   ("data.std", (0.0, 1.0, 1.0), "3 values"),
-  ("data.image_size", -8, "from 1 to 10000"),
   ("augment.crop_scale", (1.0, 0.5), "ascending"),
-  ("augment.interpolation", "lanczos", "bilinear"),
-  ("augment.label_smoothing", 1.5, "from 0"),
   ("augment.randaugment", "rand-m9", "inc is missing"),
   ("augment.randaugment", None, "a policy, or empty"),
-  ("augment.erase_mode", "noise", "pixel, const"),
   ("augment.mix_group_size", 48, "must divide batch_size=64"),
-  ("optim.schedule", "step", "onecycle, cosine, constant"),
   ("optim.warmup_epochs", 1.0, "onecycle has its own"),
   ("ema_decay", 1.0, "from 0"),
   ("optim.weight_decay", -1.0, "at least 0"),
-  ("optim.betas", (0.9, 1.0), "2 values"),
-  ("epochs", 0, "from 1 to 1000000"),
   ("batch_size", 60, "multiple of the 8"),
   ("accum_steps", 3, "must divide batch_size=64"),
   ("freeze", (1,), "strings"),
@@ -106,56 +86,41 @@ BAD = [
 @pytest.mark.parametrize(("field", "value", "says"), BAD)
 def test_check_refuses(field, value, says):
   config = common.load_config("configs/digits.py")
+  section, _, name = field.rpartition(".")
   with config.unlocked(), config.ignore_type():
-    config.update_from_flattened_dict({field: value})
+    (config[section] if section else config)[name] = value
   with pytest.raises(UserError, match=says) as e:
     config_lib.check(config, num_devices=8)
   assert field in str(e.value)
   assert "\n" not in str(e.value)
 
 
-def test_check_refuses_missing_and_unknown_fields():
+def test_check_refuses_a_missing_field():
   config = common.load_config("configs/digits.py")
   with config.unlocked():
     del config.optim.eps
   with pytest.raises(UserError, match=r"config.optim.eps: missing"):
     config_lib.check(config, 1)
-  config = common.load_config("configs/digits.py")
-  with config.unlocked():
-    config.model.heads = 3
-  with pytest.raises(UserError, match=r"config.model.heads=3: no such field"):
-    config_lib.check(config, 1)
-
-
-def test_flatten():
-  config = ml_collections.ConfigDict({"a": 1, "b": {"c": {"d": (2, 3)}}})
-  assert config_lib.flatten(config) == {"a": 1, "b.c.d": (2, 3)}
 
 
 # Command lines, and what the one line of error must say.
 DIGITS = "--config=configs/digits.py"
 MISTAKES = [
-    ([], "--config is missing; try"),
-    (["--config=configs/none.py"], "configs/none.py"),
-    (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
-    ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field"),
-    ([DIGITS, "--config.modle.dim=3"], "nearest is model.dim"),
-    ([DIGITS, "--config.batch_size=many"], "integer from 1 to"),
-    ([DIGITS, "--config.epochs=1.5"], "integer from 1 to"),
-    ([DIGITS, "--config.deterministic=7"], "true or false"),
-    ([DIGITS, "--config.batch_size=30"], "multiple of the 4 devices"),
-    ([DIGITS, "--config.model.kernel_size=0"], "config.model.kernel_size=0"),
-    ([DIGITS, "--config.model.patch_size=9"], "larger than data.image_size=8"),
-    ([DIGITS, "--config.model.name=convmixer_1"], "nearest is convmixer_1"),
-    ([DIGITS, "--config.data.name=digit"], "nearest are digits"),
-    ([DIGITS, "--config.data.name=folder", "--config.data.dir=no/where"],
-     "data.dir=no/where: no such directory"),
-    ([DIGITS, "--config.data.train_split=trian"], "has train, test"),
-    ([DIGITS, "--mode=test"], "train|eval"),
-    ([DIGITS, "--mode=eval"], "holds no checkpoints"),
-    ([DIGITS, "--wrokdir=x"], "wrokdir"),
-    ([DIGITS, "extra"], "extra: not a flag"),
-    (["--config.seed=1", DIGITS], "config.seed"),
+  ([], "--config is missing; try"),
+  (["--config=configs/none.py"], "configs/none.py"),
+  (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
+  ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field"),
+  ([DIGITS, "--config.modle.dim=3"], "nearest is model.dim"),
+  ([DIGITS, "--config.batch_size=many"], "integer from 1 to"),
+  ([DIGITS, "--config.deterministic=7"], "true or false"),
+  ([DIGITS, "--config.batch_size=30"], "multiple of the 4 devices"),
+  ([DIGITS, "--config.data.name=digit"], "nearest are digits"),
+  ([DIGITS, "--config.data.train_split=trian"], "has train, test"),
+  ([DIGITS, "--mode=test"], "train|eval"),
+  ([DIGITS, "--mode=eval"], "holds no checkpoints"),
+  ([DIGITS, "--wrokdir=x"], "wrokdir"),
+  ([DIGITS, "extra"], "extra: not a flag"),
+  (["--config.seed=1", DIGITS], "config.seed"),
   ([DIGITS, "--process_id=1"], "need --distributed"),
   ([DIGITS, "--distributed"], "--distributed: no cluster"),
   ([DIGITS, "--workdir=README.md/x"], "--workdir=README.md/x: Not a directory"),
@@ -187,46 +152,23 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   assert not workdir.exists()
 
 
-@pytest.mark.parametrize(
-  ("module", "flags"),
-  [
-    (
-      "convmixer_jax.main",
-      "config workdir mode distributed coordinator num_processes process_id"
-      " timeout accept_changes",
-    ),
-    (
-      "convmixer_jax.plan",
-      "config topology find_batch num_images num_classes json",
-    ),
-    ("convmixer_jax.preview", "config out step num"),
-    ("convmixer_jax.predict", "weights model top batch_size json"),
-    ("convmixer_jax.export", "weights model out"),
-    ("examples.segmentation", "weights out steps"),
-    ("experiments.run", "root only dry_run jobs"),
-    (
-      "experiments.slurm",
-      "root partition nodes gpus cpus hours parallel sbatch",
-    ),
-    ("experiments.tables", "root format"),
-    ("experiments.report", "root out figures"),
-    (
-      "experiments.pictures",
-      "workdir out against blocks num_images batch_size data_dir",
-    ),
-    ("benchmarks.augment", "config repeats step"),
-    ("benchmarks.decode", "photos repeats json"),
-    (
-      "benchmarks.throughput",
-      "model patch_size kernel_size image_size num_classes batch dtype mode"
-      " implementation against repeats json profile",
-    ),
-  ],
-)
-def test_help_explains_every_flag(module, flags):
+FOLDERS = ("convmixer_jax", "configs", "experiments", "benchmarks", "examples")
+FILES = [p for x in FOLDERS for p in sorted((common.ROOT / x).rglob("*.py"))]
+COMMANDS = [
+  str(path.relative_to(common.ROOT))
+  for path in FILES
+  if "cli.run(" in path.read_text() and path.name != "cli.py"
+]
+
+
+@pytest.mark.parametrize("path", COMMANDS)
+def test_help_explains_every_flag(path):
+  module = path.removesuffix(".py").removesuffix("/__main__").replace("/", ".")
   code, out, err = common.call(module, "--help")
   assert code == 0, err
-  for flag in flags.split():
+  flags = [*runpy.run_path(str(common.ROOT / path))["_FLAGS"]]
+  assert flags
+  for flag in flags:
     # Its explanation holds an example of it.
     explanation = out.split(f"\n--{flag}\n")[1].split("\n--")[0]
     assert re.search(f"--(no)?{flag}", explanation), flag
@@ -289,41 +231,29 @@ def test_imports_go_one_way():
 
 
 def test_nobody_imports_private_names_or_commands():
-  folders = (
-    "convmixer_jax",
-    "configs",
-    "experiments",
-    "benchmarks",
-    "examples",
-  )
-  for folder in folders:
-    for path in sorted((common.ROOT / folder).rglob("*.py")):
-      tree = ast.parse(path.read_text())
-      names = {}  # Local name -> module, for modules of ours.
-      for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom):
-          for alias in node.names:
-            full = f"{node.module}.{alias.name}"
-            if not full.startswith(folders):
-              continue
-            assert not alias.name.startswith("_"), f"{path}: imports {full}"
-            names[alias.asname or alias.name] = full
-            file = common.ROOT / (full.replace(".", "/") + ".py")
-            if file.exists():
-              is_command = "cli.run(" in file.read_text()
-              is_command &= file.name != "cli.py"
-              assert not is_command, f"{path}: imports the command {full}"
-        elif isinstance(node, ast.Attribute):
-          value = node.value
-          if isinstance(value, ast.Name) and value.id in names:
-            private = node.attr.startswith("_") and node.attr[1] != "_"
-            assert not private, f"{path}: uses {names[value.id]}.{node.attr}"
+  for path in FILES:
+    tree = ast.parse(path.read_text())
+    names = {}  # Local name -> module, for modules of ours.
+    for node in ast.walk(tree):
+      if isinstance(node, ast.ImportFrom):
+        for alias in node.names:
+          full = f"{node.module}.{alias.name}"
+          if not full.startswith(FOLDERS):
+            continue
+          assert not alias.name.startswith("_"), f"{path}: imports {full}"
+          names[alias.asname or alias.name] = full
+          command = full.replace(".", "/") + ".py" in COMMANDS
+          assert not command, f"{path}: imports the command {full}"
+      elif isinstance(node, ast.Attribute):
+        value = node.value
+        if isinstance(value, ast.Name) and value.id in names:
+          private = node.attr.startswith("_") and node.attr[1] != "_"
+          assert not private, f"{path}: uses {names[value.id]}.{node.attr}"
 
 
 def test_the_longest_module():
-  for folder in ("convmixer_jax", "configs", "experiments", "benchmarks"):
-    for path in (common.ROOT / folder).rglob("*.py"):
-      assert len(path.read_text().splitlines()) <= 350, path
+  for path in FILES:
+    assert len(path.read_text().splitlines()) <= 350, path
 
 
 def test_config_page_is_current():

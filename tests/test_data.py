@@ -118,67 +118,35 @@ def test_a_stream_begun_later_continues_the_same(source):
   same(collect(source, 1, start=3), collect(source, 1)[3:])
 
 
+def labels_of(source):
+  if isinstance(source, sources.InMemory):
+    return source.labels
+  return [source.read(i)[1] for i in range(len(source))]
+
+
 def test_an_epoch_of_batches_loses_no_image(source):
   batches = collect(source, 1, stop=21, batch_size=8)  # 8 epochs of 21 images
   labels = np.concatenate([b["label"] for b in batches])
-  expected = np.bincount([source_label(source, i) for i in range(21)])
   for epoch in labels.reshape(8, 21):
-    assert np.array_equal(np.bincount(epoch), expected)
+    assert np.array_equal(np.bincount(epoch), np.bincount(labels_of(source)))
 
 
-def evaluated(source, image_size, crop_pct=1.0):
-  """Batches with every image of the source."""
-  size = len(source)
-  return list(
-    stream.eval_batches(
-      source,
-      batch_size=size,
-      rows=np.arange(size),
-      image_size=image_size,
-      crop_pct=crop_pct,
-    )
+def eval_batches(source, batch_size, **options):
+  rows = np.arange(batch_size)
+  options = {"image_size": 8, "crop_pct": 0.9} | options
+  return stream.eval_batches(
+    source, batch_size=batch_size, rows=rows, **options
   )
-
-
-def source_label(source, i):
-  if isinstance(source, sources.InMemory):
-    return source.labels[i]
-  return source.read(i)[1]
-
-
-def test_worker_processes_give_the_same_batches(folder):
-  source = sources.open_source("folder", str(folder), "train", 8)
-  same(collect(source, 1, num_workers=2), collect(source, 1))
-  # At the end no shared memory is left; a worker does not import the program.
-  shared = lambda x: isinstance(x, shared_memory.SharedMemory)
-  for _ in range(20):  # A thread of grain's frees it.
-    if not (left := [*filter(shared, gc.get_objects())]):
-      break
-    time.sleep(0.1)
-  assert not left
-  imports = lambda name: "main" in "".join(spawn.get_preparation_data(name))
-  assert imports("another process")
-  assert not imports("grain-process-prefetch")
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 21, 32])
 def test_eval_batches_cover_the_split_once(source, batch_size):
-  batches = list(
-    stream.eval_batches(
-      source,
-      batch_size=batch_size,
-      rows=np.arange(batch_size),
-      image_size=8,
-      crop_pct=0.9,
-    )
-  )
+  batches = list(eval_batches(source, batch_size))
   mask = np.concatenate([b["mask"] for b in batches])
   labels = np.concatenate([b["label"] for b in batches])
   assert mask.sum() == 21
   assert np.all(mask[:21])
-  assert np.array_equal(
-    labels[mask], [source_label(source, i) for i in range(21)]
-  )
+  assert np.array_equal(labels[mask], labels_of(source))
   assert all(b["image"].shape == (batch_size, 8, 8, 3) for b in batches)
   assert all(b["image"].dtype == np.uint8 for b in batches)
 
@@ -187,11 +155,12 @@ def test_eval_batches_cover_the_split_once(source, batch_size):
 
 
 @pytest.mark.parametrize(
-  ("width", "height"), [(300, 400), (517, 233), (256, 256)]
+  ("width", "height", "mode"),
+  [(300, 400, "RGB"), (517, 233, "L"), (256, 256, "CMYK")],
 )
-def test_eval_image_is_pillows(width, height):
+def test_eval_image_is_pillows(width, height, mode):
   """Resize the short side to 233, bicubic, and crop the centre 224 of it."""
-  data = encoded(photo(0, width, height))
+  data = encoded(photo(0, width, height).convert(mode))
   ours = decode.eval_image(data, 224, 0.96)
   image = Image.open(io.BytesIO(data)).convert("RGB")
   # torchvision's Resize(233) and CenterCrop(224), in Pillow's terms.
@@ -241,21 +210,11 @@ def test_train_image_is_pillows(mode, options):
     assert (box == (0, 0, 79, 61)) == (interpolation == "bilinear")
 
 
-def test_random_boxes_follow_their_law():
-  rng = np.random.default_rng(0)
-  boxes = np.array(
-    [
-      decode.random_box(450, 450, rng, (0.08, 1.0), (3 / 4, 4 / 3))
-      for _ in range(4000)
-    ]
-  )
-  left, top, right, bottom = boxes.T
-  assert left.min() >= 0
-  assert top.min() >= 0
-  assert right.max() <= 450
-  assert bottom.max() <= 450
-  share = (right - left) * (bottom - top) / 450**2
-  ratio = (right - left) / (bottom - top)
+def assert_are_imagenets(top, left, height, width):
+  """4,000 boxes within 450 x 450: of 8 to 100 %, and of 3:4 to 4:3."""
+  assert top.min() == left.min() == 0
+  assert max((top + height).max(), (left + width).max()) <= 450
+  share, ratio = height * width / 450**2, width / height
   assert 0.078 < share.min() < 0.1
   assert share.max() > 0.95
   assert 0.74 < ratio.min() < 0.77
@@ -282,10 +241,12 @@ def test_the_orientation_in_exif_data_is_ignored():
     assert np.array_equal(turned, decoded(encoded(image)))
 
 
-@pytest.mark.parametrize("mode", ["L", "CMYK", "RGB"])
-def test_other_colour_modes_become_rgb(mode):
-  data = encoded(photo(0, 40, 30).convert(mode))
-  assert decode.eval_image(data, 16, 1.0).shape == (16, 16, 3)
+def test_random_boxes_follow_their_law():
+  rng = np.random.default_rng(0)
+  law = (0.08, 1.0), (3 / 4, 4 / 3)
+  boxes = [decode.random_box(450, 450, rng, *law) for _ in range(4000)]
+  left, top, right, bottom = np.transpose(boxes)
+  assert_are_imagenets(top, left, bottom - top, right - left)
 
 
 def test_large_photographs_are_decoded_smaller():
@@ -300,10 +261,10 @@ def test_large_photographs_are_decoded_smaller():
     interpolation="bicubic",
   )
   small, whole = (
-    crop(encoded(image, quality=95)),
-    crop(encoded(image, format="PNG")),
+    crop(encoded(image, **options)).astype(int)
+    for options in ({"quality": 95}, {"format": "PNG"})
   )
-  difference = np.abs(small.astype(int) - whole.astype(int))
+  difference = np.abs(small - whole)
   assert 0 < difference.mean() < 2
 
 
@@ -347,17 +308,8 @@ def test_a_budget_of_unreadable_files(folder, tmp_path, capsys):
   assert "n01/train_3.JPEG: cannot be decoded" in warnings[0]
   assert warnings[0].endswith("1 of 1 allowed")
   assert "unreadable" not in batches[0]
-  masks = [
-    batch["mask"]
-    for batch in stream.eval_batches(
-      val,
-      batch_size=4,
-      rows=np.arange(4),
-      image_size=16,
-      crop_pct=1.0,
-      max_unreadable=1,
-    )
-  ]
+  batches = eval_batches(val, 4, max_unreadable=1)
+  masks = [batch["mask"] for batch in batches]
   assert np.concatenate(masks).sum() == 5  # Of six, and two of padding.
   assert "n02/val_1.JPEG: cannot" in capsys.readouterr().err
   (root / "train/n03/train_0.JPEG").write_bytes(b"")
@@ -385,7 +337,8 @@ def test_digits():
   assert len(both) == 1797
   halves = sources.open_source("digits", None, "train[50%:]+train[:50%]", 8)
   assert sorted(halves.labels) == sorted(train.labels)
-  (large,) = evaluated(sources.open_source("digits", None, "test[:5]", 24), 24)
+  large = sources.open_source("digits", None, "test[:5]", 24)
+  (large,) = eval_batches(large, 5, image_size=24, crop_pct=1.0)
   for i, image in enumerate(test.images[:5]):
     resized = Image.fromarray(image).resize((24, 24), decode.BICUBIC)
     assert np.array_equal(large["image"][i], resized)
@@ -529,6 +482,16 @@ def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
   assert np.array_equal(Image.open(io.BytesIO(data)), images[4])
   assert label == 1
   same(collect(source, 1, stop=2, num_workers=2), collect(source, 2, stop=2))
+  # At the end no shared memory is left; a worker does not import the program.
+  shared = lambda x: isinstance(x, shared_memory.SharedMemory)
+  for _ in range(20):  # A thread of grain's frees it.
+    if not (left := [*filter(shared, gc.get_objects())]):
+      break
+    time.sleep(0.1)
+  assert not left
+  imports = lambda name: "main" in "".join(spawn.get_preparation_data(name))
+  assert imports("another process")
+  assert not imports("grain-process-prefetch")
 
 
 @pytest.mark.parametrize(
@@ -555,9 +518,10 @@ def test_preprocessing_depends_on_config_and_pixels_alone(
     (tmp_path / f"{i:02}.png").write_bytes(photos.read(i)[0])
   files = predict.image_files([str(tmp_path)])
   for crop_pct in (1.0, 0.7):
-    (batch,) = evaluated(photos, size, crop_pct)
+    options = {"image_size": size, "crop_pct": crop_pct}
+    (batch,) = eval_batches(photos, 24, **options)
     for source in (first, streamed):
-      same(evaluated(source, size, crop_pct), [batch])
+      same([*eval_batches(source, 24, **options)], [batch])
     ((_, predicted, _),) = predict.decoded(files, 24, size, crop_pct)
     assert np.array_equal(predicted, batch["image"])
 

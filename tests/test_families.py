@@ -83,15 +83,13 @@ def test_a_family_of_ones_own(family, tmp_path):
   config.model.name, config.epochs = "linear_16", 3
   config.model.dim = config.model.kernel_size = None
   config.eval_every = config.save_every = None
+  config.augment.crop_scale = config.augment.crop_ratio = (1.0, 1.0)
   # Trains, once an epoch evaluates and saves, and resumes.
   state = train.train_and_evaluate(config, tmp_path / "run")
   assert state.batch_stats == {}
   lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-  steps = [
-    record["step"]
-    for record in map(json.loads, lines)
-    if record["kind"] == "eval"
-  ]
+  records = map(json.loads, lines)
+  steps = [record["step"] for record in records if record["kind"] == "eval"]
   assert steps == [23, 45, 68]  # 1,437 images in batches of 64.
   assert checkpoint.latest_step(tmp_path / "run") == 68
   metrics = evaluate.evaluate_checkpoint(config, tmp_path / "run")

@@ -26,11 +26,13 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import workers
 from convmixer_jax.errors import UserError
 from tests import common
-from tests import test_data
+from tests import test_train
 from tests.test_train import finish
 from tests.test_train import FLAGS
 from tests.test_train import records
 from tests.test_train import same_state
+
+photos = test_train.photos
 
 # Ten steps of 32 images.
 TEN_STEPS = {"data.train_split": "train[:320]", "log_every": 1, "save_every": 5}
@@ -46,12 +48,6 @@ def portable():
   """See conftest.py; here for the fixtures of this module too."""
   with ops.portable():
     yield
-
-
-# orbax leaves other reads or writes running when one has failed.
-other_reads = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 
 
 @pytest.fixture(scope="module")
@@ -80,7 +76,7 @@ def flip(path, rng):
 
 
 @pytest.mark.slow
-@other_reads
+@common.leaves_things_behind
 @pytest.mark.parametrize("damage", [cut, flip, lambda path, rng: path.unlink()])
 def test_a_damaged_checkpoint_is_said_and_passed_over(
   whole, tmp_path, capfd, damage
@@ -118,7 +114,7 @@ def tenth_like(state):
   return jax.device_put(state, device)
 
 
-@other_reads
+@common.leaves_things_behind
 def test_a_run_goes_on_from_the_one_before_the_damaged(whole, copy, capfd):
   arrays = (copy / "checkpoints" / "10" / "default" / "d").iterdir()
   largest = max(arrays, key=os.path.getsize)
@@ -131,16 +127,14 @@ def test_a_run_goes_on_from_the_one_before_the_damaged(whole, copy, capfd):
   assert same_state(checkpoint.load_variables(copy)["params"], whole[1].params)
 
 
-@other_reads
+@common.leaves_things_behind
 def test_when_all_are_damaged_nothing_is_lost(copy):
   for path in copy.glob("checkpoints/*/_CHECKPOINT_METADATA"):
     path.unlink()
-  before = sorted(copy.rglob("*"))
+  before = {*copy.rglob("*")}
   with pytest.raises(UserError, match=r"no checkpoint can be read; .* step 10"):
     train_digits(copy)
-  assert [p for p in sorted(copy.rglob("*")) if p.name != "lock"] == [
-    p for p in before if p.name != "lock"
-  ]
+  assert {*copy.rglob("*")} == before
 
 
 # --- Two runs in a workdir, and other configs.
@@ -234,21 +228,22 @@ def test_replay_is_the_step_that_was_done(whole, tmp_path):
 # --- Processes that decode.
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-  root = tmp_path_factory.mktemp("photos")
-  for label in range(2):
-    folder = root / "train" / f"class_{label}"
-    folder.mkdir(parents=True)
-    for i in range(8):
-      data = test_data.encoded(test_data.photo(8 * label + i, 40, 30))
-      (folder / f"{i}.jpeg").write_bytes(data)
-  return root
-
-
 @pytest.fixture
-def photos(folder):
-  return sources.open_source("folder", str(folder), "train", 32)
+def decoding(photos):
+  """`stopped` -> batches of which the first has come, and their only worker."""
+  source = sources.open_source("folder", str(photos), "train", 32)
+  before = set(multiprocessing.active_children())
+
+  def begin(stopped):
+    batches = common.decode_for_ever(source, stopped=stopped)
+    next(batches)
+    (worker,) = set(multiprocessing.active_children()) - before
+    return batches, worker
+
+  yield begin
+  for worker in set(multiprocessing.active_children()) - before:
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 @pytest.mark.parametrize(
@@ -260,29 +255,21 @@ def photos(folder):
   ],
 )
 def test_a_worker_that_is_killed_or_stuck_is_named(
-  photos, monkeypatch, signum, message
+  decoding, monkeypatch, signum, message
 ):
+  batches, worker = decoding(stopped=lambda: False)
   monkeypatch.setattr(workers, "PATIENCE", 4.0)
-  before = set(multiprocessing.active_children())
-  stopped = []
-  batches = common.decode_for_ever(photos, stopped=lambda: stopped)
-  monkeypatch.setattr(workers, "PATIENCE", 60.0)  # It takes a while to start.
-  next(batches)
-  monkeypatch.setattr(workers, "PATIENCE", 4.0)
-  (worker,) = set(multiprocessing.active_children()) - before
   os.kill(worker.pid, signum)
   with pytest.raises(UserError, match=message):
     for _ in batches:
       pass
-  worker.join(10)
-  assert not worker.is_alive()
 
 
 @pytest.mark.slow
-def test_a_worker_that_dies_with_a_lock_is_not_waited_for(folder, tmp_path):
+def test_a_worker_that_dies_with_a_lock_is_not_waited_for(photos, tmp_path):
   """Neither when the batches end nor when the program does."""
   process = common.run_main(
-    folder, tmp_path / "flag", module="tests.dying_worker"
+    photos, tmp_path / "flag", module="tests.dying_worker"
   )
   out, err = process.communicate(timeout=120)
   assert process.returncode == 2, err
@@ -293,19 +280,14 @@ def test_a_worker_that_dies_with_a_lock_is_not_waited_for(folder, tmp_path):
   )
 
 
-def test_a_signal_is_seen_while_a_worker_is_stuck(photos):
-  before = set(multiprocessing.active_children())
+def test_a_signal_is_seen_while_a_worker_is_stuck(decoding):
   signalled = []
   comes = lambda: signalled and time.monotonic() > signalled[0] + 2
-  batches = common.decode_for_ever(photos, stopped=comes)
-  next(batches)
-  (worker,) = set(multiprocessing.active_children()) - before
+  batches, worker = decoding(stopped=comes)
   os.kill(worker.pid, signal.SIGSTOP)
   signalled.append(time.monotonic())
   for _ in batches:  # Those that it had made before, and then no more.
     pass
-  worker.join(10)
-  assert not worker.is_alive()
 
 
 # --- Disks.
@@ -356,7 +338,7 @@ def before_step(monkeypatch, step, act):
 
 
 @pytest.mark.slow
-@other_reads
+@common.leaves_things_behind
 @pytest.mark.parametrize(
   ("full_at", "log_every"),
   [
@@ -406,7 +388,7 @@ def test_a_disk_that_cannot_be_written(whole, mounted):
 
 
 @pytest.mark.slow
-@other_reads
+@common.leaves_things_behind
 def test_a_disk_that_goes_away(mounted, monkeypatch):
   folder = mounted("2m")
 
@@ -431,16 +413,17 @@ def save_files(workdir):
 
 @pytest.mark.slow
 def test_sigkill_at_thirty_moments(tmp_path):
-  """Uniform between the first checkpoint and the last step, in one run.
+  """One before the first checkpoint, the others uniform, in one run.
 
   Some come while a checkpoint is being written. At the end the whole state, and
-  the log, are those of a run that nothing happened to.
+  the log, are those of a run that nothing happened to; and so is its evaluation
+  on four devices, by batches of 50 that neither divides.
   """
   flags = (*FLAGS, "--config.epochs=40", "--config.save_every=10")
   whole = common.run_main(*flags, f"--workdir={tmp_path / 'whole'}")
   killed = tmp_path / "killed"
   rng = random.Random()
-  moments = sorted(rng.uniform(11, 1796) for _ in range(30))
+  moments = [5, *sorted(rng.uniform(11, 1796) for _ in range(29))]
   print(f"moments: {[round(m) for m in moments]}")
   inside = 0
   for number, moment in enumerate(moments):
@@ -464,12 +447,18 @@ def test_sigkill_at_thirty_moments(tmp_path):
   assert "warning" not in err
   assert "step 1797/1797" in out
   finish(whole)
-  expected, ours = map(checkpoint.load_state, (tmp_path / "whole", killed))
-  assert expected.keys() == ours.keys()
-  for name, array in expected.items():
-    assert np.array_equal(ours[name], array), name
+  whole_state, ours = map(checkpoint.load_state, (tmp_path / "whole", killed))
+  assert same_state(ours, whole_state)
   assert records(killed) == records(tmp_path / "whole")
   assert not save_files(killed)
+  flags = (*flags, f"--workdir={killed}", "--mode=eval")
+  process = common.run_main(*flags, "--config.batch_size=50", devices=4)
+  line, last = finish(process)[0].strip().splitlines()
+  metrics, expected = json.loads(last), records(killed)[-1]
+  assert f"top-1 {expected['top1']:.2f} %" in line
+  assert metrics["count"] == 360
+  for name in ("top1", "top5", "loss"):
+    assert metrics[name] == pytest.approx(expected[name], rel=1e-5)
 
 
 @pytest.mark.slow
@@ -547,5 +536,4 @@ def test_a_clock_that_jumps_loses_nothing(tmp_path):
   finish(common.run_main(*flags, f"--workdir={steady}"))
   assert records(jumping) == records(steady)
   assert len({r["time"][:4] for r in workdir_lib.read_metrics(jumping)}) > 1
-  ours, expected = map(checkpoint.load_state, (jumping, steady))
-  assert all(np.array_equal(ours[name], expected[name]) for name in expected)
+  assert same_state(*map(checkpoint.load_state, (jumping, steady)))

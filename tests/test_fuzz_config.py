@@ -255,10 +255,6 @@ BODIES = st.one_of(
   st.text(max_size=30),
 )
 AT_END = "  return config\n"
-# What a config file leaves behind, such as a coroutine that nobody awaits.
-on_its_own_account = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 assert WHOLE.endswith(AT_END)
 
 
@@ -282,7 +278,7 @@ FILES = st.one_of(
 )  # fmt: skip
 
 
-@on_its_own_account
+@common.leaves_things_behind
 def test_config_files(begin, folder):
   path = folder / "config.py"
 
@@ -295,7 +291,7 @@ def test_config_files(begin, folder):
   run()
 
 
-@on_its_own_account
+@common.leaves_things_behind
 def test_every_odd_config(begin, folder):
   """Each value in one field or other, each statement, each result."""
   path = folder / "config.py"

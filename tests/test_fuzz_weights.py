@@ -120,16 +120,11 @@ ODD = [
 def tensor(key, value, /, **changed):
   """A tensor's pickle: its storage, and how it lies in it."""
   fields = {
-    "kind": "storage",
-    "type": FLOATS,
-    "key": key,
-    "where": "cpu",
-    "numbers": value.size,
-    "offset": 0,
-    "shape": value.shape,
+    "kind": "storage", "type": FLOATS, "key": key, "where": "cpu",
+    "numbers": value.size, "offset": 0, "shape": value.shape,
     "strides": tuple(s // value.itemsize for s in value.strides),
     "rebuild": REBUILD,
-  } | changed
+  } | changed  # fmt: skip
   pid = [fields[k] for k in ("kind", "type", "key", "where", "numbers")]
   return Called(
     fields["rebuild"],

@@ -13,7 +13,7 @@ from convmixer_jax.errors import UserError
 from tests import common
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 9, 10, 25, 150])
+@pytest.mark.parametrize("epochs", [1, 2, 3, 4, 5, 150])
 @pytest.mark.parametrize("steps_per_epoch", [1, 3.5, 97.66])
 def test_schedule_is_the_authors(epochs, steps_per_epoch):
   schedule = optim.make_schedule("onecycle", 0.01, epochs, steps_per_epoch)
@@ -48,10 +48,11 @@ def test_cosine_and_constant():
   assert np.all(np.float32(0.01) == jax.vmap(flat)(jnp.arange(15)))
 
 
-def trajectory(name, **changes):
-  """Twelve steps of the recipe; returns losses, grad norms, variables."""
+@pytest.mark.parametrize("name", ["trajectory", "trajectory_clip"])
+def test_trajectory(name):
+  """Twelve steps as PyTorch and timm take them: losses and every tensor."""
   golden = common.golden(name)
-  config = json.loads(str(golden["config"])) | changes
+  config = json.loads(str(golden["config"]))
   model = models.ConvMixer(
     config["dim"],
     config["depth"],
@@ -60,14 +61,13 @@ def trajectory(name, **changes):
     config["num_classes"],
   )
   variables = common.variables(golden, "before")
-  schedule = config.get("schedule") or optim.make_schedule(
+  schedule = optim.make_schedule(
     "onecycle", config["lr"], config["epochs"], config["steps_per_epoch"]
   )
   tx = common.adamw(
     variables["params"],
     schedule,
     weight_decay=config["weight_decay"],
-    decay_all=config.get("decay_all", False),
     eps=config["eps"],
     betas=config["betas"],
     clip_norm=config["clip"],
@@ -86,64 +86,42 @@ def trajectory(name, **changes):
     losses.append(metrics["loss"])
     norms.append(metrics["grad_norm"])
   after = {"params": state.params, "batch_stats": state.batch_stats}
-  error = max(
-    common.relative_error(np.array(losses), golden["losses"]),
-    common.tree_error(after, common.variables(golden, "after")),
-  )
-  return golden, schedule, np.array(norms), error
-
-
-@pytest.mark.parametrize("name", ["trajectory", "trajectory_clip"])
-def test_trajectory(name):
-  """Twelve steps as PyTorch and timm take them: losses and every tensor."""
-  golden, schedule, norms, error = trajectory(name)
-  assert error <= 2e-5
-  common.assert_close(norms, golden["grad_norms"], 2e-5)
+  assert common.tree_error(after, common.variables(golden, "after")) <= 2e-5
   lrs = [schedule(i) for i in range(12)]
+  common.assert_close(np.array(losses), golden["losses"], 2e-5)
+  common.assert_close(np.array(norms), golden["grad_norms"], 2e-5)
   common.assert_close(np.array(lrs), golden["lrs"], 1e-6)
 
 
-def late_schedule(count):
-  """The same, without its + 1."""
-  config = json.loads(str(common.golden("trajectory_clip")["config"]))
-  schedule = optim.make_schedule(
-    "onecycle", config["lr"], config["epochs"], config["steps_per_epoch"]
-  )
-  return schedule(count - 1)
+def two_updates(scan=False, **settings):
+  """The second of them; of ones, by a clipped gradient and a small one."""
+  shapes = models.variable_shapes(common.tiny_model(scan=scan))["params"]
+  params = jax.tree.map(lambda x: np.ones(x.shape, np.float32), shapes)
+  settings = {"weight_decay": 0.1, "clip_norm": 1.0, **settings}
+  tx = common.adamw(params, **settings)
+  _, state = tx.update(params, tx.init(params), params)
+  return tx.update(jax.tree.map(lambda x: x / 99, params), state, params)[0]
 
 
 @pytest.mark.parametrize(
   "change",
   [
-    {"clip": 0},
     {"decay_all": True},
     {"weight_decay": 0.0},
     {"eps": 1e-8},
-    {"schedule": late_schedule},
-    {"betas": [0.9, 0.99]},
+    {"betas": (0.8, 0.999)},
+    {"betas": (0.9, 0.9)},
+    {"clip_norm": 0.1},
   ],
-  ids=lambda change: next(iter(change)),
+  ids=str,
 )
-def test_trajectory_needs(change):
-  """Without each part of the recipe the golden is missed, not narrowly."""
-  *_, error = trajectory("trajectory_clip", **change)
-  assert error > 2e-4
-
-
-def one_update(scan=False, **settings):
-  model = common.tiny_model(scan=scan)
-  params = model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)), train=False)[
-    "params"
-  ]
-  settings = {"weight_decay": 0.1, "clip_norm": 1.0, **settings}
-  tx = common.adamw(params, **settings)
-  grads = jax.tree.map(jnp.ones_like, params)
-  updates, _ = tx.update(grads, tx.init(params), params)
-  return updates
+def test_each_setting_acts(change):
+  """So none has the trajectories' value whatever the config says."""
+  assert common.tree_error(two_updates(**change), two_updates()) > 1e-3
 
 
 def test_freeze_keeps_what_it_names():
-  updates = one_update(freeze=("stem", "block_0/depthwise"))
+  updates = two_updates(freeze=("stem", "block_0/depthwise"))
   zero = lambda tree: all(not np.any(x) for x in jax.tree.leaves(tree))
   assert zero(updates["stem"])
   assert zero(updates["block_0"]["depthwise"])
@@ -151,12 +129,12 @@ def test_freeze_keeps_what_it_names():
   assert not zero(updates["block_0"]["depthwise_norm"])
   # Frozen gradients do not count in the norm that is clipped.
   some, none = (
-    one_update(freeze=freeze, eps=1.0)["head"]["bias"][0]
+    two_updates(freeze=freeze, eps=1.0)["head"]["bias"][0]
     for freeze in (("stem", "block_0"), ())
   )
   assert abs(some) > abs(none)
   with pytest.raises(UserError, match="block_7"):
-    one_update(freeze=("block_7",))
+    two_updates(freeze=("block_7",))
 
 
 def test_a_scanned_models_blocks_are_frozen_and_scaled_one_by_one():
@@ -164,24 +142,25 @@ def test_a_scanned_models_blocks_are_frozen_and_scaled_one_by_one():
     "freeze": ("stem", "block_0/depthwise", "block_1"),
     "backbone_lr_scale": 0.25,
   }
-  expected = models.stack_blocks(one_update(**settings))
-  ours = one_update(scan=True, **settings)
+  expected = models.stack_blocks(two_updates(**settings))
+  ours = two_updates(scan=True, **settings)
   kernels = ours["blocks"]["depthwise"]["kernel"]
   assert not kernels.any()
   assert ours["blocks"]["pointwise"]["kernel"][0].all()
   assert common.tree_error(ours, expected) < 1e-6
   with pytest.raises(UserError, match=r"block_2: no parameter.*has block_0, b"):
-    one_update(scan=True, freeze=("block_2",))
+    two_updates(scan=True, freeze=("block_2",))
 
 
 def test_backbone_lr_scale():
-  whole, scaled = one_update(), one_update(backbone_lr_scale=0.25)
+  whole, scaled = two_updates(), two_updates(backbone_lr_scale=0.25)
   assert common.tree_error(scaled["head"], whole["head"]) == 0
   quarter = jax.tree.map(lambda x: x / 4, whole["block_1"])
   assert common.tree_error(scaled["block_1"], quarter) < 1e-6
 
 
 def test_no_clip_is_no_clip():
-  grads_norm = optax.tree.norm(one_update(clip_norm=0.0, eps=1e3))
-  clipped = optax.tree.norm(one_update(clip_norm=1e-3, eps=1e3))
-  assert grads_norm > clipped
+  whole, clipped = (
+    optax.tree.norm(two_updates(clip_norm=norm, eps=1e3)) for norm in (0, 1e-3)
+  )
+  assert whole > clipped

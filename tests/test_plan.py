@@ -174,11 +174,7 @@ ENTRY %main (p: f32[100]) -> f32[100] {{
   [
     ("v9:2x2", "must be cpu:N, or one of v4, v5e, v5p, v6e"),
     ("v5e", "number of chips along each axis, as in v5e:4x4"),
-    ("v5e:", "must be"),
-    ("v5e:0x4", "must be"),
-    ("v5e:4x4x", "must be"),
-    ("cpu:2x2", "must be"),
-    ("cpu:0", "must be"),
+    *((name, "must be") for name in ("v5e:", "v5e:0x4", "cpu:2x2", "cpu:0")),
     ("cpu:99999", "at most 10,000"),
     ("v5e:999x999", "at most 10,000"),
   ],
@@ -198,60 +194,48 @@ def test_without_libtpu(monkeypatch):
   assert "\n" not in str(e.value)
 
 
+def fake_plans(monkeypatch, activations, limit, available, known=10**9):
+  """Batches up to `limit` fit, up to `known` compile; returns those planned."""
+  sizes = []
+
+  def fake(config, devices, data):
+    size = config.batch_size
+    sizes.append(size)
+    return {
+      "batch_size": size,
+      "fits": size <= limit,
+      "compile_seconds": 0.0,
+      "memory_bytes": activations(size) + 5 if size <= known else None,
+      "memory_available_bytes": activations(available) + 5,
+      "memory_split_bytes": {"batch": 0, "activations": activations(size)},
+    }
+
+  monkeypatch.setattr(plan, "plan", fake)
+  return sizes
+
+
 @pytest.mark.parametrize("limit", [1, 3, 7, 100, 1437 // 64])
 @pytest.mark.parametrize("begin", [1, 4, 20])
 def test_find_batch(monkeypatch, limit, begin):
   """Batches fit up to `limit` units of 64, by memory that is not linear."""
-  compiled = []
-
-  def fake(config, devices, data):
-    units = config.batch_size // 64
-    compiled.append(units)
-    activations = units**2 + 10
-    return {
-      "batch_size": config.batch_size,
-      "fits": units <= limit,
-      "compile_seconds": 0.0,
-      "memory_bytes": activations + 5,
-      "memory_available_bytes": limit**2 + 15,
-      "memory_split_bytes": {"batch": 0, "activations": activations},
-    }
-
-  monkeypatch.setattr(plan, "plan", fake)
+  activations = lambda size: (size // 64) ** 2 + 10
+  compiled = fake_plans(monkeypatch, activations, 64 * limit, 64 * limit)
   config = common.digits_config(
     batch_size=64 * begin, **{"model.bn_group_size": 8}
   )
   lines = []
   found = search.find_batch(config, jax.devices(), DIGITS, lines.append)
   assert found["batch_size"] == 64 * min(limit, 1437 // 64)
-  assert [row["batch_size"] for row in found["tried"]] == [
-    64 * units for units in compiled
-  ]
+  assert [row["batch_size"] for row in found["tried"]] == compiled
   assert len(compiled) == len(set(compiled)) <= 10
   assert len(lines) == 1 + len(compiled)
   assert config.batch_size == 64 * begin
 
 
 def test_find_batch_ends_within_two_percent(monkeypatch):
-  plans = []
-
-  def fake(config, devices, data):
-    plans.append(config.batch_size)
-    needed = 10 + 3 * config.batch_size
-    return {
-      "batch_size": config.batch_size,
-      "fits": config.batch_size <= 700,
-      "compile_seconds": 0.0,
-      "memory_bytes": None if config.batch_size > 700 else needed,
-      "memory_available_bytes": 10 + 3 * 703,
-      "memory_split_bytes": {"batch": 0, "activations": needed - 10},
-    }
-
-  monkeypatch.setattr(plan, "plan", fake)
+  plans = fake_plans(monkeypatch, lambda size: 3 * size, 700, 703, 700)
   config = common.digits_config()
-  found = search.find_batch(
-    config, jax.devices()[:1], DIGITS, lambda line: None
-  )
+  found = search.find_batch(config, jax.devices()[:1], DIGITS, lambda _: None)
   assert 686 <= found["batch_size"] <= 700
   assert len(plans) <= 6
 
@@ -303,10 +287,6 @@ def test_the_command():
   assert result["num_devices"] == 4
   assert result["fits"]
   assert result["versions"]["jax"] == jax.__version__
-
-
-@pytest.mark.slow
-def test_the_command_finds_a_batch():
   code, out, err = run_plan("--topology=cpu:4", "--find_batch", "--json")
   assert code == 0, err
   result = json.loads(out)

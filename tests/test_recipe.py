@@ -68,7 +68,7 @@ def make_recipe(**more):
       "batch_size": 16,
       "accum_steps": 2,
       "ema_decay": 0.4,
-      "epochs": 2,
+      "epochs": 3,
       "seed": 5,
       "freeze": ("stem",),
       "backbone_lr_scale": 0.25,
@@ -95,13 +95,9 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   state = recipe.init_state()
   batch = {"image": SOURCE.images[:16], "label": SOURCE.labels[:16]}
   model = models.ConvMixer(num_classes=5, **MODEL)
-  schedule = optim.make_schedule("cosine", 0.03, 2, 40 / 16, 0.5)
+  schedule = optim.make_schedule("cosine", 0.03, 3, 40 / 16, 0.5)
   tx = optim.make_optimizer(
-    schedule,
-    state.params,
-    OPTIM,
-    freeze=("stem",),
-    backbone_lr_scale=0.25,
+    schedule, state.params, OPTIM, freeze=("stem",), backbone_lr_scale=0.25
   )
 
   @jax.jit
@@ -128,10 +124,7 @@ def test_the_step_is_what_the_config_says(monkeypatch):
     ]
     grads, stats = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
     updates, _ = tx.update(grads, tx.init(params), params)
-    new = {
-      "params": optax.apply_updates(params, updates),
-      "batch_stats": stats,
-    }
+    new = {"params": optax.apply_updates(params, updates), "batch_stats": stats}
     ema = jax.tree.map(lambda a, b: 0.4 * a + 0.6 * b, variables, new)
     return new, ema, optax.tree.norm(grads)
 
@@ -146,20 +139,16 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   config, options = asked[0]
   assert AUGMENT.items() <= config.items()
   assert options == {"mean": MEAN, "std": STD, "crop": True}
-  assert (recipe.total_steps, recipe.steps_per_epoch) == (5, 2.5)
-  due = [n for n in range(1, 6) if recipe.is_due(n, None)]
-  assert due == [3, 5]  # Samples 48 and 80 are the first beyond 40 and 80.
-  assert [n for n in range(1, 6) if recipe.is_due(n, 4)] == [4, 5]
+  assert (recipe.total_steps, recipe.steps_per_epoch) == (8, 2.5)
+  due = [n for n in range(1, 9) if recipe.is_due(n, None)]
+  assert due == [3, 5, 8]  # The first steps beyond 40, 80 and 120 samples.
+  assert [n for n in range(1, 9) if recipe.is_due(n, 3)] == [3, 6, 8]
 
 
 def test_batches_get_what_the_config_says(monkeypatch):
   """The crops of images that the host decodes, and those of evaluation."""
-  fields = {
-    "data.num_workers": 3,
-    "data.max_unreadable": 7,
-    "data.crop_pct": 0.8,
-  }
-  recipe = make_recipe(**fields)
+  recipe = make_recipe()
+  recipe.config.data.update(num_workers=3, max_unreadable=7, crop_pct=0.8)
   given = {}
 
   def keep(source, **options):

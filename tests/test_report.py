@@ -50,12 +50,9 @@ def change(path, **fields):
 def page(root):
   """Written by the command, as a user would."""
   out = root / "page.html"
-  process = common.run_main(
-    "patch_kernel", f"--root={root}", f"--out={out}",
-    f"--figures={root}/figures", module="experiments.report",
-  )  # fmt: skip
-  printed, err = process.communicate(timeout=120)
-  assert process.returncode == 0, err
+  args = (f"--root={root}", f"--out={out}", f"--figures={root}/figures")
+  code, printed, err = common.call("experiments.report", "patch_kernel", *args)
+  assert code == 0, err
   assert printed == f"{out}: 25 of 48 runs of patch_kernel\n"
   folder = root / "patch_kernel"
   left_out = dict(
@@ -65,7 +62,7 @@ def page(root):
   damaged = "is not finished, or its files are damaged"
   no_record = "metrics.jsonl: has a line that is not a valid record"
   assert left_out == {
-    "\\udc80 <b>": "not part of this sweep",
+    "\udc80 <b>": "not part of this sweep",
     "p1_k3/seed0": f"optim is {HOSTILE}; in the sweep None",
     "p1_k5/seed0": damaged,
     "p1_k7/seed0": no_record,

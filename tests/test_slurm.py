@@ -21,28 +21,14 @@ from experiments import scores
 from experiments import slurm as slurm_lib
 from experiments import sweeps
 from tests import common
+from tests.test_distributed import DIGITS
+from tests.test_distributed import free_port
 
 DAEMONS = ("munged", "slurmctld", "slurmd")
 SBIN = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 MISSING = [name for name in DAEMONS if not shutil.which(name, path=SBIN)]
 if not importlib.util.find_spec("submitit"):
   MISSING.append("submitit")
-
-TINY = (
-  "--config=configs/digits.py",
-  "--config.model.dim=8",
-  "--config.model.depth=1",
-  "--config.batch_size=28",
-  "--config.data.train_split=train[:140]",
-  "--config.log_every=1",
-  "--config.eval_every=1000000",
-)
-
-
-def free_port():
-  with socket.socket() as s:
-    s.bind(("127.0.0.1", 0))
-    return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +194,7 @@ def test_an_array_of_two_runs_finishes(slurm, tmp_path, monkeypatch):
 def test_a_job_that_is_sent_away_comes_back(slurm, tmp_path, way):
   """By Slurm's own requeueing (SIGTERM), and by its warning of the end."""
   workdir = tmp_path / "run"
-  flags = (*TINY, "--config.epochs=400", "--config.save_every=1000000")
+  flags = (*DIGITS, "--config.epochs=400", "--config.save_every=1000000")
   job = submit(slurm, f"--root={tmp_path}", "--hours=1", "--",
                *flags, f"--workdir={workdir}")  # fmt: skip
   wait(lambda: logged(workdir, 5))
@@ -233,7 +219,7 @@ def test_a_job_that_is_sent_away_comes_back(slurm, tmp_path, way):
 
 @pytest.mark.slow
 def test_two_tasks_equal_one_process(slurm, tmp_path):
-  flags = (*TINY, "--config.epochs=2")
+  flags = (*DIGITS, "--config.epochs=2")
   job = submit(
     slurm, f"--root={tmp_path}", "--gpus=2", "--sbatch=time-min=1", "--",
     *flags, f"--workdir={tmp_path / 'two'}",
