@@ -167,7 +167,7 @@ def provenance() -> dict[str, Any]:
 
 def _cpu():
   try:
-    with open("/proc/cpuinfo") as file:
+    with open("/proc/cpuinfo", encoding="utf-8") as file:
       names = [line for line in file if line.startswith("model name")]
     return names[0].partition(":")[2].strip()
   except (OSError, IndexError):

@@ -84,7 +84,7 @@ def main() -> None:
 
 def _start(workdir, config, core):
   workdir.parent.mkdir(parents=True, exist_ok=True)
-  with open(f"{workdir}.log", "a") as log:
+  with open(f"{workdir}.log", "a", encoding="utf-8") as log:
     process = psutil.Popen(
       [sys.executable, "-m", "convmixer_jax.main", *config,
        f"--workdir={workdir}"],

@@ -43,7 +43,7 @@ _OUT = _FLAGS.string("out", "The JSON file to write: --out throughput.json.")
 def main() -> None:
   """Runs what the flags say; see --help."""
   out = Path(cli.required(_OUT))
-  records = json.loads(out.read_text()) if out.exists() else {}
+  records = json.loads(out.read_text("utf-8")) if out.exists() else {}
   print("| work | images/s | PyTorch, its faster way | ratio | spread |")
   print("|---|---|---|---|---|", flush=True)
   for row in ROWS:
@@ -58,7 +58,7 @@ def main() -> None:
       if done.returncode:
         raise UserError(f"{row}: failed; see its messages above")
       records[row] = json.loads(done.stdout)
-      out.write_text(json.dumps(records, indent=2) + "\n")
+      out.write_text(json.dumps(records, indent=2) + "\n", "utf-8")
     print(_markdown(records[row]), flush=True)
 
 

@@ -151,7 +151,7 @@ def _start_peer(folder, model, arrays):
     "sizes": [model.dim, model.depth, model.patch_size, model.kernel_size,
               model.num_classes],
   }  # fmt: skip
-  (folder / "work.json").write_text(json.dumps(settings))
+  (folder / "work.json").write_text(json.dumps(settings), "utf-8")
   np.savez(folder / "work.npz", **arrays)
   return subprocess.Popen(
     # By path: as a module it would import this package, and with it jax.

@@ -57,7 +57,7 @@ class ConvMixer(nn.Module):
 
 def main(folder: Path) -> None:
   """Serves requests until standard input ends."""
-  work = json.loads((folder / "work.json").read_text())
+  work = json.loads((folder / "work.json").read_text("utf-8"))
   arrays = dict(np.load(folder / "work.npz"))
   device = "cuda" if torch.cuda.is_available() else "cpu"
   tensors = {

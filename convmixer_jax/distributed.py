@@ -126,7 +126,13 @@ class _Watch:
     os.dup2(write, 2)
     os.close(write)
     self._python_stderr = sys.stderr
-    sys.stderr = open(os.dup(self._stderr), "w", buffering=1)
+    sys.stderr = open(
+      os.dup(self._stderr),
+      "w",
+      buffering=1,
+      encoding=sys.stderr.encoding,
+      errors=sys.stderr.errors,
+    )
     faulthandler.enable(sys.stderr)
     # abort() raises SIGABRT, whose number is 6, and calls its handler: sleep(6)
     # gives the thread the time to exit. The handler is not in Python, which
@@ -196,8 +202,10 @@ class _Watch:
       return f"--distributed: {process}: {why}", code
     if match := re.search(r"stopped sending heartbeats\):([\d, ]+)", text):
       lost = ", ".join(match[1].replace(",", " ").split())
+      # The last heartbeat may be half of the timeout older than the loss.
       why = (
-        f"lost process {lost} of {count}: no heartbeat for {self._timeout} s"
+        f"lost process {lost} of {count}: its heartbeats stopped"
+        f" (--timeout={self._timeout})"
       )
     elif "RPC" in text:  # A call to the coordinator failed.
       why = f"lost process 0 of {count}, the coordinator at {address}"
@@ -229,7 +237,7 @@ class _Watch:
   def _exit(self, text: str, code: int):
     self._exiting.acquire()  # Never released: only the first line is printed.
     with contextlib.suppress(OSError, ValueError):  # The reader may be gone.
-      os.write(self._stderr, f"error: {text}\n".encode())
+      os.write(self._stderr, f"error: {text}\n".encode(errors="replace"))
       sys.stdout.flush()
     if jax_distributed.global_state.process_id == 0:
       time.sleep(2)  # The coordinator first tells the others why.

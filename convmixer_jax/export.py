@@ -66,7 +66,7 @@ def main() -> None:
   if not difference <= TOLERANCE:
     path.unlink()
     raise RuntimeError(f"{path}: differs by {difference:.1e}: a bug")
-  (out / "model.json").write_text(json.dumps(data, indent=2))
+  (out / "model.json").write_text(json.dumps(data, indent=2), "utf-8")
   print(
     f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB, uint8 images"
     f" [batch, {size}, {size}, 3] to logits [batch, {model.num_classes}];"

@@ -83,7 +83,7 @@ class Logger:
     records = [r for r in records if r["step"] <= self._step]
     text = "".join(json.dumps(r) + "\n" for r in records)
     workdir_lib.write_whole(path, text)
-    self._records = path.open("a", buffering=1)
+    self._records = path.open("a", buffering=1, encoding="utf-8")
     try:
       self._tensorboard = _TensorBoard(self._workdir, records)
     except ImportError as e:

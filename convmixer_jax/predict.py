@@ -7,8 +7,10 @@
       --weights runs/cifar10 --json -
 
 Arguments are image files, folders, or - for a list on standard input, one path
-a line. All formats of Pillow are read. A file that is not an image gives an
-error line; the others are classified, and the exit code is 2.
+a line. All formats of Pillow are read. An image is resized and cropped as in an
+evaluation; the orientation in a JPEG's EXIF data is ignored, as in training. A
+file that is not an image gives an error line; the others are classified, and
+the exit code is 2.
 """
 
 import collections
@@ -28,6 +30,7 @@ from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import weights
 from convmixer_jax.data import decode
+from convmixer_jax.data import folder
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
@@ -98,8 +101,7 @@ def image_files(arguments: Sequence[str]) -> list[str]:
     if argument == "-":
       files += [line.rstrip("\n") for line in sys.stdin if line.strip()]
     elif os.path.isdir(argument):
-      paths = map(str, Path(argument).rglob("*"))
-      files += sorted(p for p in paths if p.lower().endswith(decode.SUFFIXES))
+      files += sorted(folder.images(Path(argument)))
     else:
       files.append(argument)
   if not files:

@@ -74,13 +74,13 @@ class Recipe:
 
   @property
   def augment(self) -> step_lib.Augment:
-    """Augmentation on the device. Crops are the host's where it decodes."""
+    """Augmentation on the device, after the host's crops if it crops."""
     data = self.config.data
     return augment.make_augment(
       self.config.augment,
       mean=data.mean,
       std=data.std,
-      crop=self.data.in_memory,
+      crop=self.data.crop_on_device,
     )
 
   @property

@@ -213,7 +213,7 @@ def _check_finite(recipe, workdir, checkpointer, step, pending):
       recipe.data, config.seed, number - 1, config.batch_size
     )
     if jax.process_index() == 0:
-      path.write_text(json.dumps(record) + "\n")
+      path.write_text(json.dumps(record) + "\n", "utf-8")
     saved = checkpoint.latest_step(workdir)
     saved = "nothing is saved" if saved is None else f"step {saved} is saved"
     raise UserError(

@@ -234,9 +234,11 @@ def _class_names(folder, classes):
   for path in (own, builtin):
     if path.exists():
       try:
-        names = path.read_text().splitlines()
+        text = path.read_text("utf-8", "surrogateescape")
       except (OSError, ValueError) as e:
         raise UserError(f"{path}: {e}") from e
+      # A name may hold what splitlines() takes for the end of a line.
+      names = text.removesuffix("\n").split("\n")
       if len(names) == classes:
         return names
   return None

@@ -29,13 +29,18 @@ def config_changes(
   """How `config` differs from that of the run in `workdir`, if there is one.
 
   Returns a text for each field that differs and is not in `may_differ`, such as
-  'seed is 0 there and 1 here'. Raises UserError if `workdir` is a URL, or its
-  config.json is not a valid config.
+  'seed is 0 there and 1 here'. Raises UserError if no checkpoint can be saved
+  in a folder of this name, or its config.json is not a valid config.
   """
   if "://" in str(workdir):
     raise UserError(
       f"--workdir={workdir}: must be on a file system; mount the bucket"
     )
+  try:
+    os.fspath(workdir).encode()
+  except UnicodeEncodeError as e:  # Orbax cannot write there.
+    text = "must be UTF-8, in a locale of UTF-8"
+    raise UserError(f"--workdir={workdir}: {text}") from e
   if not os.path.lexists(os.path.join(workdir, "config.json")):
     return []
   old = config_lib.flatten(read_config(workdir))
@@ -69,7 +74,7 @@ def read_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
   path = Path(where).expanduser()
   path = path if path.suffix == ".json" else path / "config.json"
   try:
-    return ml_collections.ConfigDict(json.loads(path.read_text()))
+    return ml_collections.ConfigDict(json.loads(path.read_text("utf-8")))
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
   except (ValueError, TypeError, AttributeError, RecursionError) as e:
@@ -142,7 +147,7 @@ def read_eval(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
 def _read_text(path):
   """A file's text; '' if there is no such file."""
   try:
-    return path.read_text(errors="replace") if path.exists() else ""
+    return path.read_text("utf-8", "replace") if path.exists() else ""
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
 
@@ -186,7 +191,8 @@ def write_whole(path: Path, text: str) -> None:
   So does a power failure.
   """
   temporary = path.with_suffix(path.suffix + ".tmp")
-  temporary.write_text(text)
+  # Names of files and classes may hold bytes that are not UTF-8.
+  temporary.write_text(text, "utf-8", "surrogateescape")
   sync(temporary)
   temporary.replace(path)
   sync(path.parent)

@@ -29,7 +29,7 @@ class Published:
 def read() -> list[Published]:
   """All rows whose metric is top-1, in percent."""
   number = lambda text, kind: kind(text) if text else None
-  with (Path(__file__).parent / "paper.csv").open() as file:
+  with (Path(__file__).parent / "paper.csv").open(encoding="utf-8") as file:
     return [
       Published(
         row["table"],

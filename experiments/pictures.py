@@ -314,7 +314,8 @@ def _draw_confusion(counts, names, title):
 
 
 def _short(name):
-  """The first of ImageNet's synonyms."""
+  """The first of ImageNet's synonyms, without what matplotlib cannot draw."""
+  name = name.encode(errors="backslashreplace").decode()
   return name.partition(",")[0][:24]
 
 

@@ -104,7 +104,7 @@ def render(
 def _metadata(folder, cell, seed):
   """Origin of a run; '?' for what its run.json does not contain."""
   workdir = folder / cell / f"seed{seed}"
-  starts = json.loads((workdir / "run.json").read_text())["starts"]
+  starts = json.loads((workdir / "run.json").read_text("utf-8"))["starts"]
   starts = [start for start in starts if isinstance(start, dict)]
   last = starts[-1]
   versions = last.get("versions")

@@ -185,7 +185,7 @@ def _start(run, slot, jobs, gpus):
     env["CUDA_VISIBLE_DEVICES"] = gpus[slot % len(gpus)]
     if jobs > len(gpus):  # They share its memory.
       env.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-  with (run.workdir / "log.txt").open("a") as log:
+  with (run.workdir / "log.txt").open("a", encoding="utf-8") as log:
     run.process = subprocess.Popen(
       run.cell.command(run.seed, run.workdir),
       stdout=log,
@@ -211,14 +211,14 @@ def _ended(run, stopping):
   else:
     run.status = "failed"
     text = f"exit code {code}: {_last_line(run)}\n"
-    (run.workdir / "failed.txt").write_text(text)
+    (run.workdir / "failed.txt").write_text(text, "utf-8", "backslashreplace")
   evals = _records(run, "eval")
   score = f"  top-1 {evals[-1]['top1']:.2f} %" if evals else ""
   _say(f"{run.name}: {run.status}{score}")
 
 
 def _last_line(run):
-  lines = (run.workdir / "log.txt").read_text(errors="replace").splitlines()
+  lines = (run.workdir / "log.txt").read_text("utf-8", "replace").splitlines()
   return next((line for line in reversed(lines) if line.strip()), "no output")
 
 

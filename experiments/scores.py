@@ -47,7 +47,7 @@ class Result:
 def finished(workdir: Path) -> bool:
   """Whether a run was trained to its end and evaluated."""
   try:
-    start = json.loads((workdir / "run.json").read_text())["starts"][-1]
+    start = json.loads((workdir / "run.json").read_text("utf-8"))["starts"][-1]
     steps = [(r["kind"], r["step"]) for r in workdir_lib.read_metrics(workdir)]
     last = ("eval", start["last_step"])
     return start["status"] == "finished" and steps[-1] == last
@@ -101,7 +101,7 @@ def collect(
 def _problem(cell, seed, workdir):
   """Why a run is left out, or ''."""
   try:
-    theirs = json.loads((workdir / "config.json").read_text())
+    theirs = json.loads((workdir / "config.json").read_text("utf-8"))
     wanted = json.loads(cell.resolve(seed).to_json())
   except (OSError, ValueError) as e:
     return f"config.json: {e}"
@@ -113,7 +113,7 @@ def _problem(cell, seed, workdir):
       return f"{name} is {theirs.get(name)}; in the sweep {wanted.get(name)}"
   if not finished(workdir):
     return "is not finished, or its files are damaged"
-  lines = (workdir / "metrics.jsonl").read_text().splitlines()
+  lines = (workdir / "metrics.jsonl").read_text("utf-8").splitlines()
   records = workdir_lib.read_metrics(workdir)
   if len(records) < len(lines) or not all(map(_is_record, records)):
     return "metrics.jsonl: has a line that is not a valid record"

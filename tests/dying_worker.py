@@ -47,5 +47,5 @@ def main(folder, flag):
     Path(flag).touch()
 
 
-if __name__ == "__main__":
-  cli.run(main, flags.FlagValues())
+# Not under `if __name__ == "__main__"`: workers do not import this module.
+cli.run(main, flags.FlagValues())

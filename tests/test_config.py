@@ -127,6 +127,7 @@ MISTAKES = [
   ([DIGITS, "--distributed"], "--distributed: no cluster"),
   ([DIGITS, "--workdir=README.md/x"], "--workdir=README.md/x: Not a directory"),
   ([DIGITS, "--workdir=gs://b/r"], "mount the bucket"),
+  ([DIGITS, "--workdir=caf\udce9"], "must be UTF-8"),
 ]  # fmt: skip
 
 

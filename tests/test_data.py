@@ -1,12 +1,18 @@
+import dataclasses
+import gc
 import io
+from multiprocessing import shared_memory
+from multiprocessing import spawn
 from pathlib import Path
 import shutil
+import time
 
 import numpy as np
 from PIL import Image
 import pytest
 import tensorflow_datasets as tfds
 
+from convmixer_jax import predict
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
@@ -61,7 +67,9 @@ def test_an_epoch_is_a_permutation_and_the_next_is_another():
   assert not np.array_equal(other_seed, epochs[0])
 
 
-def collect(source, hosts, start=0, stop=5, batch_size=8, **options):
+def collect(
+  source, hosts, start=0, stop=5, batch_size=8, image_size=8, **options
+):
   """The global batches, joined from every host's rows."""
   per_host = [
     list(
@@ -72,7 +80,7 @@ def collect(source, hosts, start=0, stop=5, batch_size=8, **options):
         rows=rows,
         start=start,
         stop=stop,
-        image_size=16,
+        image_size=image_size,
         scale=(0.3, 1.0),
         ratio=(0.75, 4 / 3),
         interpolation="random",
@@ -97,8 +105,8 @@ def same(a, b):
 @pytest.fixture(params=["in memory", "encoded"])
 def source(request, folder):
   if request.param == "encoded":
-    return sources.open_source("folder", str(folder), "train", 16)
-  return sources.open_source("digits", None, "train[:21]", 16)
+    return sources.open_source("folder", str(folder), "train", 8)
+  return sources.open_source("digits", None, "train[:21]", 8)
 
 
 @pytest.mark.parametrize("hosts", [2, 4])
@@ -125,8 +133,10 @@ def test_an_epoch_of_batches_loses_no_image(source):
 
 def eval_batches(source, batch_size, **options):
   rows = np.arange(batch_size)
-  options |= {"batch_size": batch_size, "image_size": 16, "crop_pct": 0.9}
-  return stream.eval_batches(source, rows=rows, **options)
+  options = {"image_size": 8, "crop_pct": 0.9} | options
+  return stream.eval_batches(
+    source, batch_size=batch_size, rows=rows, **options
+  )
 
 
 @pytest.mark.parametrize("batch_size", [4, 5, 21, 32])
@@ -137,7 +147,7 @@ def test_eval_batches_cover_the_split_once(source, batch_size):
   assert mask.sum() == 21
   assert np.all(mask[:21])
   assert np.array_equal(labels[mask], labels_of(source))
-  assert all(b["image"].shape == (batch_size, 16, 16, 3) for b in batches)
+  assert all(b["image"].shape == (batch_size, 8, 8, 3) for b in batches)
   assert all(b["image"].dtype == np.uint8 for b in batches)
 
 
@@ -210,6 +220,25 @@ def assert_are_imagenets(top, left, height, width):
   assert 0.74 < ratio.min() < 0.77
   assert 1.30 < ratio.max() < 1.35
   assert abs(np.log(ratio).mean()) < 0.02  # Log-uniform about 1.
+
+
+def test_the_orientation_in_exif_data_is_ignored():
+  """As torchvision and timm do; predict decodes as evaluation does."""
+  image, exif = photo(0, 40, 30), Image.Exif()
+  exif[0x0112] = 6  # Turned by 90 degrees.
+  for decoded in (
+    lambda data: decode.eval_image(data, 16, 0.9),
+    lambda data: decode.train_image(
+      data,
+      16,
+      np.random.default_rng(0),
+      scale=(0.5, 1.0),
+      ratio=(1.0, 1.0),
+      interpolation="bilinear",
+    ),
+  ):
+    turned = decoded(encoded(image, exif=exif))
+    assert np.array_equal(turned, decoded(encoded(image)))
 
 
 def test_random_boxes_follow_their_law():
@@ -309,7 +338,10 @@ def test_digits():
   halves = sources.open_source("digits", None, "train[50%:]+train[:50%]", 8)
   assert sorted(halves.labels) == sorted(train.labels)
   large = sources.open_source("digits", None, "test[:5]", 24)
-  assert large.images.shape == (5, 24, 24, 3)
+  (large,) = eval_batches(large, 5, image_size=24, crop_pct=1.0)
+  for i, image in enumerate(test.images[:5]):
+    resized = Image.fromarray(image).resize((24, 24), decode.BICUBIC)
+    assert np.array_equal(large["image"][i], resized)
 
 
 def test_folder(folder):
@@ -348,6 +380,32 @@ def test_labels_are_those_of_train(folder, tmp_path):
   assert len(sources.open_source("folder", str(root), "train", 16)) == 21
 
 
+def test_folders_as_people_have_them(folder, tmp_path):
+  """Hidden entries, links and loops of links; any name of a split."""
+  root = shutil.copytree(folder, tmp_path / "root")
+  images = lambda split: len(sources.open_source("folder", str(root), split, 8))
+  n01 = root / "train" / "n01"
+  for place in (root, root / "train", n01, n01 / "more"):
+    (place / ".ipynb_checkpoints").mkdir(parents=True)
+    shutil.copy(n01 / "train_0.JPEG", place / ".ipynb_checkpoints" / "0.jpeg")
+  (n01 / "._train_0.JPEG").write_bytes(b"\0\5\x16\7")
+  assert images("train") == 21
+  assert len(predict.image_files([str(n01)])) == 7
+  (n01 / "others").symlink_to(root / "val" / "n02")
+  for name, target in (("self", "."), ("up", ".."), ("pool", tmp_path / "a")):
+    (n01 / "more" / name).symlink_to(target)
+  for here, there in (("a", "b"), ("b", "a")):
+    (tmp_path / here).mkdir()
+    (tmp_path / here / "on").symlink_to(tmp_path / there)
+    shutil.copy(n01 / "train_0.JPEG", tmp_path / here)
+  assert images("train") == 21 + 2 + 2
+  assert len(predict.image_files([str(n01)])) == 7 + 2 + 2
+  (root / "train").rename(root / "2 train+clean")
+  shutil.copytree(root / "val", root / "2 train")
+  assert images("2 train+clean[:20%]+val") == 5 + 6
+  assert images("val + 2 train") == 12
+
+
 def prepare(root, name, images, shape):
   """Prepares a TFDS data set of `images`, as ArrayRecord."""
 
@@ -365,13 +423,16 @@ def prepare(root, name, images, shape):
       )
 
     def _split_generators(self, dl_manager):
-      return {"train": self._generate_examples()}
+      return {
+        "train": self._generate_examples(np.arange(len(images)) % 3),
+        "test": self._generate_examples(np.arange(len(images)) % 2 - 1),
+      }
 
-    def _generate_examples(self):
+    def _generate_examples(self, kinds):
       for i, image in enumerate(images):
         # TFDS encodes arrays with tensorflow, and copies encoded files.
         file = io.BytesIO(encoded(Image.fromarray(image), format="PNG"))
-        yield i, {"id": str(i), "picture": file, "kind": i % 3}
+        yield i, {"id": str(i), "picture": file, "kind": kinds[i]}
 
   Builder.name = name
   Builder(data_dir=root, file_format="array_record").download_and_prepare()
@@ -379,12 +440,17 @@ def prepare(root, name, images, shape):
 
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
-  """Two sets with the same images as ArrayRecord, and one as TFRecord."""
+  """Sets with the same images as ArrayRecord, and one as TFRecord.
+
+  In the test split, half of the images have no label.
+  """
   root = tmp_path_factory.mktemp("tfds")
   images = np.random.default_rng(0).integers(0, 256, (24, 8, 8, 3), np.uint8)
   with tfds.core.registered.skip_registration():
     prepare(root, "small", images, (8, 8, 3))
     prepare(root, "photos", images, (None, None, 3))
+    prepare(root, "wide", images[:, 1:7], (6, 8, 3))
+    prepare(root, "wide_photos", images[:, 1:7], (None, None, 3))
   # Writing a real TFRecord needs tensorflow. Refusing one reads no record.
   old = shutil.copytree(root / "small", root / "old") / "1.0.0"
   info = (old / "dataset_info.json").read_text()
@@ -416,6 +482,64 @@ def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
   assert np.array_equal(Image.open(io.BytesIO(data)), images[4])
   assert label == 1
   same(collect(source, 1, stop=2, num_workers=2), collect(source, 2, stop=2))
+  # At the end no shared memory is left; a worker does not import the program.
+  shared = lambda x: isinstance(x, shared_memory.SharedMemory)
+  for _ in range(20):  # A thread of grain's frees it.
+    if not (left := [*filter(shared, gc.get_objects())]):
+      break
+    time.sleep(0.1)
+  assert not left
+  imports = lambda name: "main" in "".join(spawn.get_preparation_data(name))
+  assert imports("another process")
+  assert not imports("grain-process-prefetch")
+
+
+@pytest.mark.parametrize(
+  ("fixed", "varying", "size"),
+  [("small", "photos", 8), ("small", "photos", 6), ("wide", "wide_photos", 6)],
+)
+def test_preprocessing_depends_on_config_and_pixels_alone(
+  tfds_dir, tmp_path, monkeypatch, fixed, varying, size
+):
+  """Not on what a data set declares, nor on where its images are held."""
+  root, _ = tfds_dir
+  opened = lambda name: sources.open_source(name, str(root), "train", size)
+  trained = lambda source: collect(source, 1, image_size=size)
+  first, photos = opened(fixed), opened(varying)
+  monkeypatch.setattr(sources, "IN_MEMORY_BYTES", 0)
+  streamed = opened(fixed)
+  assert isinstance(first, sources.InMemory) == (size == 8)
+  assert isinstance(streamed, sources.Encoded)
+  assert first.crop_on_device == streamed.crop_on_device == (size == 8)
+  same(trained(first), trained(streamed))
+  if size != 8:  # Otherwise the device crops, unless sizes are not declared.
+    same(trained(first), trained(photos))
+  for i in range(24):
+    (tmp_path / f"{i:02}.png").write_bytes(photos.read(i)[0])
+  files = predict.image_files([str(tmp_path)])
+  for crop_pct in (1.0, 0.7):
+    options = {"image_size": size, "crop_pct": crop_pct}
+    (batch,) = eval_batches(photos, 24, **options)
+    for source in (first, streamed):
+      same([*eval_batches(source, 24, **options)], [batch])
+    ((_, predicted, _),) = predict.decoded(files, 24, size, crop_pct)
+    assert np.array_equal(predicted, batch["image"])
+
+
+@pytest.mark.parametrize("limit", [sources.IN_MEMORY_BYTES, 0])
+def test_images_without_a_label(tfds_dir, monkeypatch, limit):
+  root, _ = tfds_dir
+  monkeypatch.setattr(sources, "IN_MEMORY_BYTES", limit)
+  with pytest.raises(
+    UserError, match=r"eval_split=test: 12 of 24 .*such as -1"
+  ):
+    sources.open_source("small", str(root), "test", 8)
+  # At the latest where it is read; it does not count as unreadable.
+  source = sources.open_source("photos", str(root), "test[1:2]", 6)
+  reader = dataclasses.replace(source.read, num_classes=0)
+  source = dataclasses.replace(source, read=reader)
+  with pytest.raises(UserError, match=r"eval_split=test\[1:2\]: 1 of 1 "):
+    collect(source, 1, max_unreadable=1)
 
 
 def test_preparing_names_the_command_that_installs_tensorflow(
@@ -449,4 +573,17 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   refused(r"eval_split=train\[:9: has train, test", "digits", None, "train[:9")
   refused("has train, test", "digits", None, "all[:10]")
   refused("has no images", "digits", None, "train[5:5]")
+  broken = shutil.copytree(folder, tmp_path / "broken")
+  path = str(broken)
+  refused("pass one of these.*eval_split=val, or a slice", "folder", path, "te")
+  renamed = (broken / "train" / "n01").rename(broken / "train" / "n\n1")
+  refused(r"class train/n\\n1: has a line break", "folder", path, "train")
+  shutil.rmtree(renamed)
+  (broken / "train" / "n01").mkdir()
+  (broken / "train" / "n01" / "0.heic").touch()
+  refused("class train/n01 has no images; .*webp", "folder", path, "train")
+  shutil.rmtree(broken / "val")
+  (broken / "val").mkdir()
+  (broken / "val" / "0.jpeg").touch()
+  refused("val contains no folders .*val/CLASS", "folder", path, "val")
   refused("not an image classification set", "voc/2007", str(root), "train")

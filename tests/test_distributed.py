@@ -150,8 +150,8 @@ def test_after_a_kill_fewer_processes_resume(tmp_path):
       assert_one_line(
         processes[i],
         distributed.LOST,
-        "lost process 2 of 4: no heartbeat for 60 s; restart all processes to"
-        " resume from the last checkpoint",
+        "lost process 2 of 4: its heartbeats stopped (--timeout=60); restart"
+        " all processes to resume from the last checkpoint",
       )
     assert time.time() - killed < 120  # The promise, in README.
   saved = checkpoint.latest_step(broken)

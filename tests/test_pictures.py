@@ -243,7 +243,7 @@ def test_every_picture_of_a_run(tmp_path):
 
 
 def test_a_class_may_have_any_name(tmp_path):
-  names = ["a $\\frac$", "<b>", "c" * 99]
+  names = ["a $\\frac$", "<b>\udce9", "c" * 99]
   mistake = measures.Mistake(noise(8, 8, 3), 0, 2, 0.5)
   for drawn in (
     pictures._draw_confusion(np.eye(3, dtype=int), names, "title"),

@@ -251,7 +251,7 @@ def test_find_batch_where_none_fits(monkeypatch):
 @pytest.mark.parametrize(
   ("name", "split", "size", "classes", "in_memory"),
   [
-    ("digits", "train[:50%]", 718, 10, True),
+    ("digits", "train[:50%]", 718, 10, False),
     ("cifar10", "train[:45000]", 45_000, 10, True),
     ("imagenet2012", "train", 1_281_167, 1000, False),
     ("imagenet2012", "train[:98%]", 1_255_544, 1000, False),

@@ -1,5 +1,7 @@
 """A config's fields all arrive: a recipe's parts, beside ones wired by hand."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,9 +173,10 @@ def test_batches_get_what_the_config_says(monkeypatch):
   score = evaluate.make_evaluate(recipe, SOURCE, recipe.init_state())
   score(None, stopped=lambda: True)
   assert (common_fields | {"crop_pct": 0.8}).items() <= given.items()
-  # Where the host decodes it crops too, and the step does not.
+  # The host crops what has another size, and then the step does not.
   encoded = sources.Encoded(None, 40, list("abcde"))
-  for data, crops in ((SOURCE, True), (encoded, False)):
+  whole = dataclasses.replace(encoded, crop_on_device=True)
+  for data, crops in ((SOURCE, True), (whole, True), (encoded, False)):
     called = []
     monkeypatch.setattr(
       recipe_lib.augment,

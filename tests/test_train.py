@@ -345,7 +345,7 @@ def test_a_run_is_evaluated_with_its_own_config(unbroken, portable):
 @pytest.mark.slow
 def test_an_unreadable_image_is_named(photos, tmp_path):
   root = shutil.copytree(photos, tmp_path / "photos")
-  broken = root / "train" / "class_1" / "3.jpeg"
+  broken = root / "train" / CLASSES[1] / "3.jpeg"
   broken.write_bytes(broken.read_bytes()[:300])
   flags = common.flags(
     "configs/digits.py",
@@ -353,8 +353,12 @@ def test_an_unreadable_image_is_named(photos, tmp_path):
     " data.num_workers=1 batch_size=16",
   )
   _, err = finish(common.run_main(*flags, f"--workdir={tmp_path / 'run'}"), 2)
-  assert err.startswith(f"error: {broken}: cannot be decoded")
+  assert err.startswith(f"error: {UserError(str(broken))}: cannot be")
   assert "Traceback" not in err
+
+
+# Bytes that are not UTF-8; characters that end a line for str.splitlines.
+CLASSES = ["Caf\udce9", "a\u2028猫, \x85", "caf\udce9"]
 
 
 @pytest.fixture(scope="module")
@@ -362,8 +366,8 @@ def photos(tmp_path_factory):
   """Folders of JPEGs: three classes, 33 to train on and 33 to score."""
   root = tmp_path_factory.mktemp("photos")
   for split in ("train", "val"):
-    for label in range(3):
-      folder = root / split / f"class_{label}"
+    for label, name in enumerate(CLASSES):
+      folder = root / split / name
       folder.mkdir(parents=True)
       for i in range(11):
         data = test_data.encoded(test_data.photo(20 * label + i, 40, 30))
@@ -388,6 +392,8 @@ def test_encoded_images_train(photos, tmp_path, portable):
   assert int(state.step) == 5  # ceil(2 * 33 / 16)
   assert state.params["head"]["bias"].shape == (3,)
   assert records(tmp_path / "run")[-1]["count"] == 33
+  _, _, data = weights.load_model(tmp_path / "run")
+  assert data["class_names"] == CLASSES
   metrics = evaluate.evaluate_checkpoint(config, tmp_path / "run")
   assert metrics["count"] == 33
   assert metrics["top1"] == records(tmp_path / "run")[-1]["top1"]
@@ -498,7 +504,7 @@ def finish(process, code=0):
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
-  """Ctrl-C and Slurm reach the processes that decode, too."""
+  """Ctrl-C and Slurm reach the processes that decode, too. In any locale."""
   flags = common.flags(
     "configs/imagenet.py",
     "model.name=convmixer_128_4 model.dim=8 model.bn_group_size=0"
@@ -507,11 +513,16 @@ def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
     " batch_size=16 epochs=100000 log_every=1",
   )
   process = common.run_main(
-    *flags, f"--workdir={tmp_path / 'run'}", start_new_session=True
+    *flags,
+    f"--workdir={tmp_path / 'run'}",
+    start_new_session=True,
+    environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
   )
   for line in process.stdout:
     if line.startswith("step 3/"):
       break
+  names = (tmp_path / "run" / "classes.txt").read_bytes()
+  assert names == os.fsencode("".join(f"{name}\n" for name in CLASSES))
   os.killpg(process.pid, signum)
   out, err = finish(process, 128 + signum)
   assert "Traceback" not in err

@@ -1,4 +1,8 @@
-"""Decodes images to uint8 arrays with Pillow, as torchvision and timm do."""
+"""Decodes images to uint8 arrays with Pillow, as torchvision and timm do.
+
+Like theirs, an image has the pixels that its file stores: the orientation in a
+JPEG's EXIF data is ignored, in training, evaluation and predict.
+"""
 
 import io
 import math
@@ -42,7 +46,11 @@ def eval_image(data: bytes, size: int, crop_pct: float) -> np.ndarray:
   Returns:
     uint8 [size, size, 3].
   """
-  image = _open(data)
+  return centre_crop(_rgb(_identify(data)), size, crop_pct)
+
+
+def centre_crop(image: Image.Image, size: int, crop_pct: float) -> np.ndarray:
+  """As `eval_image`, of an RGB image."""
   short = math.floor(size / crop_pct)
   width, height = image.size
   if width <= height:
@@ -138,19 +146,12 @@ def random_box(
 
 
 def whole_image(data: bytes, size: int) -> np.ndarray:
-  """Decodes an image and resizes all of it; see `resize_image`."""
-  return resize_image(_open(data), size)
-
-
-def resize_image(image: Image.Image, size: int) -> np.ndarray:
-  """Resizes an image to uint8 [size, size, 3], bicubic if the size differs."""
+  """Decodes an image of size x size pixels to uint8 [size, size, 3]."""
+  image = _rgb(_identify(data))
   if image.size != (size, size):
-    image = image.resize((size, size), BICUBIC)
+    width, height = image.size
+    raise ValueError(f"has {width} x {height} pixels, not {size} x {size}")
   return np.asarray(image)
-
-
-def _open(data):
-  return _rgb(_identify(data))
 
 
 def _identify(data):

@@ -1,15 +1,16 @@
 """Data sets: TFDS, an image folder, or scikit-learn's digits.
 
-A source is `InMemory`: small images of one size, or `Encoded`: image files.
+A source is `InMemory`: images that need no resizing, or `Encoded`: files.
+Preprocessing depends on the config and the pixels, not on the source's kind: if
+a data set declares that all its images have image_size x image_size pixels,
+training crops are cut on the device, otherwise from the files on the host.
 """
 
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import functools
+import io
 import os
-from pathlib import Path
-import re
 import sys
 from typing import Any
 
@@ -19,6 +20,8 @@ import tensorflow_datasets as tfds
 import tqdm
 
 from convmixer_jax.data import decode
+from convmixer_jax.data import folder
+from convmixer_jax.data import splits
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
@@ -29,7 +32,7 @@ SIZES = {
   "imagenet2012": {"train": 1_281_167, "validation": 50_000},
 }
 
-# Larger data sets, such as ImageNet at 64 pixels, are decoded batch by batch.
+# Larger splits, such as ImageNet at 64 pixels, are decoded batch by batch.
 IN_MEMORY_BYTES = 2 * 2**30
 
 
@@ -40,7 +43,7 @@ class InMemory:
   images: np.ndarray
   labels: np.ndarray
   class_names: Sequence[str]
-  in_memory = True
+  crop_on_device = True
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -59,12 +62,13 @@ class Encoded:
   """Image files that are not decoded yet, `size` of them.
 
   read(index) returns a file's bytes and label, read.name(index) its name.
+  `crop_on_device` says that all images have the config's image_size.
   """
 
   read: Any
   size: int
   class_names: Sequence[str]
-  in_memory = False
+  crop_on_device: bool = False
 
   def __len__(self) -> int:
     return self.size
@@ -88,7 +92,7 @@ def open_source(
       default: $TFDS_DATA_DIR or ~/tensorflow_datasets.
     split: in TFDS's notation for every source: 'train', 'train[:90%]',
       'validation', 'train[45000:]'. A folder's splits are its subfolders.
-    image_size: height and width in pixels to resize images in memory to.
+    image_size: height and width of the model's images, in pixels.
 
   Raises:
     UserError: names the invalid field of `config.data`.
@@ -100,7 +104,13 @@ def open_source(
   if directory is not None and not here and not bucket:
     raise UserError(f"data.dir={directory}: no such directory")
   if name == "folder":
-    return _folder(directory, split)
+    if directory is None:
+      raise UserError(
+        "data.dir: required with data.name=folder: a directory that contains"
+        " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
+      )
+    files, labels, classes = folder.labelled(directory, split)
+    return Encoded(_FolderReader(files, labels), len(files), classes)
   return _tfds(name, directory, split, image_size)
 
 
@@ -111,13 +121,18 @@ class Description:
   size: int | None  # Number of images; None if unknown.
   num_classes: int | None  # None if unknown.
   shape: tuple[int | None, ...]  # Of all images; None where they differ.
-  image_size: int  # Side to which they would be resized, in pixels.
+  image_size: int  # Of the model's images, in pixels.
+
+  @property
+  def crop_on_device(self) -> bool:
+    """Whether all images have the model's size; see `Encoded`."""
+    return self.shape[:2] == (self.image_size, self.image_size)
 
   @property
   def in_memory(self) -> bool:
     """Whether `open_source` would return an `InMemory`."""
     num_bytes = (self.size or 0) * self.image_size**2 * 3
-    return None not in self.shape and num_bytes <= IN_MEMORY_BYTES
+    return self.crop_on_device and num_bytes <= IN_MEMORY_BYTES
 
 
 def describe(
@@ -137,31 +152,10 @@ def describe(
   builder, image, label = _builder(name, directory if here else None)
   lengths = {k: v.num_examples for k, v in builder.info.splits.items()}
   lengths = lengths or SIZES.get(builder.name)
-  ranges = _slice(split, lengths) if lengths else None
+  ranges = splits.parse(split, lengths) if lengths else None
   size = ranges and sum(len(rows) for _, rows in ranges)
   image, label = builder.info.features[image], builder.info.features[label]
   return Description(size, label.num_classes, image.shape, image_size)
-
-
-def _slice(split, lengths):
-  """'train[:90%]' -> [('train', range(0, 1293))]; 'a+b' gives two entries."""
-  info = functools.partial(tfds.core.SplitInfo, num_bytes=0)
-  infos = {k: info(name=k, shard_lengths=[n]) for k, n in lengths.items()}
-  try:
-    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(infos)
-  except (ValueError, AssertionError, NotImplementedError) as e:
-    raise UserError(
-      f"data.train_split or eval_split={split}: has {', '.join(lengths)};"
-      f" slices are written train[:90%] or train[45000:] ({first_line(e)})"
-    ) from e
-  rows = lambda part: range(lengths[part.splitname])[part.from_ : part.to]
-  ranges = [(part.splitname, rows(part)) for part in parts]
-  if not any(rows for _, rows in ranges):
-    raise UserError(
-      f"data.train_split or eval_split={split}: has no images; there are"
-      f" {', '.join(f'{n} in {name}' for name, n in lengths.items() if n)}"
-    )
-  return ranges
 
 
 def _digits(split, image_size):
@@ -174,17 +168,27 @@ def _digits(split, image_size):
   images = np.repeat(images[..., None], 3, axis=-1)
   held_out = np.arange(len(images)) % 5 == 0
   ids = {"train": np.flatnonzero(~held_out), "test": np.flatnonzero(held_out)}
-  ranges = _slice(split, {k: len(v) for k, v in ids.items()})
+  ranges = splits.parse(split, {k: len(v) for k, v in ids.items()})
   chosen = np.concatenate([ids[name][list(rows)] for name, rows in ranges])
-  if (size := len(chosen) * image_size**2 * 3) > IN_MEMORY_BYTES:
-    raise UserError(
-      f"data.image_size={image_size}: the digits would take"
-      f" {size / 2**30:.1f} GiB of memory; choose a smaller size"
-    )
-  resize = lambda x: decode.resize_image(Image.fromarray(x), image_size)
-  labels = digits.target[chosen].astype(np.int32)
-  images = np.stack([resize(image) for image in images[chosen]])
-  return InMemory(images, labels, [str(i) for i in range(10)])
+  images, labels = images[chosen], digits.target[chosen].astype(np.int32)
+  classes = [str(i) for i in range(10)]
+  if image_size == images.shape[1]:
+    return InMemory(images, labels, classes)
+  return Encoded(_ArrayReader(images, labels), len(images), classes)
+
+
+@dataclasses.dataclass(frozen=True)
+class _ArrayReader:
+  images: np.ndarray
+  labels: np.ndarray
+
+  def __call__(self, index):
+    file = io.BytesIO()
+    Image.fromarray(self.images[index]).save(file, "png")
+    return file.getvalue(), int(self.labels[index])
+
+  def name(self, index):
+    return f"image {index}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,57 +203,29 @@ class _FolderReader:
     return self.files[index]
 
 
-def _folder(directory, split):
-  """Reads ROOT/SPLIT/CLASS/**/*.jpeg as torchvision's ImageFolder does."""
-  if directory is None:
-    raise UserError(
-      "data.dir: required with data.name=folder: a directory that contains"
-      " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
-    )
-  root = Path(directory).expanduser()
-  folders = lambda path: sorted(p.name for p in path.iterdir() if p.is_dir())
-  names = folders(root)
-  if not names:
-    raise UserError(
-      f"data.dir={directory}: contains no folders (one per split: train, val)"
-    )
-  # Labels are those of `train`, also in a split in which a class is missing.
-  classes = folders(root / "train") if "train" in names else None
-  listing = dict.fromkeys(names, ())
-  wanted = lambda name: re.search(rf"(^|\+)\s*{re.escape(name)}\b", split)
-  for name in filter(wanted, names):
-    here = folders(root / name)
-    classes = classes or here
-    if unknown := sorted(set(here) - set(classes)):
-      raise UserError(f"data.dir={directory}: {name} has the class"
-                      f" {unknown[0]}, which train does not have")  # fmt: skip
-    files = [
-      (path, label)
-      for label, c in enumerate(classes)
-      if c in here
-      for parent, _, files in sorted(os.walk(root / name / c))
-      for path in sorted(os.path.join(parent, f) for f in files)
-      if path.lower().endswith(decode.SUFFIXES)
-    ]
-    # In a fixed random order, so that a slice has images of every class.
-    order = np.random.default_rng(0).permutation(len(files))
-    listing[name] = [files[i] for i in order]
-  ranges = _slice(split, {name: len(files) for name, files in listing.items()})
-  chosen = (listing[name][i] for name, rows in ranges for i in rows)
-  files, labels = zip(*chosen)
-  read = _FolderReader(files, np.array(labels, np.int32))
-  return Encoded(read, len(files), classes)
-
-
 @dataclasses.dataclass(frozen=True)
 class _TfdsReader:
   source: Any
   image: str
   label: str
+  split: str
+  num_classes: int
 
   def __call__(self, index):
     record = self.source[index]
+    self.check([record[self.label]])
     return record[self.image], int(record[self.label])
+
+  def check(self, labels):
+    """Raises UserError if there are labels that no class has."""
+    last = self.num_classes - 1
+    if unknown := [x for x in labels if not 0 <= x <= last]:
+      raise UserError(
+        f"data.train_split or eval_split={self.split}: {len(unknown)} of"
+        f" {len(labels)} images that were read have labels outside 0 to {last},"
+        f" such as {unknown[0]} (in TFDS, -1 means: no label); choose another"
+        " split"
+      )
 
   def name(self, index):
     return f"record {index}"
@@ -258,14 +234,21 @@ class _TfdsReader:
 def _tfds(name, directory, split, image_size):
   builder, image, label = _prepared_builder(name, directory)
   # Called for its errors, which are clearer than those of TFDS.
-  _slice(split, {k: v.num_examples for k, v in builder.info.splits.items()})
+  splits.parse(
+    split, {k: v.num_examples for k, v in builder.info.splits.items()}
+  )
   encoded = {image: tfds.decode.SkipDecoding()}
   source = builder.as_data_source(split, decoders=encoded)
+
   size = len(source)
   classes = builder.info.features[label].names
-  shape = builder.info.features[image].shape
-  if not Description(size, len(classes), shape, image_size).in_memory:
-    return Encoded(_TfdsReader(source, image, label), size, classes)
+  known = Description(
+    size, len(classes), builder.info.features[image].shape, image_size
+  )
+  read = _TfdsReader(source, image, label, split, known.num_classes)
+  if not known.in_memory:
+    read.check([x[label] for x in source.__getitems__(range(min(size, 100)))])
+    return Encoded(read, size, classes, known.crop_on_device)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)
   text = f"reading {name} {split}"
@@ -273,9 +256,14 @@ def _tfds(name, directory, split, image_size):
     for start in range(0, size, 1000):  # Reading in chunks is faster.
       chunk = range(start, min(start + 1000, size))
       for i, record in zip(chunk, source.__getitems__(chunk)):
-        images[i] = decode.whole_image(record[image], image_size)
+        try:
+          images[i] = decode.whole_image(record[image], image_size)
+        except Exception as e:  # Pillow may raise anything for a damaged file.
+          text = f"record {i} of {split}: cannot be decoded: {first_line(e)}"
+          raise UserError(f"data.name={name}: {text}") from e
         labels[i] = record[label]
       progress.update(len(chunk))
+  read.check(labels)
   return InMemory(images, labels, classes)
 
 

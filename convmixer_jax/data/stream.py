@@ -12,6 +12,7 @@ import functools
 import sys
 
 import numpy as np
+from PIL import Image
 
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
@@ -72,8 +73,8 @@ def train_batches(
   """Yields this process's rows of the batches of steps start to stop - 1.
 
   Args:
-    source: the images. Encoded images are decoded and cropped at random here;
-      those in memory are not cropped.
+    source: the images. They are decoded and cropped at random here, except
+      those that are cropped on the device.
     seed: seed of the order and the crops.
     batch_size: size of the global batch.
     rows: [R] int, the rows of the global batch to load.
@@ -107,6 +108,8 @@ def train_batches(
     first = int(sample_indices(seed, sample[None], size)[0])
 
     def decode_image(data):
+      if source.crop_on_device:
+        return decode.whole_image(data, image_size)
       rng = np.random.default_rng((seed, int(sample)))
       return decode.train_image(data, image_size, rng, **crop)
 
@@ -114,7 +117,7 @@ def train_batches(
       try:
         image, label = _load(source, index % size, decode_image)
         break
-      except UserError:
+      except _Unreadable:
         if index == first + max_unreadable:
           raise
     unreadable = np.int64(first if index > first else -1)
@@ -139,8 +142,7 @@ def eval_batches(
   """Yields this process's rows of batches that hold every image once, in order.
 
   Args:
-    source: the images. Encoded images are decoded, resized and cropped at the
-      centre here; those in memory are not.
+    source: the images. They are resized and cropped at the centre here.
     batch_size: size of the global batch. The last batch is padded to it.
     rows: see `train_batches`.
     image_size: see `train_batches`.
@@ -167,6 +169,9 @@ def eval_batches(
       mask = samples < size
       indices = np.where(mask, samples, 0)
       images, labels = source.images[indices], source.labels[indices]
+      if crop_pct < 1:
+        crop = lambda x: decode.centre_crop(x, image_size, crop_pct)
+        images = np.stack([crop(Image.fromarray(x)) for x in images])
       yield {"image": images, "label": labels, "mask": mask}
     return
 
@@ -179,7 +184,7 @@ def eval_batches(
       decode_image = lambda data: decode.eval_image(data, image_size, crop_pct)
       try:
         image, label = _load(source, sample, decode_image)
-      except UserError:
+      except _Unreadable:
         if not max_unreadable:
           raise
         mask, unreadable = False, sample
@@ -195,13 +200,19 @@ def eval_batches(
   )
 
 
+class _Unreadable(UserError):
+  """A file that `max_unreadable` may tolerate."""
+
+
 def _load(source, index, decode_image):
   try:
     data, label = source.read(index)
     return decode_image(data), label
+  except UserError:
+    raise
   except Exception as e:  # Pillow may raise anything for a damaged file.
     name = source.read.name(index)
-    raise UserError(f"{name}: cannot be decoded: {first_line(e)}") from e
+    raise _Unreadable(f"{name}: cannot be decoded: {first_line(e)}") from e
 
 
 def _decoded(source, load, steps, rows, num_workers, max_unreadable, stopped):

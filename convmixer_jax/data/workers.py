@@ -8,7 +8,9 @@ and turns such a wait into an error.
 from collections.abc import Callable
 from collections.abc import Generator
 import contextlib
+import functools
 import multiprocessing
+from multiprocessing import spawn
 from pathlib import Path
 import queue
 import re
@@ -27,6 +29,10 @@ Batch = dict[str, np.ndarray]
 PATIENCE = 300.0  # Seconds after which a missing batch is an error.
 _POLL = 0.2  # Seconds between two looks at `stopped` and the workers.
 _GRACE = 2.0  # Seconds that workers have to end by themselves.
+_SHARED = (
+  "enlarge it (Docker: --shm-size=8g), lower data.num_workers or batch_size, or"
+  " use threads: data.num_workers=0"
+)
 
 
 def load_batches(
@@ -63,12 +69,29 @@ def load_batches(
     # grain's workers read absl's flags; a notebook has not parsed them.
     if not flags.FLAGS.is_parsed():
       flags.FLAGS.mark_as_parsed()
+    _start_without_main()
     options = grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
     batches = samples.batch(batch_size).to_iter_dataset(options)
     batches = batches.mp_prefetch(
       grain.MultiprocessingOptions(num_workers), _ignore_interrupt
     )
   return _supervised(iter(batches), stopped)
+
+
+@functools.cache
+def _start_without_main():
+  """Lets grain's workers start without the main program.
+
+  They need nothing of it. Importing it takes time, and would run a script that
+  has no `if __name__ == "__main__"` again in each worker.
+  """
+  prepare = spawn.get_preparation_data
+
+  def without_main(name):
+    keep = lambda key: not (name.startswith("grain-") and "main" in key)
+    return {k: v for k, v in prepare(name).items() if keep(k)}
+
+  spawn.get_preparation_data = without_main
 
 
 def _supervised(iterator, stopped):
@@ -80,7 +103,12 @@ def _supervised(iterator, stopped):
 
   def fetch():
     try:
-      results.put((next(iterator, None), None))
+      batch = next(iterator, None)
+      results.put((batch and dict(batch), None))
+      # When grain has caught an exception, it keeps its last batch: until the
+      # program ends nobody would free the shared memory that the arrays are in.
+      if batch:
+        batch.clear()
     except Exception as e:
       results.put((None, e))
 
@@ -91,12 +119,13 @@ def _supervised(iterator, stopped):
   def failure():
     seen.update(workers())
     for worker in seen:
-      if worker.exitcode:
-        return UserError(
-          f"Data worker {worker.pid} exited with code {worker.exitcode}"
-          " (-9: out of memory; -7: /dev/shm too small); if memory is short,"
-          " lower data.num_workers"
-        )
+      if code := worker.exitcode:
+        text = f"Data worker {worker.pid} exited with code {code}"
+        if code == -signal.SIGBUS:
+          text += f": its shared memory, /dev/shm, is full; {_SHARED}"
+        elif code == -signal.SIGKILL:
+          text += " (out of memory?); lower data.num_workers"
+        return UserError(text)
     return None
 
   try:
@@ -119,6 +148,9 @@ def _supervised(iterator, stopped):
             " system of data.dir slow or gone?"
           )
       if error and not stopped():
+        if isinstance(error, OSError):  # Not of a file: `load` names those.
+          text = f"data.num_workers: /dev/shm: {error.strerror}; {_SHARED}"
+          raise UserError(text) from error
         raise failure() or error
       if batch is None:
         return
@@ -144,7 +176,7 @@ def _state(process):
   """'worker 4242, D (disk sleep)'; no state on systems without /proc."""
   name = f"worker {process.pid}"
   with contextlib.suppress(OSError):
-    status = Path(f"/proc/{process.pid}/status").read_text()
+    status = Path(f"/proc/{process.pid}/status").read_text("utf-8")
     if state := re.search(r"^State:\s*(.*)", status, re.M):
       return f"{name}, {state[1]}"
   return name

@@ -58,7 +58,7 @@ def key() -> str:
   """A hash of everything that the compiled library depends on."""
   compiler = _run([*_compiler(), "--version"])
   compiler.check_returncode()
-  parts = [_SOURCE.read_text(), *_FLAGS, *itertools.chain(*_TUNING)]
+  parts = [_SOURCE.read_text("utf-8"), *_FLAGS, *itertools.chain(*_TUNING)]
   parts += [*_compiler(), compiler.stdout, platform.machine(), cpu()]
   parts += [version.__version__]
   return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
@@ -67,7 +67,7 @@ def key() -> str:
 def cpu() -> str:
   """The CPU's model and features; programs compiled for it depend on them."""
   try:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
   except OSError:
     return platform.processor()
   kinds = ("model name", "flags", "features")

@@ -1,0 +1,91 @@
+"""Image folders, ROOT/SPLIT/CLASS/**/*.jpeg, as torchvision's ImageFolder."""
+
+from collections.abc import Iterator
+from collections.abc import Sequence
+import os
+from pathlib import Path
+
+import numpy as np
+
+from convmixer_jax.data import decode
+from convmixer_jax.data import splits
+from convmixer_jax.errors import UserError
+
+
+def images(top: str | os.PathLike) -> list[str]:
+  """The image files below a folder, in a fixed order.
+
+  Raises UserError if a folder cannot be read.
+  """
+  return [
+    os.path.join(parent, file)
+    for parent, _, files in sorted(_walk(top))
+    for file in files
+    if file.lower().endswith(decode.SUFFIXES)
+  ]
+
+
+def labelled(
+  directory: str, split: str
+) -> tuple[Sequence[str], np.ndarray, Sequence[str]]:
+  """The image files of a split, their labels, int32, and the classes' names.
+
+  Args:
+    directory: ROOT.
+    split: in TFDS's notation.
+
+  Raises:
+    UserError: there is no such split, or it is not in folders of classes.
+  """
+
+  def fail(text):
+    raise UserError(f"data.dir={directory}: {text}")
+
+  root = Path(directory).expanduser()
+  subfolders = lambda path: next(_walk(path), (path, [], []))[1]
+  names = subfolders(root)
+  if not names:
+    fail("contains no folders (one per split: train, val)")
+  # Labels are those of `train`, also in a split in which a class is missing.
+  classes = subfolders(root / "train") if "train" in names else []
+  listing = dict.fromkeys(names, ())
+  for name in splits.named(split, names):
+    here = subfolders(root / name)
+    if not here:
+      fail(f"{name} contains no folders (one per class: {name}/CLASS/*.jpeg)")
+    classes = classes or here
+    if unknown := sorted(set(here) - set(classes)):
+      fail(f"{name} has the class {unknown[0]}, which train does not have")
+    if broken := [c for c in here if "\n" in c or "\r" in c]:
+      fail(f"class {name}/{broken[0]}: has a line break; rename it")
+    files = []
+    for label, c in enumerate(classes):
+      found = images(root / name / c) if c in here else []
+      if c in here and not found:
+        suffixes = ", ".join(decode.SUFFIXES)
+        fail(f"class {name}/{c} has no images; files that end in {suffixes}"
+             " are read")  # fmt: skip
+      files += [(path, label) for path in found]
+    # In a fixed random order, so that a slice has images of every class.
+    order = np.random.default_rng(0).permutation(len(files))
+    listing[name] = [files[i] for i in order]
+  ranges = splits.parse(split, {name: len(x) for name, x in listing.items()})
+  chosen = (listing[name][i] for name, rows in ranges for i in rows)
+  files, labels = zip(*chosen)
+  return files, np.array(labels, np.int32), classes
+
+
+def _walk(top) -> Iterator[tuple[str, list[str], list[str]]]:
+  """os.walk, without hidden entries; follows links, but not into a loop."""
+
+  def fail(error):
+    raise UserError(f"{error.filename}: {error.strerror}") from error
+
+  shown = lambda names: sorted(x for x in names if not x.startswith("."))
+  for parent, folders, files in os.walk(top, onerror=fail, followlinks=True):
+    above = map(os.path.realpath, Path(os.path.abspath(parent)).parents)
+    if os.path.islink(parent) and os.path.realpath(parent) in above:
+      folders.clear()
+    else:
+      folders[:] = shown(folders)
+      yield parent, folders, shown(files)
