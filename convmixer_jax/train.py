@@ -96,6 +96,7 @@ def train_and_evaluate(
     metrics = workdir_lib.read_eval(workdir, first_step)
     if first_step == total_steps and metrics:
       if jax.process_index() == 0:
+        workdir_lib.mark_finished(workdir, metrics)
         print(
           f"{workdir}: finished at step {first_step}; nothing to do\n"
           + logger_lib.eval_line(metrics)

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import datetime
 import errno
@@ -18,6 +19,7 @@ import ml_collections
 
 from convmixer_jax import config as config_lib
 from convmixer_jax.errors import UserError
+from convmixer_jax.errors import writing
 
 
 def config_changes(
@@ -150,6 +152,36 @@ def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
     text = f"{path}: damaged ({e}); remove it and rerun the command"
     raise UserError(text) from e
   return run
+
+
+def mark_finished(
+  workdir: str | os.PathLike, metrics: Mapping[str, Any]
+) -> None:
+  """Completes run.json after a kill between the last checkpoint and the end.
+
+  `metrics` is the record of the last evaluation. Raises UserError if run.json
+  is damaged or cannot be written.
+  """
+  run, step = read_starts(workdir), metrics["step"]
+  end = {
+    "status": "finished",
+    "last_step": step,
+    "ended": metrics.get("time"),
+  }
+  match run["starts"]:
+    case [*_, {"status": "finished", "last_step": last}] if last == step:
+      return
+    case [*_, dict() as start]:
+      start.update(end)
+    case starts:
+      starts.append(end)
+  with writing(Path(workdir)):
+    write_run(workdir, run)
+
+
+def write_run(workdir: str | os.PathLike, run: Mapping[str, Any]) -> None:
+  """Writes run.json; see `read_starts`."""
+  write_whole(Path(workdir) / "run.json", json.dumps(run, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -27,6 +27,7 @@ from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
+from experiments import scores
 from tests import common
 from tests import test_data
 
@@ -86,10 +87,28 @@ def test_a_run(unbroken, capsys):
   assert checkpoint.latest_step(workdir) == 10
   variables = checkpoint.load_variables(workdir)
   assert same_state(variables["params"], state.params)
-  # The same command again.
+  # The same command again, as after a kill that left the start "running".
+  end = {k: start.pop(k) for k in ("status", "last_step", "ended")}
+  workdir_lib.write_run(workdir, {"starts": [start | {"status": "running"}]})
   again = train_digits(workdir, eval_every=4)
+  assert scores.finished(workdir)
+  end["ended"] = workdir_lib.read_metrics(workdir)[-1]["time"]
+  assert workdir_lib.read_starts(workdir) == {"starts": [start | end]}
   assert "finished at step 10" in capsys.readouterr().out
   assert same_state(again, state)
+
+
+def test_whatever_run_json_holds_a_finished_run_is_marked(tmp_path):
+  metrics = {"kind": "eval", "step": 10}
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics))
+  stale = {"status": "finished", "last_step": 9}
+  for starts in ([], ["odd"], [{"status": "failed"}], [{}, stale]):
+    workdir_lib.write_run(tmp_path, {"starts": starts})
+    workdir_lib.mark_finished(tmp_path, metrics)
+    assert scores.finished(tmp_path)
+  before = (tmp_path / "run.json").stat().st_mtime_ns
+  workdir_lib.mark_finished(tmp_path, metrics)
+  assert (tmp_path / "run.json").stat().st_mtime_ns == before
 
 
 def raise_signal_before(monkeypatch, step, signum):
