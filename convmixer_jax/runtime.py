@@ -91,16 +91,23 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def provenance() -> dict[str, Any]:
-  """What produced a result: commit, Python, versions of `PACKAGES`."""
+  """What produced a result: commit, Python, versions of `PACKAGES`.
+
+  The commit is None unless the package lies in its own repository.
+  """
   folder, quiet = Path(__file__).parent, subprocess.DEVNULL
   git = lambda *args: subprocess.check_output(
     ["git", *args], cwd=folder, stderr=quiet, text=True
   ).strip()
   try:
-    commit = git("rev-parse", "HEAD")
+    # The repository around an environment does not track the package there.
+    own = git("ls-files", "--full-name", "errors.py") == (
+      "convmixer_jax/errors.py"
+    )
+    commit = git("rev-parse", "HEAD") if own else None
     # Results that are being written are not a change of the code.
-    results = ":(top,exclude,glob)*/results/**"
-    if git("status", "--porcelain", "--untracked-files=no", "--", results):
+    status = ["status", "--porcelain", "--untracked-files=no", "--"]
+    if own and git(*status, ":(top,exclude,glob)*/results/**"):
       commit += "+changes"
   except (OSError, subprocess.CalledProcessError):
     commit = None

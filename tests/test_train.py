@@ -21,6 +21,7 @@ from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import runtime
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import weights
@@ -170,6 +171,31 @@ def test_five_steps_and_five_more_equal_ten(
     found = accumulator.Scalars(f"{kind}/{name}")
     assert {e.step: e.value for e in found} == pytest.approx(expected, rel=1e-6)
     assert len(found) == len(expected)
+
+
+def test_the_commit_is_of_the_package_s_own_repository(tmp_path, monkeypatch):
+  git = lambda *args: subprocess.run(
+    ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
+    cwd=tmp_path, check=True, capture_output=True, text=True,
+  ).stdout.strip()  # fmt: skip
+  git("init")
+  inside = tmp_path / ".venv" / "site-packages" / "convmixer_jax"
+  for package in (inside, tmp_path / "convmixer_jax"):
+    package.mkdir(parents=True)
+    (package / "errors.py").touch()
+  git("add", "convmixer_jax")
+  git("commit", "-mfirst")
+  commit = git("rev-parse", "HEAD")
+
+  def found(package):
+    monkeypatch.setattr(runtime, "__file__", str(package / "runtime.py"))
+    return runtime.provenance()["commit"]
+
+  assert found(tmp_path / "convmixer_jax") == commit
+  assert found(inside) is None
+  git("add", "--force", ".venv")  # Some commit theirs.
+  assert found(inside) is None
+  assert found(tmp_path / "convmixer_jax") == f"{commit}+changes"
 
 
 WITHOUT_TENSORFLOW = """
