@@ -26,10 +26,10 @@ def config_changes(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike,
   may_differ: Collection[str],
-) -> list[str]:
+) -> dict[str, str]:
   """How `config` differs from that of the run in `workdir`, if there is one.
 
-  Returns a text for each field that differs and is not in `may_differ`, such as
+  Returns a text for each field that differs and is not in `may_differ`: seed ->
   'seed is 0 there and 1 here'. Raises UserError if `workdir` is a URL, or its
   config.json is not a valid config.
   """
@@ -38,14 +38,14 @@ def config_changes(
       f"--workdir={workdir}: must be on a file system; mount the bucket"
     )
   if not os.path.lexists(os.path.join(workdir, "config.json")):
-    return []
+    return {}
   old = config_lib.flatten(read_config(workdir))
   new = config_lib.flatten(json.loads(config.to_json()))
-  return [
-    f"{name} is {old.get(name)} there and {new.get(name)} here"
+  return {
+    name: f"{name} is {old.get(name)} there and {new.get(name)} here"
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name) and name not in may_differ
-  ]
+  }
 
 
 def load_config(workdir: str | os.PathLike) -> ml_collections.ConfigDict:

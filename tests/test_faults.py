@@ -163,10 +163,27 @@ def test_a_changed_config_is_accepted_when_told(copy):
   change = r"optim\.learning_rate is 0\.01 there and 0\.5 here"
   with pytest.raises(UserError, match=rf"{change}.*--accept_changes"):
     train.train_and_evaluate(config, copy)
+  # Neither may the images of a step change: epochs would leap.
+  for name, value, refused in (
+    ("batch_size", 64, "batch_size is 32 there and 64 here"),
+    (
+      "data.train_split",
+      "train[:352]",
+      r"\[:352\] had 320 images there and has 352 ",
+    ),
+  ):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=refused):
+      train.train_and_evaluate(other, copy, accept_changes=True)
+  config.data.train_split = "train[320:640]"  # As many.
   state = train.train_and_evaluate(config, copy, accept_changes=True)
   assert int(state.step) == 10
   start = json.loads((copy / "run.json").read_text())["starts"][-1]
-  assert start["changes"] == ["optim.learning_rate is 0.01 there and 0.5 here"]
+  assert start["changes"] == [
+    "data.train_split is train[:320] there and train[320:640] here",
+    "optim.learning_rate is 0.01 there and 0.5 here",
+  ]
   assert start["first_step"] == 5
   config.model.dim = 4
   with pytest.raises(UserError, match=r"10: .* is \(8,\) in the .* and \(4,\)"):
