@@ -94,7 +94,8 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
       holder = file.read().strip() or "another process"
       raise UserError(f"--workdir={workdir}: in use by {holder}") from e
     except OSError as e:
-      if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+      none = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+      if e.errno not in none:
         raise UserError(f"{path}: {e.strerror}") from e
       text = "its file system has no locks; do not start a second run in it"
       print(f"warning: {workdir}: {text}", file=sys.stderr)
