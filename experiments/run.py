@@ -25,10 +25,8 @@ import numpy as np
 import tqdm
 
 from convmixer_jax import cli
-from convmixer_jax import models
 from convmixer_jax import recipe
 from convmixer_jax import workdir as workdir_lib
-from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import scores
 from experiments import sweeps
@@ -254,19 +252,19 @@ def _counts(runs, *statuses):
 
 
 def _dry_run(runs):
-  speed, measured = _measured_speed(runs)
+  costs = {run.name: _costs(run.cell) for run in runs}
+  smallest = min(runs, key=lambda run: costs[run.name][1])
+  speed, measured = _measured_speed(smallest.cell, costs[smallest.name][1])
   width = max(len(run.name) for run in runs)
   print(f"{'run':{width}}  parameters  GFLOP/image  epochs   hours")
   total = 0.0
   for run in runs:
-    config, model = run.cell.resolve(run.seed), run.cell.model()
-    flops = models.flops(model, config.data.image_size)
-    images = config.epochs * _training_data(config).size
-    hours = 3 * flops * images / speed / 3600
+    parameters, flops = costs[run.name]
+    hours = 3 * flops * run.epochs * run.cell.data.size / speed / 3600
     total += hours * (run.status != "finished")
     print(
-      f"{run.name:{width}}{sweeps.count_parameters(model):12,}"
-      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:8.2g}"
+      f"{run.name:{width}}{parameters:12,}"
+      f"{flops / 1e9:13.3g}{run.epochs:8}{hours:8.2g}"
       + ("  finished" if run.status == "finished" else "")
     )
   print(
@@ -275,23 +273,23 @@ def _dry_run(runs):
   )
 
 
-def _training_data(config):
-  """The number of images and classes; the data need not be here."""
-  d = config.data
-  return sources.describe(d.name, d.dir, d.train_split, d.image_size)
+def _costs(cell):
+  costs = cell.costs(cell.data.num_classes)
+  if costs is None or cell.data.size is None:
+    raise UserError(
+      f"{cell.name}: --dry_run needs the number of its images and classes, and"
+      " its data (data.name, data.dir) are not here"
+    )
+  return costs
 
 
-def _measured_speed(runs):
-  """FLOP/s of training, as three forward passes, of the smallest cell."""
-  cost = lambda cell: models.flops(
-    cell.model(), cell.resolve(0).data.image_size
-  )
-  cell = min((run.cell for run in runs), key=cost)
+def _measured_speed(cell, flops):
+  """FLOP/s of training, as three forward passes, of a cell."""
   config = cell.resolve(0)
   config.batch_size = min(config.batch_size, 64)
   config.accum_steps = 1
   config.model.bn_group_size = config.augment.mix_group_size = 0
-  built = recipe.build(config, _training_data(config), jax.local_devices()[:1])
+  built = recipe.build(config, cell.data, jax.local_devices()[:1])
   state = built.init_state()
   zeros = lambda like: np.zeros(like.shape, like.dtype)
   batch = jax.tree.map(zeros, built.batch_shapes())
@@ -301,7 +299,7 @@ def _measured_speed(runs):
     state, metrics = built.train_step(built.seed, state, batch)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - start)
-  return 3 * config.batch_size * cost(cell) / np.median(seconds[1:]), (
+  return 3 * config.batch_size * flops / np.median(seconds[1:]), (
     f"measured here: {cell.name}, {config.batch_size} images a step"
   )
 

@@ -14,6 +14,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import models
 from convmixer_jax.errors import UserError
 from experiments import paper
+from experiments import plots
 from experiments import run as run_lib
 from experiments import scores
 from experiments import sweeps
@@ -48,8 +49,8 @@ def test_cells_are_those_of_the_paper():
       found.add(key)
       # The table counts LayerNorm's parameters as BatchNorm's: equal.
       # Few blocks are traced sooner; whole models are test_models'.
-      model = cell.model()
-      one, two = (count(model.clone(depth=depth)) for depth in (1, 2))
+      model = cell.model(cell.data.num_classes)
+      one, two = (count(model.clone(depth=depth), 32) for depth in (1, 2))
       params = one + (model.depth - 1) * (two - one)
       assert params == int(counts[key]), key
   tables_here = {key[0] for key in found}
@@ -96,7 +97,8 @@ def test_tables(tmp_path):
   cells = {cell.row: cell for cell in sweep.cells}
   common.finished_run(tmp_path, cells["baseline"], 0, 95.0)
   common.finished_run(tmp_path, cells["baseline"], 1, 96.0)
-  common.finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
+  three = common.finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
+  (three / "classes.txt").write_text("a\nb\nc\n")
   edited = common.finished_run(tmp_path, cells["no randaugment"], 0, 99.0)
   config = json.loads((edited / "config.json").read_text())
   config["epochs"] = 300
@@ -121,6 +123,7 @@ def test_tables(tmp_path):
     "difference": "-0.38",
   }
   relu = by_name["relu_for_gelu"]
+  assert relu["parameters"] == "704,771"  # 7 x 257 fewer.
   assert (relu["ours"], relu["paper"], relu["difference"]) == (
     "94.00 (1)",
     "unknown",
@@ -143,6 +146,15 @@ def test_tables(tmp_path):
   latex = tables.render(rows, "latex")
   assert r"95.50 $\pm$ 0.71 (2)" in latex
   assert latex.count(r"\\") == 1 + len(rows)
+
+
+def test_costs_of_unknown_classes_are_unknown(tmp_path):
+  cell = sweeps.Cell("away", "configs/digits.py", {"data.name": "folder"})
+  common.finished_run(tmp_path, cell, 0, 95.0)
+  results, problems = scores.collect(sweeps.Sweep("", [cell], (0,)), tmp_path)
+  assert problems == []
+  assert scores.row(results[0]) == ("away", "", "", "100", "95.00 (1)", "", "")
+  assert [p.name for p in plots.draw(results)] == ["top1", "loss"]
 
 
 @pytest.mark.parametrize(
