@@ -62,10 +62,10 @@ def keep_compiled() -> None:
 def stop_signals() -> Iterator[list[int]]:
   """Yields a list that receives the number of a signal to stop.
 
-  These are SIGINT, SIGTERM, and those that Slurm can be told to send, SIGUSR1
-  and SIGUSR2. A second Ctrl-C stops at once. With several processes jax handles
-  SIGTERM, and stops all of them at the same step (`Checkpointer.preempted`);
-  the other signals become SIGTERM.
+  These are SIGINT, SIGTERM, SIGHUP unless it is ignored (nohup), and those that
+  Slurm can be told to send, SIGUSR1 and SIGUSR2. A second Ctrl-C stops at once.
+  With several processes jax handles SIGTERM, and stops all of them at the same
+  step (`Checkpointer.preempted`); the other signals become SIGTERM.
   """
   received = []
 
@@ -78,6 +78,8 @@ def stop_signals() -> Iterator[list[int]]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
   signals = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signals.append(signal.SIGHUP)
   if jax.process_count() == 1:
     signals.append(signal.SIGTERM)
   if threading.current_thread() is not threading.main_thread():

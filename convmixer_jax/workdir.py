@@ -109,6 +109,16 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
     yield
 
 
+def holder(workdir: str | os.PathLike) -> str | None:
+  """The process that holds the lock of `workdir`, in words, or None."""
+  with contextlib.suppress(OSError), open(Path(workdir) / "lock") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return file.read().strip() or "another process"
+  return None
+
+
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The valid lines of metrics.jsonl; UserError if it cannot be read."""
   records = []

@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -12,6 +13,7 @@ import pytest
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import paper
 from experiments import plots
@@ -213,7 +215,7 @@ def test_a_sweep_skips_records_and_resumes(tmp_path):
   runs = [
     run_lib.Run(cell, 0, tmp_path / cell.name / "seed0") for cell in cells
   ]
-  assert not run_lib._run_all(runs, 2, [])
+  run_lib._run_all(runs, 2, [])
   assert [run.status for run in runs] == ["finished", "failed"]
   assert "has no images" in (runs[1].workdir / "failed.txt").read_text()
   assert scores.finished(runs[0].workdir)
@@ -238,17 +240,53 @@ def test_committed_results_are_whole():
   reason="needs two cores",
 )
 def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
+  """A run that cannot start, and one that is held, leave the others alone."""
   code = "import os, time; time.sleep(1); print(os.sched_getaffinity(0))"
   command = lambda *args: [sys.executable, "-c", code]
   monkeypatch.setattr(sweeps.Cell, "command", command)
-  cells = sweeps.get("smoke").cells[:2]
-  runs = [run_lib.Run(cell, 0, tmp_path / cell.name) for cell in cells]
-  run_lib._run_all(runs, 2, [])
-  logs = [(run.workdir / "log.txt").read_text() for run in runs]
-  first, second = (set(re.findall(r"\d+", text)) for text in logs)
-  assert first
-  assert second
-  assert not first & second
+  cells = sweeps.get("smoke").cells
+  runs = [run_lib.Run(cell, 0, tmp_path / cell.name / "0") for cell in cells]
+  blocked, first, held, second = runs
+  blocked.workdir.parent.touch()
+  with workdir_lib.locked(held.workdir):
+    run_lib._run_all([blocked, first, second, held], 2, [])
+  said = "; ".join(f"{run.status}: {run.reason}" for run in runs)
+  assert re.fullmatch(
+    rf"failed: Not a directory: {blocked.workdir}; failed: {{.*}};"
+    rf" running elsewhere: process {os.getpid()} on .*; failed: {{.*}}", said
+  )  # fmt: skip
+  failures = sorted(path.parent for path in tmp_path.glob("*/0/failed.txt"))
+  assert failures == [first.workdir, second.workdir]
+  a, b = (set(re.findall(r"\d+", run.reason)) for run in (first, second))
+  assert a
+  assert b
+  assert not a & b
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, monkeypatch, signum):
+  started = []
+
+  class Popen(subprocess.Popen):
+    def __init__(self, command, **options):
+      signal.raise_signal(signum)
+      super().__init__([sys.executable, "-c", "import time; time.sleep(99)"])
+      started.append(self)
+
+  monkeypatch.setattr(subprocess, "Popen", Popen)
+  none = subprocess.CompletedProcess([], 0, "")
+  monkeypatch.setattr(subprocess, "run", lambda *args, **options: none)
+  signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  handlers = {s: signal.getsignal(s) for s in signals}
+  try:
+    args = ("smoke", f"--root={tmp_path}", "--jobs=2")
+    code, out, err = common.call("experiments.run", *args)
+  finally:
+    for s, handler in handlers.items():
+      signal.signal(s, handler)
+  assert code == 128 + signum, err
+  assert out.endswith("interrupted\n7 waiting, 1 interrupted\n")
+  assert [process.poll() for process in started] == [-signal.SIGTERM]
 
 
 @pytest.mark.slow

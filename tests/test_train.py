@@ -198,6 +198,19 @@ def test_the_commit_is_of_the_package_s_own_repository(tmp_path, monkeypatch):
   assert found(tmp_path / "convmixer_jax") == f"{commit}+changes"
 
 
+def test_sighup_stops_a_run_unless_nohup_ignores_it():
+  with runtime.stop_signals() as received:
+    signal.raise_signal(signal.SIGHUP)
+  assert received == [signal.SIGHUP]
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with runtime.stop_signals() as received:
+      signal.raise_signal(signal.SIGHUP)
+  finally:
+    signal.signal(signal.SIGHUP, before)
+  assert received == []
+
+
 WITHOUT_TENSORFLOW = """
 import importlib.machinery, pathlib, sys
 
