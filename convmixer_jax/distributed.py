@@ -21,6 +21,7 @@ import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
 from convmixer_jax.errors import first_line
+from convmixer_jax.errors import open_output
 from convmixer_jax.errors import UserError
 
 LOST = 75  # Exit code, sysexits.h's EX_TEMPFAIL: a restart may help.
@@ -121,7 +122,7 @@ class _Watch:
     os.dup2(write, 2)
     os.close(write)
     self._python_stderr = sys.stderr
-    sys.stderr = open(os.dup(self._stderr), "w", buffering=1)
+    sys.stderr = open_output(os.dup(self._stderr), sys.stderr)
     faulthandler.enable(sys.stderr)
     # abort() raises SIGABRT, whose number is 6, and calls its handler: sleep(6)
     # gives the thread the time to exit. The handler is not in Python, which
@@ -160,7 +161,8 @@ class _Watch:
           if match := log_line.match(line):
             dropping = re.fullmatch(service, match[1]) is not None
           if not dropping:
-            os.write(self._stderr, line)
+            with contextlib.suppress(OSError):  # The reader may be gone.
+              os.write(self._stderr, line)
 
   def _explain(self, status: str) -> tuple[str, int]:
     """A line for the status of the fatal error, and the exit code."""

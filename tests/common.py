@@ -196,7 +196,7 @@ def call(module, *args, stdin=""):
   argv = [str(path), *map(str, args)]
   code, out, err = 0, io.StringIO(), io.StringIO()
 
-  def run(main, flag_values):
+  def run(main, flag_values, only_prints=False):
     main(*cli.parse_flags(argv, flag_values)[1:])
 
   with (

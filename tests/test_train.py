@@ -12,6 +12,7 @@ import types
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -661,6 +662,29 @@ def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
   assert "Traceback" not in err
   step = checkpoint.latest_step(tmp_path / "run")
   assert f"step {step} is saved" in out
+
+
+def read_one_line(process):
+  process.stdout.readline()
+  process.stdout.close()
+  process.stdout = None
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads(tmp_path):
+  """As `| head -1`: a training goes on to its end, predict ends."""
+  process = common.run_main(*FLAGS, f"--workdir={tmp_path / 'run'}")
+  read_one_line(process)
+  finish(process)
+  assert scores.finished(tmp_path / "run")
+  Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+  process = common.run_main(
+    f"--weights={tmp_path / 'run'}", *1000 * [tmp_path / "a.png"],
+    module="convmixer_jax.predict",
+  )  # fmt: skip
+  read_one_line(process)
+  _, err = finish(process, 128 + signal.SIGPIPE)
+  assert err == ""
 
 
 @pytest.mark.slow
