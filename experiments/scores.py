@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
-import contextlib
 import dataclasses
 import functools
 import json
@@ -98,7 +97,7 @@ def collect(
     if path not in known:
       problems.append(f"{path}: not part of this sweep")
   for cell in sweep.cells:
-    runs, num_classes = {}, 0
+    runs, workdirs = {}, []
     for seed in sweep.seeds:
       workdir = folder / cell.name / f"seed{seed}"
       if not workdir.exists():
@@ -107,11 +106,21 @@ def collect(
         problems.append(f"{workdir}: {problem}")
         continue
       runs[seed] = workdir_lib.read_metrics(workdir)
-      with contextlib.suppress(OSError):
-        names = (workdir / "classes.txt").read_bytes()
-        num_classes = num_classes or names.count(b"\n")
-    results.append(Result(cell, runs, num_classes or cell.data.num_classes))
+      workdirs.append(workdir)
+    results.append(Result(cell, runs, _num_classes(cell, workdirs)))
   return results, problems
+
+
+def _num_classes(cell, workdirs):
+  """Of the runs' data, or else of the cell's; None if unknown."""
+  try:
+    for workdir in workdirs:
+      path = workdir / "classes.txt"
+      if path.exists() and (lines := path.read_bytes().count(b"\n")):
+        return lines
+    return cell.data.num_classes
+  except (OSError, UserError):  # The log of the run says why.
+    return None
 
 
 def _problem(cell, seed, workdir):
