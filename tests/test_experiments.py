@@ -93,26 +93,46 @@ def test_an_unknown_sweep_lists_the_known():
     sweeps.get("cifar10_sizes")
 
 
+UNFINISHED = "is not finished, or its files are damaged"
+NO_RECORD = "metrics.jsonl: has a line that is not a valid record"
+# Row, file, pattern, its replacement, and why the run is then left out.
+EDITS = (
+  ("no randaugment", "config.json", '"epochs": 200', '"epochs": 300',
+   "epochs is 300; in the sweep 200"),
+  ("no random scaling", "metrics.jsonl", r".{9}\Z", "", UNFINISHED),
+  ("no random erasing", "run.json", "{", "", UNFINISHED),
+  ("no gradient clipping", "run.json", "finished", "failed", UNFINISHED),
+  ("no mixup and cutmix", "metrics.jsonl", r"\Z",
+   '{"step": 31, "kind": "train", "loss": 1}', UNFINISHED),
+  ("no depthwise residual", "metrics.jsonl", '"top1": 93.0', '"top1": 100.1',
+   NO_RECORD),
+  ("layernorm for batchnorm", "metrics.jsonl", "kind", "kin", NO_RECORD),
+)  # fmt: skip
+
+
 def test_tables(tmp_path):
   """Means by hand; what is missing, unknown, edited or foreign is said so."""
   sweep = sweeps.get("cifar10_ablation")
   cells = {cell.row: cell for cell in sweep.cells}
-  common.finished_run(tmp_path, cells["baseline"], 0, 95.0)
-  common.finished_run(tmp_path, cells["baseline"], 1, 96.0)
-  three = common.finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
-  (three / "classes.txt").write_text("a\nb\nc\n")
-  edited = common.finished_run(tmp_path, cells["no randaugment"], 0, 99.0)
-  config = json.loads((edited / "config.json").read_text())
-  config["epochs"] = 300
-  (edited / "config.json").write_text(json.dumps(config))
-  cut = common.finished_run(tmp_path, cells["no random scaling"], 0, 86.0)
-  text = (cut / "metrics.jsonl").read_text()
-  (cut / "metrics.jsonl").write_text(text[:-9])
-  half = common.finished_run(tmp_path, cells["no random erasing"], 0, 95.0)
-  (half / "run.json").write_text("{")
-  (tmp_path / "notes").mkdir()
+  folder = tmp_path / "cifar10_ablation"
 
-  results, problems = scores.collect(sweep, tmp_path)
+  def run(row, top1, seed=0, name="config.json", pattern="$", new=""):
+    workdir = common.finished_run(folder, cells[row], seed, top1)
+    path = workdir / name
+    text = re.sub(pattern, new, path.read_text(), count=1, flags=re.S)
+    path.write_text(text)
+    return workdir
+
+  run("baseline", 95.0)
+  run("baseline", 96.0, 1, "config.json", '"dir": null', '"dir": "/there"')
+  three = run("relu for gelu", 94.0)
+  (three / "classes.txt").write_text("a\nb\nc\n")
+  wanted = [f"{run(row, 93.0, 0, *edit)}: {why}" for row, *edit, why in EDITS]
+  (folder / "notes").mkdir()
+  wanted.append(f"{folder / 'notes'}: not part of this sweep")
+
+  results, problems = scores.collect(sweep, folder)
+  assert sorted(problems) == sorted(wanted)
   rows = [scores.row(result) for result in results]
   by_name = {row[0]: dict(zip(scores.COLUMNS, row)) for row in rows}
   assert by_name["baseline"] == {
@@ -131,21 +151,19 @@ def test_tables(tmp_path):
     "unknown",
     "",
   )
-  for name in ("no_randaugment", "no_random_scaling", "no_random_erasing"):
-    assert by_name[name]["ours"] == "missing"
-  assert len(problems) == 4
-  said = "\n".join(problems)
-  assert f"{edited}: epochs is 300; in the sweep 200" in said
-  assert f"{cut}: is not finished, or its files are damaged" in said
-  assert f"{half}: is not finished" in said
-  assert f"{tmp_path / 'notes'}: not part of this sweep" in said
+  for row, *_ in EDITS:
+    assert by_name[cells[row].name]["ours"] == "missing"
 
   read = list(csv.reader(io.StringIO(tables.render(rows, "csv"))))
   assert read == [[*scores.COLUMNS], *map(list, rows)]
   markdown = tables.render(rows, "markdown").splitlines()
   assert len(markdown) == 2 + len(rows)
   assert {line.count("|") for line in markdown} == {len(scores.COLUMNS) + 1}
-  latex = tables.render(rows, "latex")
+  args = ("cifar10_ablation", f"--root={tmp_path}", "--format=latex")
+  code, latex, err = common.call("experiments.tables", *args)
+  assert code == 0
+  assert err == "".join(f"left out: {problem}\n" for problem in problems)
+  assert "relu\\_for\\_gelu & 704{,}771" in latex
   assert r"95.50 $\pm$ 0.71 (2)" in latex
   assert latex.count(r"\\") == 1 + len(rows)
 
@@ -201,6 +219,22 @@ def test_more_parts_than_runs_is_no_mistake(tmp_path):
   code, out, err = common.call("experiments.run", *args)
   assert code == 0, err
   assert out.endswith("0 runs\n")
+  parts = [run_lib._part("abcdefg", f"{i}/3") for i in (1, 2, 3)]
+  assert parts == ["adg", "be", "cf"]
+
+
+def test_the_bar_shows_the_last_record(tmp_path):
+  cell = sweeps.get("smoke").cells[0]  # Of four epochs.
+  run = run_lib.Run(cell, 0, tmp_path, "running")
+  assert run_lib._share_done(run) == 0
+  records = [
+    {"step": s, "kind": "train", "epoch": s / 20, "loss": 3 - s / 20}
+    for s in (20, 40)
+  ]
+  lines = map(json.dumps, [*records, {"step": 60, "kind": "train"}])
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  assert run_lib._share_done(run) == 0.5
+  assert run_lib._summary([run]).endswith("p1_k3/seed0 step 40 loss 1.000")
 
 
 @pytest.mark.slow
@@ -249,13 +283,18 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
   runs = [run_lib.Run(cell, 0, tmp_path / cell.name / "0") for cell in cells]
   blocked, first, held, second = runs
   blocked.workdir.parent.touch()
+  first.workdir.mkdir(parents=True)
+  (first.workdir / "log.txt").write_text("of an earlier start\n")
   with workdir_lib.locked(held.workdir):
+    (held.workdir / "failed.txt").touch()  # And so is that.
     run_lib._run_all([blocked, first, second, held], 2, [])
   said = "; ".join(f"{run.status}: {run.reason}" for run in runs)
   assert re.fullmatch(
     rf"failed: Not a directory: {blocked.workdir}; failed: {{.*}};"
     rf" running elsewhere: process {os.getpid()} on .*; failed: {{.*}}", said
   )  # fmt: skip
+  log = (first.workdir / "log.txt").read_text()
+  assert log == f"of an earlier start\n{first.reason}\n"
   failures = sorted(path.parent for path in tmp_path.glob("*/0/failed.txt"))
   assert failures == [first.workdir, second.workdir]
   a, b = (set(re.findall(r"\d+", run.reason)) for run in (first, second))
