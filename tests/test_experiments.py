@@ -303,30 +303,61 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
   assert not a & b
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP])
+def test_runs_share_the_gpus(tmp_path, monkeypatch):
+  started = []
+  note = lambda *args, **options: started.append(options)
+  monkeypatch.setattr(subprocess, "Popen", note)
+  two = subprocess.CompletedProcess([], 0, "2\n")
+  monkeypatch.setattr(subprocess, "run", lambda *args, **options: two)
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  assert run_lib._gpus() == ["0", "1"]
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+  gpus = run_lib._gpus()
+  run = run_lib.Run(sweeps.get("smoke").cells[0], 0, tmp_path)
+  for jobs in (2, 3):
+    for slot in range(jobs):
+      run_lib._start(run, slot, jobs, gpus)
+  shown = [options["env"]["CUDA_VISIBLE_DEVICES"] for options in started]
+  assert shown == ["4", "6", "4", "6", "4"]
+  shared = ["XLA_PYTHON_CLIENT_PREALLOCATE" in o["env"] for o in started]
+  assert shared == [False, False, True, True, True]
+  assert all(options["start_new_session"] for options in started)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, None])
 def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, monkeypatch, signum):
+  """Without one the run fails; a finished run is not started."""
   started = []
 
   class Popen(subprocess.Popen):
     def __init__(self, command, **options):
-      signal.raise_signal(signum)
-      super().__init__([sys.executable, "-c", "import time; time.sleep(99)"])
+      if signum:
+        signal.raise_signal(signum)
+      command = ["sleep", "99"] if signum else ["sh", "-c", "echo no; exit 3"]
+      super().__init__(command, **options)
       started.append(self)
 
   monkeypatch.setattr(subprocess, "Popen", Popen)
   none = subprocess.CompletedProcess([], 0, "")
   monkeypatch.setattr(subprocess, "run", lambda *args, **options: none)
+  cells = sweeps.get("smoke").cells
+  common.finished_run(tmp_path / "smoke", cells[1], 0, 95.0)
   signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   handlers = {s: signal.getsignal(s) for s in signals}
+  args = ("smoke", f"--root={tmp_path}", "--jobs=3", "--only=2/3")
   try:
-    args = ("smoke", f"--root={tmp_path}", "--jobs=2")
     code, out, err = common.call("experiments.run", *args)
   finally:
     for s, handler in handlers.items():
       signal.signal(s, handler)
-  assert code == 128 + signum, err
-  assert out.endswith("interrupted\n7 waiting, 1 interrupted\n")
-  assert [process.poll() for process in started] == [-signal.SIGTERM]
+  if signum:
+    assert code == 128 + signum, err
+    assert out.endswith("\n1 finished, 1 waiting, 1 interrupted\n")
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+  else:
+    assert code == 1
+    assert out.endswith("\n1 finished, 2 failed\n")
+    assert err.count("seed1: no\n") == 2
 
 
 @pytest.mark.slow
