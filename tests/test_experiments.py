@@ -31,6 +31,12 @@ def test_every_run_of_every_sweep_may_train(name):
   assert len(set(names)) == len(names)
   configs = [cell.resolve(seed).to_json() for cell, seed in sweep.runs()]
   assert len(set(configs)) == len(configs) == len(names) * len(sweep.seeds)
+  seeds = [seed for _, seed in sweep.runs()]
+  assert seeds == sorted(seeds)  # All cells with the first one, and so on.
+  for cell, seed in sweep.runs():
+    command = cell.command(seed, common.ROOT)
+    assert f"--config.seed={seed}" in command
+    assert {f"--config.{k}={v}" for k, v in cell.overrides.items()} < {*command}
 
 
 def test_cells_are_those_of_the_paper():

@@ -153,8 +153,11 @@ def test_a_second_run_is_refused_and_a_stale_lock_is_not(whole, copy):
     pytest.raises(UserError, match=f"in use by process {os.getpid()} on "),
   ):
     train_digits(copy)
-  (copy / "lock").write_text("process 1 on another since long ago\n")
+  stale = f"process 1 on {'another' * 20} since long ago\n"
+  (copy / "lock").write_text(stale)
   assert same_state(train_digits(copy), whole[1])
+  (line,) = (copy / "lock").read_text().splitlines()
+  assert line.startswith(f"process {os.getpid()} on ")
 
 
 @pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EIO"])

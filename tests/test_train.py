@@ -280,13 +280,42 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
       log.start_clock(step)
     if step % 3 == 0:
       now[0] += 10  # An evaluation counts neither here nor there.
-      log.start_clock(step)
+      log.log_eval(step, None)
     if step in (2, 8):
-      log.log_train(step, [{"loss": 1.0}])
+      log.log_train(step, [{"loss": 1.0}, {"loss": 3.0}])
   log.close("finished", 8)
   for record in workdir_lib.read_metrics(tmp_path):
     assert record["data_wait"] == 75
     assert record["images_per_second"] == 0.5
+    assert record["loss"] == 2
+
+
+def test_records_up_to_the_first_step_stay(tmp_path):
+  score = {"top1": 1, "top5": 2, "loss": 3, "count": 4}
+  rows = [(4, "train"), (5, "train"), (5, "eval"), (5, "eval"), (6, "eval")]
+  lines = [
+    json.dumps({"step": step, "kind": kind, "row": i} | score)
+    for i, (step, kind) in enumerate(rows)
+  ]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  log = logger.Logger(
+    tmp_path, "{}", first_step=5, total_steps=8, batch_size=2, active=True
+  )
+  log.close("interrupted", 7)
+  found = workdir_lib.read_metrics(tmp_path)
+  assert [(r["step"], r["kind"]) for r in found] == rows[:4]
+  assert workdir_lib.read_eval(tmp_path, 5)["row"] == 3  # The last.
+  assert workdir_lib.read_eval(tmp_path, 7) is None
+  (start,) = workdir_lib.read_starts(tmp_path)["starts"]
+  assert (start["first_step"], start["last_step"]) == (5, 7)
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+  path = tmp_path / "run.json"
+  path.write_text("old")
+  with pytest.raises(UnicodeEncodeError):
+    workdir_lib.write_whole(path, "new, but for \udc80")
+  assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -335,8 +364,11 @@ def test_the_loop_moves_only_what_it_means_to(
   if error:
     stack.enter_context(pytest.raises(Exception, match=error))
   with stack:
-    train_digits(tmp_path, eval_every=4, save_every=4)
+    train_digits(tmp_path, eval_every=4, save_every=2)
   assert running
+  if not error:
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["10", "6", "8"]
 
 
 def test_seeds_share_a_compiled_program():
