@@ -27,37 +27,6 @@ class UserError(ValueError):
     )
 
 
-def first_line(error: BaseException) -> str:
-  """The first line of an exception's message, or else its type's name."""
-  return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def reason(error: BaseException) -> str:
-  """The system's message for the error code in `error`, or else its first line.
-
-  tensorstore's errors hold such a code in a long text.
-  """
-  code = re.search(r"os_error_code='(\d+)'", str(error))
-  return os.strerror(int(code[1])) if code else first_line(error)[:200]
-
-
-@contextlib.contextmanager
-def writing(folder: Path, *errors: type[Exception]) -> Iterator[None]:
-  """Turns OSError and `errors` into a UserError that names `folder`.
-
-  For the files of a run. Each is replaced at once, so a failed write leaves its
-  earlier version.
-  """
-  try:
-    yield
-  except (OSError, *errors) as e:
-    text = getattr(e, "strerror", None) or reason(e)
-    raise UserError(
-      f"{folder}: cannot be written: {text}. What is saved there is intact;"
-      " rerun the command to resume from it"
-    ) from e
-
-
 class _Output(io.FileIO):
   """Calls `failed` at the first write that fails, and drops it and the next."""
 
@@ -93,3 +62,34 @@ def open_output(
     line_buffering=like.line_buffering,
     write_through=like.write_through,
   )
+
+
+def first_line(error: BaseException) -> str:
+  """The first line of an exception's message, or else its type's name."""
+  return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def reason(error: BaseException) -> str:
+  """The system's message for the error code in `error`, or else its first line.
+
+  tensorstore's errors hold such a code in a long text.
+  """
+  code = re.search(r"os_error_code='(\d+)'", str(error))
+  return os.strerror(int(code[1])) if code else first_line(error)[:200]
+
+
+@contextlib.contextmanager
+def writing(folder: Path, *errors: type[Exception]) -> Iterator[None]:
+  """Turns OSError and `errors` into a UserError that names `folder`.
+
+  For the files of a run. Each is replaced at once, so a failed write leaves its
+  earlier version.
+  """
+  try:
+    yield
+  except (OSError, *errors) as e:
+    text = getattr(e, "strerror", None) or reason(e)
+    raise UserError(
+      f"{folder}: cannot be written: {text}. What is saved there is intact;"
+      " rerun the command to resume from it"
+    ) from e

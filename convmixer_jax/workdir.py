@@ -111,7 +111,8 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
 
 def holder(workdir: str | os.PathLike) -> str | None:
   """The process that holds the lock of `workdir`, in words, or None."""
-  with contextlib.suppress(OSError), open(Path(workdir) / "lock") as file:
+  path = Path(workdir) / "lock"
+  with contextlib.suppress(OSError), path.open(errors="replace") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except BlockingIOError:

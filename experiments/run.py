@@ -227,7 +227,7 @@ def _ended(run, stopping):
     run.status, run.reason = "failed", _last_line(run)
     with contextlib.suppress(OSError):
       text = f"exit code {code}: {run.reason}\n"
-      (run.workdir / "failed.txt").write_text(text)
+      (run.workdir / "failed.txt").write_text(text, "utf-8", "backslashreplace")
   evals = _records(run, "eval", "top1")
   score = f"  top-1 {evals[-1]['top1']:.2f} %" if evals else ""
   _say(f"{run.name}: {run.status}{score}")
@@ -235,7 +235,7 @@ def _ended(run, stopping):
 
 def _last_line(run):
   try:
-    lines = (run.workdir / "log.txt").read_text(errors="replace").splitlines()
+    lines = (run.workdir / "log.txt").read_text("utf-8", "replace").splitlines()
   except OSError as e:
     return f"{e.strerror}: {e.filename}"
   return next((line for line in reversed(lines) if line.strip()), "no output")

@@ -314,7 +314,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
   path = tmp_path / "run.json"
   path.write_text("old")
   with pytest.raises(UnicodeEncodeError):
-    workdir_lib.write_whole(path, "new, but for \udc80")
+    workdir_lib.write_whole(path, "new, but for \ud800")
   assert path.read_text() == "old"
 
 
