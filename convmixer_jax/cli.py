@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import contextlib
 import difflib
+import errno
 import functools
 import inspect
 import os
@@ -22,6 +23,7 @@ from ml_collections import config_flags
 from convmixer_jax import config as config_lib
 from convmixer_jax import runtime
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax.errors import open_output
 from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
 
@@ -165,11 +167,37 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     logging.set_verbosity(verbosity)
 
 
-def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
+def guard_output(only_prints: bool) -> None:
+  """Makes output that nobody reads no error: `| head`, or a closed terminal.
+
+  A command that `only_prints` then ends quietly. The others go on, and what
+  they print is dropped.
+  """
+
+  def failed(e):
+    if e.errno not in (errno.EPIPE, errno.EIO):
+      raise UserError(f"standard output: {e.strerror}") from e
+    if only_prints:
+      sys.exit(128 + signal.SIGPIPE)
+
+  nowhere = lambda: os.fdopen(
+    os.open(os.devnull, os.O_WRONLY), "w", closefd=False
+  )
+  stdout, stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # >&-
+  sys.stdout = open_output(stdout.fileno(), stdout, failed)
+  sys.stderr = open_output(stderr.fileno(), stderr)
+
+
+def run(
+  main: Callable[..., None],
+  flag_values: flags.FlagValues,
+  *,
+  only_prints: bool = False,
+) -> None:
   """Runs a command; a UserError prints one line and exits with code 2.
 
   `main` gets the arguments that are not flags. If it takes no arguments, they
-  are an error.
+  are an error. For `only_prints` see `guard_output`.
   """
   logging.set_verbosity(logging.WARNING)
   # Reading a checkpoint stops at the first damaged array. The pending reads of
@@ -178,8 +206,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   sys.unraisablehook = lambda unraisable: (
     "Event loop is closed" in str(unraisable.exc_value) or report(unraisable)
   )
-  # Names of files and classes may not be printable in the terminal's encoding.
-  sys.stdout.reconfigure(errors="backslashreplace")
+  guard_output(only_prints)
   sys.stdin.reconfigure(errors="surrogateescape")
   runtime.keep_pages()
   runtime.keep_compiled()
@@ -188,6 +215,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
     if argv[1:] and not inspect.signature(main).parameters:
       raise UserError(f"{argv[1]}: not a flag; see --help")
     main(*argv[1:])
+    sys.stdout.flush()
 
   code = 1  # For exceptions that are not caught here.
   try:
@@ -204,7 +232,7 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   finally:
     # At exit Python waits for threads and locks. A dead file system or a dead
     # process may block one of them forever, so it gets 10 seconds.
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(UserError, SystemExit):
       sys.stdout.flush()
     timer = threading.Timer(10, os._exit, [code])
     timer.daemon = True

@@ -22,6 +22,7 @@ import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
 from convmixer_jax.errors import first_line
+from convmixer_jax.errors import open_output
 from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
 
@@ -126,13 +127,7 @@ class _Watch:
     os.dup2(write, 2)
     os.close(write)
     self._python_stderr = sys.stderr
-    sys.stderr = open(
-      os.dup(self._stderr),
-      "w",
-      buffering=1,
-      encoding=sys.stderr.encoding,
-      errors=sys.stderr.errors,
-    )
+    sys.stderr = open_output(os.dup(self._stderr), sys.stderr)
     faulthandler.enable(sys.stderr)
     # abort() raises SIGABRT, whose number is 6, and calls its handler: sleep(6)
     # gives the thread the time to exit. The handler is not in Python, which
@@ -171,7 +166,8 @@ class _Watch:
           if match := log_line.match(line):
             dropping = re.fullmatch(service, match[1]) is not None
           if not dropping:
-            os.write(self._stderr, line)
+            with contextlib.suppress(OSError):  # The reader may be gone.
+              os.write(self._stderr, line)
 
   def _explain(self, status: str) -> tuple[str, int]:
     """A line for the status of the fatal error, and the exit code."""

@@ -1,11 +1,14 @@
 """Errors that a person reads: one line that says what, where and what to do."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import errno
+import io
 import os
 from pathlib import Path
 import re
+from typing import TextIO
 
 # What the system may say of damaged files: one is missing, or a name or an
 # offset makes no sense.
@@ -28,6 +31,43 @@ class UserError(ValueError):
         for c in text
       )
     )
+
+
+class _Output(io.FileIO):
+  """Calls `failed` at the first write that fails, and drops it and the next."""
+
+  def __init__(self, fd, failed):
+    super().__init__(fd, "w", closefd=False)
+    self._failed = failed
+
+  def write(self, data):
+    try:
+      return super().write(data)
+    except OSError as e:
+      failed, self._failed = self._failed, lambda e: None
+      failed(e)
+      return len(data)
+
+
+def open_output(
+  fd: int, like: TextIO, failed: Callable[[OSError], None] = lambda e: None
+) -> TextIO:
+  """Opens standard output or error, whose reader may go away.
+
+  Args:
+    fd: the file descriptor.
+    like: the stream that is replaced.
+    failed: called with the error of the first write that fails; may raise.
+      What is written from then on is dropped.
+  """
+  raw = _Output(fd, failed)
+  return io.TextIOWrapper(
+    raw if like.write_through else io.BufferedWriter(raw),
+    encoding=like.encoding,
+    errors="backslashreplace",  # A terminal's encoding may lack characters.
+    line_buffering=like.line_buffering,
+    write_through=like.write_through,
+  )
 
 
 def first_line(error: BaseException) -> str:

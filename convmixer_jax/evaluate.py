@@ -101,7 +101,7 @@ def evaluate_checkpoint(
   free += config_lib.FREE_FIELDS
   if changes := workdir_lib.config_changes(config, workdir, free):
     raise UserError(
-      f"{workdir} holds a run of another config: {'; '.join(changes)}"
+      f"{workdir} holds a run of another config: {'; '.join(changes.values())}"
     )
   step = checkpoint.latest_step(workdir)
   if step is None and config.init_from is None:

@@ -188,8 +188,7 @@ class Logger:
         self._tensorboard.write(record)
 
   def _write_run(self):
-    text = json.dumps(self._starts, indent=2) + "\n"
-    workdir_lib.write_whole(self._workdir / "run.json", text)
+    workdir_lib.write_run(self._workdir, self._starts)
 
 
 def progress(

@@ -141,4 +141,4 @@ def decoded(
 
 
 if __name__ == "__main__":
-  cli.run(main, _FLAGS)
+  cli.run(main, _FLAGS, only_prints=True)

@@ -133,4 +133,4 @@ def _layer_norms(tree):
 
 
 if __name__ == "__main__":
-  cli.run(main, _FLAGS)
+  cli.run(main, _FLAGS, only_prints=True)

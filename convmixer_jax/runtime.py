@@ -62,10 +62,10 @@ def keep_compiled() -> None:
 def stop_signals() -> Iterator[list[int]]:
   """Yields a list that receives the number of a signal to stop.
 
-  These are SIGINT, SIGTERM, and those that Slurm can be told to send, SIGUSR1
-  and SIGUSR2. A second Ctrl-C stops at once. With several processes jax handles
-  SIGTERM, and stops all of them at the same step (`Checkpointer.preempted`);
-  the other signals become SIGTERM.
+  These are SIGINT, SIGTERM, SIGHUP unless it is ignored (nohup), and those that
+  Slurm can be told to send, SIGUSR1 and SIGUSR2. A second Ctrl-C stops at once.
+  With several processes jax handles SIGTERM, and stops all of them at the same
+  step (`Checkpointer.preempted`); the other signals become SIGTERM.
   """
   received = []
 
@@ -78,6 +78,8 @@ def stop_signals() -> Iterator[list[int]]:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
   signals = [signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2]
+  if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+    signals.append(signal.SIGHUP)
   if jax.process_count() == 1:
     signals.append(signal.SIGTERM)
   if threading.current_thread() is not threading.main_thread():
@@ -91,16 +93,23 @@ def stop_signals() -> Iterator[list[int]]:
 
 
 def provenance() -> dict[str, Any]:
-  """What produced a result: commit, Python, versions of `PACKAGES`."""
+  """What produced a result: commit, Python, versions of `PACKAGES`.
+
+  The commit is None unless the package lies in its own repository.
+  """
   folder, quiet = Path(__file__).parent, subprocess.DEVNULL
   git = lambda *args: subprocess.check_output(
     ["git", *args], cwd=folder, stderr=quiet, text=True
   ).strip()
   try:
-    commit = git("rev-parse", "HEAD")
+    # The repository around an environment does not track the package there.
+    own = git("ls-files", "--full-name", "errors.py") == (
+      "convmixer_jax/errors.py"
+    )
+    commit = git("rev-parse", "HEAD") if own else None
     # Results that are being written are not a change of the code.
-    results = ":(top,exclude,glob)*/results/**"
-    if git("status", "--porcelain", "--untracked-files=no", "--", results):
+    status = ["status", "--porcelain", "--untracked-files=no", "--"]
+    if own and git(*status, ":(top,exclude,glob)*/results/**"):
       commit += "+changes"
   except (OSError, subprocess.CalledProcessError):
     commit = None

@@ -53,9 +53,10 @@ def train_and_evaluate(
   config_lib.check(config, jax.device_count())
   changes = workdir_lib.config_changes(config, workdir, config_lib.FREE_FIELDS)
   if changes and not accept_changes:
+    texts = "; ".join(changes.values())
     raise UserError(
-      f"{workdir} holds a run of another config ({'; '.join(changes)}); pass"
-      " another --workdir, or --accept_changes to resume anyway"
+      f"{workdir} holds a run of another config ({texts}); pass another"
+      " --workdir, or --accept_changes to resume anyway"
     )
   saved = checkpoint.latest_step(workdir)
   if saved is None and workdir_lib.lacks_checkpoints(workdir):
@@ -76,6 +77,8 @@ def train_and_evaluate(
     )
   recipe = recipe_lib.build(config, train_source)
   mesh, total_steps = recipe.mesh, recipe.total_steps
+  if (saved := checkpoint.latest_step(workdir)) is not None:
+    _check_progress(recipe, workdir, changes, saved)
 
   # --- 2. State: the newest checkpoint > weights of another run > scratch.
   state = recipe.init_state()
@@ -103,6 +106,7 @@ def train_and_evaluate(
     metrics = workdir_lib.read_eval(workdir, first_step)
     if first_step == total_steps and metrics:
       if jax.process_index() == 0:
+        workdir_lib.mark_finished(workdir, metrics)
         print(
           f"{workdir}: finished at step {first_step}; nothing to do\n"
           + logger_lib.eval_line(metrics)
@@ -118,7 +122,7 @@ def train_and_evaluate(
       total_steps=total_steps,
       batch_size=batch_size,
       active=jax.process_index() == 0,
-      changes=changes,
+      changes=[*changes.values()],
     )
     status = "failed"
     stack.callback(lambda: logger.close(status, step))
@@ -192,6 +196,29 @@ def train_and_evaluate(
     raise SystemExit(128 + signum)
   logger.say(f"finished: {logger_lib.eval_line(metrics)}; workdir {workdir}")
   return state
+
+
+def _check_progress(recipe, workdir, changes, saved):
+  """Raises UserError unless step n has the same images as before step `saved`.
+
+  It has if neither the batch size nor the number of images has changed.
+  """
+  config, size = recipe.config, recipe.data.size
+  changed = changes.get("batch_size")
+  for record in reversed(workdir_lib.read_metrics(workdir)):
+    match record:
+      case {"step": step, "epoch": float(epoch)} if step <= saved and epoch > 0:
+        there = round(step * config.batch_size / epoch)
+        if not changed and there != size:
+          split = f"data.train_split={config.data.train_split}"
+          changed = f"{split} had {there} images there and has {size} here"
+        break
+  if changed:
+    raise UserError(
+      f"{workdir}: {changed}; the images of step n depend on this, so its"
+      " epochs would leap. Pass another --workdir, and"
+      f" --config.init_from={workdir} to start from its weights"
+    )
 
 
 def _check_finite(recipe, workdir, checkpointer, step, pending):

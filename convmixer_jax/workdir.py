@@ -2,6 +2,7 @@
 
 from collections.abc import Collection
 from collections.abc import Iterator
+from collections.abc import Mapping
 import contextlib
 import datetime
 import errno
@@ -19,16 +20,17 @@ import ml_collections
 from convmixer_jax import config as config_lib
 from convmixer_jax.errors import sync
 from convmixer_jax.errors import UserError
+from convmixer_jax.errors import writing
 
 
 def config_changes(
   config: ml_collections.ConfigDict,
   workdir: str | os.PathLike,
   may_differ: Collection[str],
-) -> list[str]:
+) -> dict[str, str]:
   """How `config` differs from that of the run in `workdir`, if there is one.
 
-  Returns a text for each field that differs and is not in `may_differ`, such as
+  Returns a text for each field that differs and is not in `may_differ`: seed ->
   'seed is 0 there and 1 here'. Raises UserError if no checkpoint can be saved
   in a folder of this name, or its config.json is not a valid config.
   """
@@ -42,14 +44,14 @@ def config_changes(
     text = "must be UTF-8, in a locale of UTF-8"
     raise UserError(f"--workdir={workdir}: {text}") from e
   if not os.path.lexists(os.path.join(workdir, "config.json")):
-    return []
+    return {}
   old = config_lib.flatten(read_config(workdir))
   new = config_lib.flatten(json.loads(config.to_json()))
-  return [
-    f"{name} is {old.get(name)} there and {new.get(name)} here"
+  return {
+    name: f"{name} is {old.get(name)} there and {new.get(name)} here"
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name) and name not in may_differ
-  ]
+  }
 
 
 def load_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
@@ -109,7 +111,8 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
       holder = file.read().strip() or "another process"
       raise UserError(f"--workdir={workdir}: in use by {holder}") from e
     except OSError as e:
-      if e.errno not in (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL):
+      none = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
+      if e.errno not in none:
         raise UserError(f"{path}: {e.strerror}") from e
       text = "its file system has no locks; do not start a second run in it"
       print(f"warning: {workdir}: {text}", file=sys.stderr)
@@ -121,6 +124,17 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
     except OSError as e:
       raise UserError(f"{path}: {e.strerror}") from e
     yield
+
+
+def holder(workdir: str | os.PathLike) -> str | None:
+  """The process that holds the lock of `workdir`, in words, or None."""
+  path = Path(workdir) / "lock"
+  with contextlib.suppress(OSError), path.open(errors="replace") as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+      return file.read().strip() or "another process"
+  return None
 
 
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -183,6 +197,36 @@ def lacks_checkpoints(workdir: str | os.PathLike) -> bool:
       if isinstance(start, dict)
     )
   )
+
+
+def mark_finished(
+  workdir: str | os.PathLike, metrics: Mapping[str, Any]
+) -> None:
+  """Completes run.json after a kill between the last checkpoint and the end.
+
+  `metrics` is the record of the last evaluation. Raises UserError if run.json
+  is damaged or cannot be written.
+  """
+  run, step = read_starts(workdir), metrics["step"]
+  end = {
+    "status": "finished",
+    "last_step": step,
+    "ended": metrics.get("time"),
+  }
+  match run["starts"]:
+    case [*_, {"status": "finished", "last_step": last}] if last == step:
+      return
+    case [*_, dict() as start]:
+      start.update(end)
+    case starts:
+      starts.append(end)
+  with writing(Path(workdir)):
+    write_run(workdir, run)
+
+
+def write_run(workdir: str | os.PathLike, run: Mapping[str, Any]) -> None:
+  """Writes run.json; see `read_starts`."""
+  write_whole(Path(workdir) / "run.json", json.dumps(run, indent=2) + "\n")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -15,9 +15,7 @@ from matplotlib import patches
 from matplotlib import ticker
 import numpy as np
 
-from convmixer_jax import models
 from experiments import scores
-from experiments import sweeps
 
 # The width of a phone, in inches of 72 pixels.
 WIDTH = 4.3
@@ -101,27 +99,20 @@ def _pictures(results) -> Iterator[Picture]:
     f"On augmented images, without weight decay. {band}",
     _curves(results, "train", "loss", "loss, nats"),
   )
+  if any(result.costs is None for result in results):
+    return
   bars = "Mean and standard deviation over seeds; hollow markers: published."
-  size = lambda cell: cell.resolve(0).data.image_size
   yield _picture(
     "parameters",
     "Top-1 against parameters",
     bars,
-    _scatter(
-      results,
-      "parameters",
-      lambda cell: sweeps.count_parameters(cell.model()),
-    ),
+    _scatter(results, "parameters", [r.costs[0] for r in results]),
   )
   yield _picture(
     "flops",
     "Top-1 against compute",
     f"FLOPs of a forward pass per image, 2 per multiply-add. {bars}",
-    _scatter(
-      results,
-      "FLOP an image",
-      lambda cell: models.flops(cell.model(), size(cell)),
-    ),
+    _scatter(results, "FLOP an image", [r.costs[1] for r in results]),
   )
 
 
@@ -269,10 +260,9 @@ def _series(result, kind, field):
   return steps, np.array([[seed[i] for i in steps] for seed in seeds])
 
 
-def _scatter(results, label, cost):
+def _scatter(results, label, costs):
   looks, legend = _looks(results)
   drawn, (ax,) = _figure(1, legend)
-  costs = [cost(result.cell) for result in results]
   for x, result, (color, marker) in zip(costs, results, looks):
     if result.mean is not None:
       ax.errorbar(

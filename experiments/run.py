@@ -7,10 +7,13 @@
 A run's workdir is ROOT/SWEEP/CELL/seedS; its output is log.txt in there. Rerun
 the command to continue: finished runs are skipped, interrupted runs resume, and
 failed runs, which have a failed.txt, are tried again. A failure does not stop
-the other runs. Ctrl-C or SIGTERM makes the active runs save their state and
-end. With several GPUs, each trains another run.
+the other runs. Ctrl-C, SIGTERM or SIGHUP makes the active runs save their state
+and end. A run that another process trains is left to it. With several GPUs,
+each trains another run.
 """
 
+import collections
+import contextlib
 import dataclasses
 import functools
 import os
@@ -25,10 +28,8 @@ import numpy as np
 import tqdm
 
 from convmixer_jax import cli
-from convmixer_jax import models
 from convmixer_jax import recipe
 from convmixer_jax import workdir as workdir_lib
-from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import scores
 from experiments import sweeps
@@ -53,6 +54,10 @@ _JOBS = _FLAGS.positive(
 )
 
 
+STATUSES = ("finished", "running", "running elsewhere", "failed", "waiting",
+            "interrupted")  # fmt: skip
+
+
 @dataclasses.dataclass
 class Run:
   """A cell with a seed, and its status."""
@@ -61,6 +66,7 @@ class Run:
   seed: int
   workdir: Path
   status: str = "waiting"
+  reason: str = ""  # Why it failed, or who trains it.
   process: subprocess.Popen | None = None
 
   @property
@@ -94,16 +100,18 @@ def main(*names: str) -> None:
   except OSError as e:
     raise UserError(f"--root={_ROOT.value}: {e.strerror}") from e
   gpus = _gpus()
-  # Background jobs of a shell ignore SIGINT unless it is set.
-  for signum in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(signum, signal.default_int_handler)
-  interrupted = _run_all(runs, _JOBS.value or max(1, len(gpus)), gpus)
-  print(_counts(runs, "finished", "failed", "waiting", "interrupted"))
+  received = []
+  for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    # Background jobs of a shell ignore SIGINT. nohup is to ignore SIGHUP.
+    if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
+      signal.signal(signum, lambda signum, frame: received.append(signum))
+  _run_all(runs, _JOBS.value or max(1, len(gpus)), gpus, received)
+  print(_counts(runs))
   for run in runs:
-    if run.status == "failed":
-      print(f"failed: {run.workdir}: {_last_line(run)}", file=sys.stderr)
-  if interrupted:
-    sys.exit(128 + signal.SIGINT)
+    if run.reason:
+      print(f"{run.status}: {run.workdir}: {run.reason}", file=sys.stderr)
+  if received:
+    sys.exit(128 + received[0])
   if any(run.status == "failed" for run in runs):
     sys.exit(1)
 
@@ -136,11 +144,11 @@ def _gpus() -> list[str]:
   )
 
 
-def _run_all(runs, jobs, gpus):
-  """Trains what is waiting. Returns whether it was interrupted."""
+def _run_all(runs, jobs, gpus, received=()):
+  """Trains what is waiting until a signal is received."""
   slots: list[Run | None] = [None] * jobs
   waiting = [run for run in runs if run.status == "waiting"]
-  stopping = False
+  told = 0
   with tqdm.tqdm(
     total=len(runs),
     initial=sum(map(_share_done, runs)),
@@ -148,27 +156,30 @@ def _run_all(runs, jobs, gpus):
     dynamic_ncols=True,
     disable=None,
   ) as bar:
-    while any(slots) or (waiting and not stopping):
-      try:
-        for i, run in enumerate(slots):
-          if run and run.process and run.process.poll() is not None:
-            slots[i] = None
-            _ended(run, stopping)
-          if slots[i] is None and waiting and not stopping:
-            slots[i] = waiting.pop(0)
-            _start(slots[i], i, jobs, gpus)
-        if not bar.disable:
-          bar.set_postfix_str(_summary(runs), refresh=False)
-          bar.update(sum(map(_share_done, runs)) - bar.n)
-          bar.refresh()
-        time.sleep(0.5)
-      except KeyboardInterrupt:
-        stopping = True
+    while any(slots) or (waiting and not received):
+      for i, run in enumerate(slots):
+        if run and run.process.poll() is not None:
+          slots[i] = None
+          _ended(run, stopping=told > 0)
+        if slots[i] is None and waiting and not received:
+          run = waiting.pop(0)
+          try:
+            _start(run, i, jobs, gpus)
+            slots[i] = run
+          except OSError as e:
+            run.status = "failed"
+            run.reason = f"{e.strerror}: {e.filename or run.workdir}"
+            _say(f"{run.name}: failed")
+      if len(received) > told:
+        told = len(received)
         _say("stopping: the active runs save their state")
-        for run in slots:
-          if run and run.process:
-            run.process.send_signal(signal.SIGTERM)
-  return stopping
+        for run in filter(None, slots):
+          run.process.terminate()
+      if not bar.disable:
+        bar.set_postfix_str(_summary(runs), refresh=False)
+        bar.update(sum(map(_share_done, runs)) - bar.n)
+        bar.refresh()
+      time.sleep(0.5)
 
 
 def _say(text):
@@ -198,7 +209,8 @@ def _start(run, slot, jobs, gpus):
   if not gpus and hasattr(os, "sched_setaffinity"):
     # Threads of two runs on the same core would wait for each other.
     cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(run.process.pid, cores[slot::jobs] or cores)
+    with contextlib.suppress(OSError):  # It may have ended.
+      os.sched_setaffinity(run.process.pid, cores[slot::jobs] or cores)
   run.status = "running"
 
 
@@ -206,67 +218,77 @@ def _ended(run, stopping):
   code = run.process.returncode
   if code == 0 and scores.finished(run.workdir):
     run.status = "finished"
-  elif stopping and code == 128 + signal.SIGTERM:
+  # The second one ends it before there is anything to save.
+  elif stopping and code in (128 + signal.SIGTERM, -signal.SIGTERM):
     run.status = "interrupted"
+  elif holder := workdir_lib.holder(run.workdir):
+    run.status, run.reason = "running elsewhere", holder
   else:
-    run.status = "failed"
-    text = f"exit code {code}: {_last_line(run)}\n"
-    (run.workdir / "failed.txt").write_text(text, "utf-8", "backslashreplace")
-  evals = _records(run, "eval")
+    run.status, run.reason = "failed", _last_line(run)
+    with contextlib.suppress(OSError):
+      text = f"exit code {code}: {run.reason}\n"
+      (run.workdir / "failed.txt").write_text(text, "utf-8", "backslashreplace")
+  evals = _records(run, "eval", "top1")
   score = f"  top-1 {evals[-1]['top1']:.2f} %" if evals else ""
   _say(f"{run.name}: {run.status}{score}")
 
 
 def _last_line(run):
-  lines = (run.workdir / "log.txt").read_text("utf-8", "replace").splitlines()
+  try:
+    lines = (run.workdir / "log.txt").read_text("utf-8", "replace").splitlines()
+  except OSError as e:
+    return f"{e.strerror}: {e.filename}"
   return next((line for line in reversed(lines) if line.strip()), "no output")
 
 
-def _records(run, kind):
-  records = workdir_lib.read_metrics(run.workdir)
-  return [record for record in records if record.get("kind") == kind]
+def _records(run, kind, field):
+  """The records of a kind whose `field` is a number."""
+  try:
+    records = workdir_lib.read_metrics(run.workdir)
+  except UserError:
+    return []
+  number = lambda record: isinstance(record.get(field), (int, float))
+  return [r for r in records if r["kind"] == kind and number(r)]
 
 
 def _share_done(run):
   """From 0 to 1; a failed run counts as done, for the time that is left."""
   if run.status in ("finished", "failed"):
     return 1.0
-  records = _records(run, "train")
-  return records[-1].get("epoch", 0.0) / run.epochs if records else 0.0
+  records = _records(run, "train", "epoch")
+  return records[-1]["epoch"] / run.epochs if records else 0.0
 
 
 def _summary(runs):
   """How many runs are in each status, and where the active ones are."""
-  counts = _counts(runs, "finished", "running", "waiting", "failed")
   active = []
   for run in runs:
-    records = _records(run, "train") if run.status == "running" else []
-    if records:
+    if run.status == "running" and (records := _records(run, "train", "loss")):
       last = records[-1]
       active.append(f"{run.name} step {last['step']} loss {last['loss']:.3f}")
-  return "; ".join([counts, *active])
+  return "; ".join([_counts(runs), *active])
 
 
-def _counts(runs, *statuses):
+def _counts(runs):
   """'3 finished, 1 failed'; omits a status that no run has."""
-  found = {s: sum(run.status == s for run in runs) for s in statuses}
-  return ", ".join(f"{n} {status}" for status, n in found.items() if n)
+  found = collections.Counter(run.status for run in runs)
+  return ", ".join(f"{found[s]} {s}" for s in STATUSES if found[s])
 
 
 def _dry_run(runs):
-  speed, measured = _measured_speed(runs)
+  costs = {run.name: _costs(run.cell) for run in runs}
+  smallest = min(runs, key=lambda run: costs[run.name][1])
+  speed, measured = _measured_speed(smallest.cell, costs[smallest.name][1])
   width = max(len(run.name) for run in runs)
   print(f"{'run':{width}}  parameters  GFLOP/image  epochs   hours")
   total = 0.0
   for run in runs:
-    config, model = run.cell.resolve(run.seed), run.cell.model()
-    flops = models.flops(model, config.data.image_size)
-    images = config.epochs * _training_data(config).size
-    hours = 3 * flops * images / speed / 3600
+    parameters, flops = costs[run.name]
+    hours = 3 * flops * run.epochs * run.cell.data.size / speed / 3600
     total += hours * (run.status != "finished")
     print(
-      f"{run.name:{width}}{sweeps.count_parameters(model):12,}"
-      f"{flops / 1e9:13.3g}{config.epochs:8}{hours:8.2g}"
+      f"{run.name:{width}}{parameters:12,}"
+      f"{flops / 1e9:13.3g}{run.epochs:8}{hours:8.2g}"
       + ("  finished" if run.status == "finished" else "")
     )
   print(
@@ -275,23 +297,23 @@ def _dry_run(runs):
   )
 
 
-def _training_data(config):
-  """The number of images and classes; the data need not be here."""
-  d = config.data
-  return sources.describe(d.name, d.dir, d.train_split, d.image_size)
+def _costs(cell):
+  costs = cell.costs(cell.data.num_classes)
+  if costs is None or cell.data.size is None:
+    raise UserError(
+      f"{cell.name}: --dry_run needs the number of its images and classes, and"
+      " its data (data.name, data.dir) are not here"
+    )
+  return costs
 
 
-def _measured_speed(runs):
-  """FLOP/s of training, as three forward passes, of the smallest cell."""
-  cost = lambda cell: models.flops(
-    cell.model(), cell.resolve(0).data.image_size
-  )
-  cell = min((run.cell for run in runs), key=cost)
+def _measured_speed(cell, flops):
+  """FLOP/s of training, as three forward passes, of a cell."""
   config = cell.resolve(0)
   config.batch_size = min(config.batch_size, 64)
   config.accum_steps = 1
   config.model.bn_group_size = config.augment.mix_group_size = 0
-  built = recipe.build(config, _training_data(config), jax.local_devices()[:1])
+  built = recipe.build(config, cell.data, jax.local_devices()[:1])
   state = built.init_state()
   zeros = lambda like: np.zeros(like.shape, like.dtype)
   batch = jax.tree.map(zeros, built.batch_shapes())
@@ -301,7 +323,7 @@ def _measured_speed(runs):
     state, metrics = built.train_step(built.seed, state, batch)
     jax.block_until_ready((state, metrics))
     seconds.append(time.perf_counter() - start)
-  return 3 * config.batch_size * cost(cell) / np.median(seconds[1:]), (
+  return 3 * config.batch_size * flops / np.median(seconds[1:]), (
     f"measured here: {cell.name}, {config.batch_size} images a step"
   )
 

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import functools
 import json
 from pathlib import Path
 import statistics
 from typing import Any
 
 from convmixer_jax import config as config_lib
-from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import sweeps
@@ -22,10 +22,22 @@ _FREE = {*config_lib.FREE_FIELDS, "data.dir"}
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-  """A cell and its finished runs: seed -> records of metrics.jsonl."""
+  """A cell and its finished runs.
+
+  Attributes:
+    cell: the cell.
+    runs: seed -> records of metrics.jsonl.
+    num_classes: of their data; None if unknown.
+  """
 
   cell: sweeps.Cell
   runs: Mapping[int, list[dict[str, Any]]]
+  num_classes: int | None = None
+
+  @functools.cached_property
+  def costs(self) -> tuple[int, int] | None:
+    """Parameters, and FLOPs of an image; None if the classes are unknown."""
+    return self.cell.costs(self.num_classes)
 
   @property
   def scores(self) -> dict[int, float]:
@@ -85,7 +97,7 @@ def collect(
     if path not in known:
       problems.append(f"{path}: not part of this sweep")
   for cell in sweep.cells:
-    runs = {}
+    runs, workdirs = {}, []
     for seed in sweep.seeds:
       workdir = folder / cell.name / f"seed{seed}"
       if not workdir.exists():
@@ -94,8 +106,21 @@ def collect(
         problems.append(f"{workdir}: {problem}")
         continue
       runs[seed] = workdir_lib.read_metrics(workdir)
-    results.append(Result(cell, runs))
+      workdirs.append(workdir)
+    results.append(Result(cell, runs, _num_classes(cell, workdirs)))
   return results, problems
+
+
+def _num_classes(cell, workdirs):
+  """Of the runs' data, or else of the cell's; None if unknown."""
+  try:
+    for workdir in workdirs:
+      path = workdir / "classes.txt"
+      if path.exists() and (lines := path.read_bytes().count(b"\n")):
+        return lines
+    return cell.data.num_classes
+  except (OSError, UserError):  # The log of the run says why.
+    return None
 
 
 def _problem(cell, seed, workdir):
@@ -132,9 +157,7 @@ def _is_record(record):
 
 def row(result: Result) -> tuple[str, ...]:
   """A cell as values of `COLUMNS`."""
-  cell, model = result.cell, result.cell.model()
-  size = cell.resolve(0).data.image_size
-  published = cell.published()
+  published = result.cell.published()
   rates = [
     record["images_per_second"]
     for records in result.runs.values()
@@ -152,10 +175,14 @@ def row(result: Result) -> tuple[str, ...]:
   if result.mean is not None:
     spread = "" if result.std is None else f" +- {result.std:.2f}"
     ours = f"{result.mean:.2f}{spread} ({len(result.runs)})"
+  parameters, flops = "", ""
+  if result.costs:
+    parameters = f"{result.costs[0]:,}"
+    flops = f"{result.costs[1] / 1e9:.3g}"
   return (
-    cell.name,
-    f"{sweeps.count_parameters(model):,}",
-    f"{models.flops(model, size) / 1e9:.3g}",
+    result.cell.name,
+    parameters,
+    flops,
     f"{statistics.median(rates):.0f}" if rates else "",
     ours,
     paper,

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import functools
 from pathlib import Path
 import sys
 from typing import Any
@@ -14,6 +15,7 @@ import ml_collections
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
+from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import paper
 
@@ -56,11 +58,23 @@ class Cell:
       *(f"--config.{name}={value}" for name, value in fields.items()),
     ]
 
-  def model(self) -> nn.Module:
-    """The model, with 1000 classes for ImageNet and 10 otherwise."""
-    config = self.resolve(0)
-    classes = 1000 if config.data.name == "imagenet2012" else 10
-    return models.create_model(num_classes=classes, **config.model)
+  @functools.cached_property
+  def data(self) -> sources.Description:
+    """Its training images. They need not be here, and may then be unknown."""
+    d = self.resolve(0).data
+    return sources.describe(d.name, d.dir, d.train_split, d.image_size)
+
+  def model(self, num_classes: int = 1000) -> nn.Module:
+    """The model. Only its head depends on the number of classes."""
+    config = self.resolve(0).model
+    return models.create_model(num_classes=num_classes, **config)
+
+  def costs(self, num_classes: int | None) -> tuple[int, int] | None:
+    """Trainable parameters, and FLOPs of an image; None if `num_classes` is."""
+    if num_classes is None:
+      return None
+    model, size = self.model(num_classes), self.resolve(0).data.image_size
+    return count_parameters(model, size), models.flops(model, size)
 
   def published(self) -> paper.Published | None:
     """The paper's row, or None."""
@@ -239,7 +253,7 @@ def get(*names: str) -> Sweep:
   return SWEEPS[name]
 
 
-def count_parameters(model: nn.Module) -> int:
-  """Number of trainable parameters, for RGB images."""
-  leaves = jax.tree.leaves(models.variable_shapes(model)["params"])
-  return sum(leaf.size for leaf in leaves)
+def count_parameters(model: nn.Module, image_size: int) -> int:
+  """Number of trainable parameters, for RGB images of this size."""
+  shapes = models.variable_shapes(model, image_size)["params"]
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

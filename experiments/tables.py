@@ -62,4 +62,4 @@ def render(rows: list[tuple[str, ...]], kind: str) -> str:
 
 
 if __name__ == "__main__":
-  cli.run(main, _FLAGS)
+  cli.run(main, _FLAGS, only_prints=True)

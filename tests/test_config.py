@@ -2,9 +2,11 @@
 
 import ast
 from concurrent import futures
+import contextlib
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 
@@ -12,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax.data import sources
@@ -204,6 +207,34 @@ def test_help_explains_every_flag(path):
     # Its explanation holds an example of it.
     explanation = out.split(f"\n--{flag}\n")[1].split("\n--")[0]
     assert re.search(f"--(no)?{flag}", explanation), flag
+
+
+@pytest.mark.parametrize("only_prints", [True, False])
+def test_output_that_nobody_reads_ends_no_work(monkeypatch, only_prints):
+  read, write = os.pipe()
+  os.close(read)
+  for name in ("stdout", "stderr"):
+    stream = os.fdopen(write, "w", closefd=False)
+    monkeypatch.setattr(sys, name, stream)
+  cli.guard_output(only_prints)
+  for stream in (sys.stderr, sys.stdout):
+    with contextlib.ExitStack() as stack:
+      if only_prints and stream is sys.stdout:
+        error = stack.enter_context(pytest.raises(SystemExit))
+      print("a line", file=stream, flush=True)
+  print("more, as Python writes when it ends", flush=True)
+  assert not only_prints or error.value.code == 128 + signal.SIGPIPE
+  os.close(write)
+
+
+def test_output_that_is_lost_is_an_error(monkeypatch):
+  with open("/dev/full", "w") as full:
+    monkeypatch.setattr(sys, "stdout", full)
+    monkeypatch.setattr(sys, "stderr", None)  # As after 2>&-.
+    cli.guard_output(only_prints=False)
+    print("a line", file=sys.stderr)
+    with pytest.raises(UserError, match="standard output: No space left"):
+      print("a line", flush=True)
 
 
 # --- The import rule: every module may import those in the rows before its own,

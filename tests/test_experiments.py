@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -12,8 +13,10 @@ import pytest
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import paper
+from experiments import plots
 from experiments import run as run_lib
 from experiments import scores
 from experiments import sweeps
@@ -28,6 +31,12 @@ def test_every_run_of_every_sweep_may_train(name):
   assert len(set(names)) == len(names)
   configs = [cell.resolve(seed).to_json() for cell, seed in sweep.runs()]
   assert len(set(configs)) == len(configs) == len(names) * len(sweep.seeds)
+  seeds = [seed for _, seed in sweep.runs()]
+  assert seeds == sorted(seeds)  # All cells with the first one, and so on.
+  for cell, seed in sweep.runs():
+    command = cell.command(seed, common.ROOT)
+    assert f"--config.seed={seed}" in command
+    assert {f"--config.{k}={v}" for k, v in cell.overrides.items()} < {*command}
 
 
 def test_cells_are_those_of_the_paper():
@@ -48,8 +57,8 @@ def test_cells_are_those_of_the_paper():
       found.add(key)
       # The table counts LayerNorm's parameters as BatchNorm's: equal.
       # Few blocks are traced sooner; whole models are test_models'.
-      model = cell.model()
-      one, two = (count(model.clone(depth=depth)) for depth in (1, 2))
+      model = cell.model(cell.data.num_classes)
+      one, two = (count(model.clone(depth=depth), 32) for depth in (1, 2))
       params = one + (model.depth - 1) * (two - one)
       assert params == int(counts[key]), key
   tables_here = {key[0] for key in found}
@@ -90,27 +99,49 @@ def test_an_unknown_sweep_lists_the_known():
     sweeps.get("cifar10_sizes")
 
 
-def test_tables(tmp_path):
+UNFINISHED = "is not finished, or its files are damaged"
+NO_RECORD = "metrics.jsonl: has a line that is not a valid record"
+# Row, file, pattern, its replacement, and why the run is then left out.
+EDITS = (
+  ("no randaugment", "config.json", '"epochs": 200', '"epochs": 300',
+   "epochs is 300; in the sweep 200"),
+  ("no random scaling", "metrics.jsonl", r".{9}\Z", "", UNFINISHED),
+  ("no random erasing", "run.json", "{", "", UNFINISHED),
+  ("no gradient clipping", "run.json", "finished", "failed", UNFINISHED),
+  ("no mixup and cutmix", "metrics.jsonl", r"\Z",
+   '{"step": 31, "kind": "train", "loss": 1}', UNFINISHED),
+  ("no depthwise residual", "metrics.jsonl", '"top1": 93.0', '"top1": 100.1',
+   NO_RECORD),
+  ("layernorm for batchnorm", "metrics.jsonl", "kind", "kin", NO_RECORD),
+)  # fmt: skip
+
+
+def test_tables(tmp_path, monkeypatch):
   """Means by hand; what is missing, unknown, edited or foreign is said so."""
   sweep = sweeps.get("cifar10_ablation")
   cells = {cell.row: cell for cell in sweep.cells}
-  common.finished_run(tmp_path, cells["baseline"], 0, 95.0)
-  common.finished_run(tmp_path, cells["baseline"], 1, 96.0)
-  common.finished_run(tmp_path, cells["relu for gelu"], 0, 94.0)
-  edited = common.finished_run(tmp_path, cells["no randaugment"], 0, 99.0)
-  config = json.loads((edited / "config.json").read_text())
-  config["epochs"] = 300
-  (edited / "config.json").write_text(json.dumps(config))
-  cut = common.finished_run(tmp_path, cells["no random scaling"], 0, 86.0)
-  text = (cut / "metrics.jsonl").read_text()
-  (cut / "metrics.jsonl").write_text(text[:-9])
-  half = common.finished_run(tmp_path, cells["no random erasing"], 0, 95.0)
-  (half / "run.json").write_text("{")
-  (tmp_path / "notes").mkdir()
+  folder = tmp_path / "cifar10_ablation"
 
-  results, problems = scores.collect(sweep, tmp_path)
+  def run(row, top1, seed=0, name="config.json", pattern="$", new=""):
+    workdir = common.finished_run(folder, cells[row], seed, top1)
+    path = workdir / name
+    text = re.sub(pattern, new, path.read_text(), count=1, flags=re.S)
+    path.write_text(text)
+    return workdir
+
+  run("baseline", 95.0)
+  run("baseline", 96.0, 1, "config.json", '"dir": null', '"dir": "/there"')
+  three = run("relu for gelu", 94.0)
+  (three / "classes.txt").write_text("a\nb\nc\n")
+  wanted = [f"{run(row, 93.0, 0, *edit)}: {why}" for row, *edit, why in EDITS]
+  (folder / "notes").mkdir()
+  wanted.append(f"{folder / 'notes'}: not part of this sweep")
+
+  results, problems = scores.collect(sweep, folder)
+  assert sorted(problems) == sorted(wanted)
   rows = [scores.row(result) for result in results]
   by_name = {row[0]: dict(zip(scores.COLUMNS, row)) for row in rows}
+<<<<<<< HEAD
   columns = ("parameters", "img/s", "ours", "paper", "difference")
   found = [by_name["baseline"][column] for column in columns]
   assert found == ["706,570", "100", "95.50 +- 0.71 (2)", "95.88", "-0.38"]
@@ -124,15 +155,52 @@ def test_tables(tmp_path):
   assert f"{cut}: is not finished, or its files are damaged" in said
   assert f"{half}: is not finished" in said
   assert f"{tmp_path / 'notes'}: not part of this sweep" in said
+=======
+  assert by_name["baseline"] == {
+    "cell": "baseline",
+    "parameters": "706,570",
+    "GFLOP/image": by_name["baseline"]["GFLOP/image"],
+    "img/s": "100",
+    "ours": "95.50 +- 0.71 (2)",
+    "paper": "95.88",
+    "difference": "-0.38",
+  }
+  relu = by_name["relu_for_gelu"]
+  assert relu["parameters"] == "704,771"  # 7 x 257 fewer.
+  assert (relu["ours"], relu["paper"], relu["difference"]) == (
+    "94.00 (1)",
+    "unknown",
+    "",
+  )
+  for row, *_ in EDITS:
+    assert by_name[cells[row].name]["ours"] == "missing"
+>>>>>>> b4dd37e64709dada43fe43bdf5a5d6ee62954666
 
   read = list(csv.reader(io.StringIO(tables.render(rows, "csv"))))
   assert read == [[*scores.COLUMNS], *map(list, rows)]
   markdown = tables.render(rows, "markdown").splitlines()
   assert len(markdown) == 2 + len(rows)
   assert {line.count("|") for line in markdown} == {len(scores.COLUMNS) + 1}
-  latex = tables.render(rows, "latex")
+  collected = {(id(sweep), folder): (results, problems)}  # Once.
+  collect = lambda sweep, folder: collected[id(sweep), folder]
+  monkeypatch.setattr(scores, "collect", collect)
+  args = ("cifar10_ablation", f"--root={tmp_path}", "--format=latex")
+  code, latex, err = common.call("experiments.tables", *args)
+  assert code == 0
+  assert err == "".join(f"left out: {problem}\n" for problem in problems)
+  assert "relu\\_for\\_gelu & 704{,}771" in latex
   assert r"95.50 $\pm$ 0.71 (2)" in latex
   assert latex.count(r"\\") == 1 + len(rows)
+
+
+def test_costs_of_unknown_classes_are_unknown(tmp_path):
+  folder = {"data.name": "folder", "data.dir": str(tmp_path)}  # No split.
+  cell = sweeps.Cell("away", "configs/digits.py", folder)
+  common.finished_run(tmp_path, cell, 0, 95.0)
+  results, problems = scores.collect(sweeps.Sweep("", [cell], (0,)), tmp_path)
+  assert problems == []
+  assert scores.row(results[0]) == ("away", "", "", "100", "95.00 (1)", "", "")
+  assert [p.name for p in plots.draw(results)] == ["top1", "loss"]
 
 
 @pytest.mark.parametrize(
@@ -165,7 +233,26 @@ def test_dry_run_writes_nothing(tmp_path):
   code, out, err = common.call("experiments.run", *args, "--only=20/20")
   assert code == 0, err
   assert out.endswith("0 runs\n")
+<<<<<<< HEAD
   assert not (tmp_path / "root").exists()
+=======
+  parts = [run_lib._part("abcdefg", f"{i}/3") for i in (1, 2, 3)]
+  assert parts == ["adg", "be", "cf"]
+
+
+def test_the_bar_shows_the_last_record(tmp_path):
+  cell = sweeps.get("smoke").cells[0]  # Of four epochs.
+  run = run_lib.Run(cell, 0, tmp_path, "running")
+  assert run_lib._share_done(run) == 0
+  records = [
+    {"step": s, "kind": "train", "epoch": s / 20, "loss": 3 - s / 20}
+    for s in (20, 40)
+  ]
+  lines = map(json.dumps, [*records, {"step": 60, "kind": "train"}])
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  assert run_lib._share_done(run) == 0.5
+  assert run_lib._summary([run]).endswith("p1_k3/seed0 step 40 loss 1.000")
+>>>>>>> b4dd37e64709dada43fe43bdf5a5d6ee62954666
 
 
 @pytest.mark.slow
@@ -181,7 +268,7 @@ def test_a_sweep_skips_records_and_resumes(tmp_path):
   runs = [
     run_lib.Run(cell, 0, tmp_path / cell.name / "seed0") for cell in cells
   ]
-  assert not run_lib._run_all(runs, 2, [])
+  run_lib._run_all(runs, 2, [])
   assert [run.status for run in runs] == ["finished", "failed"]
   assert "has no images" in (runs[1].workdir / "failed.txt").read_text()
   assert scores.finished(runs[0].workdir)
@@ -206,17 +293,89 @@ def test_committed_results_are_whole():
   reason="needs two cores",
 )
 def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
+  """A run that cannot start, and one that is held, leave the others alone."""
   code = "import os, time; time.sleep(1); print(os.sched_getaffinity(0))"
   command = lambda *args: [sys.executable, "-c", code]
   monkeypatch.setattr(sweeps.Cell, "command", command)
-  cells = sweeps.get("smoke").cells[:2]
-  runs = [run_lib.Run(cell, 0, tmp_path / cell.name) for cell in cells]
-  run_lib._run_all(runs, 2, [])
-  logs = [(run.workdir / "log.txt").read_text() for run in runs]
-  first, second = (set(re.findall(r"\d+", text)) for text in logs)
-  assert first
-  assert second
-  assert not first & second
+  cells = sweeps.get("smoke").cells
+  runs = [run_lib.Run(cell, 0, tmp_path / cell.name / "0") for cell in cells]
+  blocked, first, held, second = runs
+  blocked.workdir.parent.touch()
+  first.workdir.mkdir(parents=True)
+  (first.workdir / "log.txt").write_text("of an earlier start\n")
+  with workdir_lib.locked(held.workdir):
+    (held.workdir / "failed.txt").touch()  # And so is that.
+    run_lib._run_all([blocked, first, second, held], 2, [])
+  said = "; ".join(f"{run.status}: {run.reason}" for run in runs)
+  assert re.fullmatch(
+    rf"failed: Not a directory: {blocked.workdir}; failed: {{.*}};"
+    rf" running elsewhere: process {os.getpid()} on .*; failed: {{.*}}", said
+  )  # fmt: skip
+  log = (first.workdir / "log.txt").read_text()
+  assert log == f"of an earlier start\n{first.reason}\n"
+  failures = sorted(path.parent for path in tmp_path.glob("*/0/failed.txt"))
+  assert failures == [first.workdir, second.workdir]
+  a, b = (set(re.findall(r"\d+", run.reason)) for run in (first, second))
+  assert a
+  assert b
+  assert not a & b
+
+
+def test_runs_share_the_gpus(tmp_path, monkeypatch):
+  started = []
+  note = lambda *args, **options: started.append(options)
+  monkeypatch.setattr(subprocess, "Popen", note)
+  two = subprocess.CompletedProcess([], 0, "2\n")
+  monkeypatch.setattr(subprocess, "run", lambda *args, **options: two)
+  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  assert run_lib._gpus() == ["0", "1"]
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
+  gpus = run_lib._gpus()
+  run = run_lib.Run(sweeps.get("smoke").cells[0], 0, tmp_path)
+  for jobs in (2, 3):
+    for slot in range(jobs):
+      run_lib._start(run, slot, jobs, gpus)
+  shown = [options["env"]["CUDA_VISIBLE_DEVICES"] for options in started]
+  assert shown == ["4", "6", "4", "6", "4"]
+  shared = ["XLA_PYTHON_CLIENT_PREALLOCATE" in o["env"] for o in started]
+  assert shared == [False, False, True, True, True]
+  assert all(options["start_new_session"] for options in started)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, None])
+def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, monkeypatch, signum):
+  """Without one the run fails; a finished run is not started."""
+  started = []
+
+  class Popen(subprocess.Popen):
+    def __init__(self, command, **options):
+      if signum:
+        signal.raise_signal(signum)
+      command = ["sleep", "99"] if signum else ["sh", "-c", "echo no; exit 3"]
+      super().__init__(command, **options)
+      started.append(self)
+
+  monkeypatch.setattr(subprocess, "Popen", Popen)
+  none = subprocess.CompletedProcess([], 0, "")
+  monkeypatch.setattr(subprocess, "run", lambda *args, **options: none)
+  cells = sweeps.get("smoke").cells
+  common.finished_run(tmp_path / "smoke", cells[1], 0, 95.0)
+  signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  handlers = {s: signal.getsignal(s) for s in signals}
+  args = ("smoke", f"--root={tmp_path}", "--jobs=3", "--only=2/3")
+  try:
+    code, out, err = common.call("experiments.run", *args)
+  finally:
+    for s, handler in handlers.items():
+      signal.signal(s, handler)
+  if signum:
+    assert code == 128 + signum, err
+    assert out.endswith("\n1 finished, 1 waiting, 1 interrupted\n")
+    assert [process.poll() for process in started] == [-signal.SIGTERM]
+  else:
+    assert code == 1
+    assert out.endswith("\n1 finished, 2 failed\n")
+    assert err.count("seed1: no\n") == 2
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Faults, each one injected for real."""
 
 import contextlib
+import errno
 import json
 import multiprocessing
 import os
@@ -197,8 +198,27 @@ def test_a_second_run_is_refused_and_a_stale_lock_is_not(whole, copy):
     pytest.raises(UserError, match=f"in use by process {os.getpid()} on "),
   ):
     train_digits(copy)
-  (copy / "lock").write_text("process 1 on another since long ago\n")
+  stale = f"process 1 on {'another' * 20} since long ago\n"
+  (copy / "lock").write_text(stale)
   assert same_state(train_digits(copy), whole[1])
+  (line,) = (copy / "lock").read_text().splitlines()
+  assert line.startswith(f"process {os.getpid()} on ")
+
+
+@pytest.mark.parametrize("name", ["ENOSYS", "ENOLCK", "EOPNOTSUPP", "EIO"])
+def test_a_file_system_without_locks_is_used(
+  tmp_path, monkeypatch, capsys, name
+):
+  def fail(*args):
+    raise OSError(getattr(errno, name), "is what flock says")
+
+  monkeypatch.setattr(workdir_lib.fcntl, "flock", fail)
+  if name == "EIO":  # It has locks, and does not work.
+    with pytest.raises(UserError, match="lock: is what flock says"):
+      workdir_lib.locked(tmp_path).__enter__()
+    return
+  with workdir_lib.locked(tmp_path):
+    assert "has no locks; do not start a second" in capsys.readouterr().err
 
 
 def test_a_changed_config_is_accepted_when_told(copy):
@@ -208,10 +228,27 @@ def test_a_changed_config_is_accepted_when_told(copy):
   change = r"optim\.learning_rate is 0\.01 there and 0\.5 here"
   with pytest.raises(UserError, match=rf"{change}.*--accept_changes"):
     train.train_and_evaluate(config, copy)
+  # Neither may the images of a step change: epochs would leap.
+  for name, value, refused in (
+    ("batch_size", 64, "batch_size is 32 there and 64 here"),
+    (
+      "data.train_split",
+      "train[:352]",
+      r"had 320 .* and has 352 here",
+    ),
+  ):
+    other = config.copy_and_resolve_references()
+    other.update_from_flattened_dict({name: value})
+    with pytest.raises(UserError, match=refused):
+      train.train_and_evaluate(other, copy, accept_changes=True)
+  config.data.train_split = "train[320:640]"  # As many.
   state = train.train_and_evaluate(config, copy, accept_changes=True)
   assert int(state.step) == 10
   start = json.loads((copy / "run.json").read_text())["starts"][-1]
-  assert start["changes"] == ["optim.learning_rate is 0.01 there and 0.5 here"]
+  assert start["changes"] == [
+    "data.train_split is train[:320] there and train[320:640] here",
+    "optim.learning_rate is 0.01 there and 0.5 here",
+  ]
   assert start["first_step"] == 5
   # What was done before has no config any more.
   assert replay.replay(copy, 7)["start"] == 5
@@ -276,7 +313,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
 def test_replay_is_the_step_that_was_done(whole, tmp_path):
   """From the beginning, and from a checkpoint."""
   by_step = {r["step"]: r for r in records(whole[0]) if r["kind"] == "train"}
-  for step, start in ((2, 0), (7, 5)):
+  for step, start in ((5, 0), (7, 5)):
     again = replay.replay(whole[0], step)
     assert (again["step"], again["start"]) == (step, start)
     for name in ("loss", "grad_norm", "top1"):

@@ -11,6 +11,7 @@ import types
 
 import jax
 import numpy as np
+from PIL import Image
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
@@ -20,12 +21,14 @@ from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import runtime
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
+from experiments import scores
 from tests import common
 from tests import test_data
 
@@ -88,10 +91,28 @@ def test_a_run(unbroken, capsys):
   assert checkpoint.latest_step(workdir) == 10
   variables = checkpoint.load_variables(workdir)
   assert same_state(variables["params"], state.params)
-  # The same command again.
+  # The same command again, as after a kill that left the start "running".
+  end = {k: start.pop(k) for k in ("status", "last_step", "ended")}
+  workdir_lib.write_run(workdir, {"starts": [start | {"status": "running"}]})
   again = train_digits(workdir, eval_every=4)
+  assert scores.finished(workdir)
+  end["ended"] = workdir_lib.read_metrics(workdir)[-1]["time"]
+  assert workdir_lib.read_starts(workdir) == {"starts": [start | end]}
   assert "finished at step 10" in capsys.readouterr().out
   assert same_state(again, state)
+
+
+def test_whatever_run_json_holds_a_finished_run_is_marked(tmp_path):
+  metrics = {"kind": "eval", "step": 10}
+  (tmp_path / "metrics.jsonl").write_text(json.dumps(metrics))
+  stale = {"status": "finished", "last_step": 9}
+  for starts in ([], ["odd"], [{"status": "failed"}], [{}, stale]):
+    workdir_lib.write_run(tmp_path, {"starts": starts})
+    workdir_lib.mark_finished(tmp_path, metrics)
+    assert scores.finished(tmp_path)
+  before = (tmp_path / "run.json").stat().st_mtime_ns
+  workdir_lib.mark_finished(tmp_path, metrics)
+  assert (tmp_path / "run.json").stat().st_mtime_ns == before
 
 
 def raise_signal_before(monkeypatch, step, signum):
@@ -153,6 +174,44 @@ def test_five_steps_and_five_more_equal_ten(
     found = accumulator.Scalars(f"{kind}/{name}")
     assert {e.step: e.value for e in found} == pytest.approx(expected, rel=1e-6)
     assert len(found) == len(expected)
+
+
+def test_the_commit_is_of_the_package_s_own_repository(tmp_path, monkeypatch):
+  git = lambda *args: subprocess.run(
+    ["git", "-c", "user.name=a", "-c", "user.email=a@b", *args],
+    cwd=tmp_path, check=True, capture_output=True, text=True,
+  ).stdout.strip()  # fmt: skip
+  git("init")
+  inside = tmp_path / ".venv" / "site-packages" / "convmixer_jax"
+  for package in (inside, tmp_path / "convmixer_jax"):
+    package.mkdir(parents=True)
+    (package / "errors.py").touch()
+  git("add", "convmixer_jax")
+  git("commit", "-mfirst")
+  commit = git("rev-parse", "HEAD")
+
+  def found(package):
+    monkeypatch.setattr(runtime, "__file__", str(package / "runtime.py"))
+    return runtime.provenance()["commit"]
+
+  assert found(tmp_path / "convmixer_jax") == commit
+  assert found(inside) is None
+  git("add", "--force", ".venv")  # Some commit theirs.
+  assert found(inside) is None
+  assert found(tmp_path / "convmixer_jax") == f"{commit}+changes"
+
+
+def test_sighup_stops_a_run_unless_nohup_ignores_it():
+  with runtime.stop_signals() as received:
+    signal.raise_signal(signal.SIGHUP)
+  assert received == [signal.SIGHUP]
+  before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+  try:
+    with runtime.stop_signals() as received:
+      signal.raise_signal(signal.SIGHUP)
+  finally:
+    signal.signal(signal.SIGHUP, before)
+  assert received == []
 
 
 WITHOUT_TENSORFLOW = """
@@ -223,13 +282,42 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
       log.start_clock(step)
     if step % 3 == 0:
       now[0] += 10  # An evaluation counts neither here nor there.
-      log.start_clock(step)
+      log.log_eval(step, None)
     if step in (2, 8):
-      log.log_train(step, [{"loss": 1.0}])
+      log.log_train(step, [{"loss": 1.0}, {"loss": 3.0}])
   log.close("finished", 8)
   for record in workdir_lib.read_metrics(tmp_path):
     assert record["data_wait"] == 75
     assert record["images_per_second"] == 0.5
+    assert record["loss"] == 2
+
+
+def test_records_up_to_the_first_step_stay(tmp_path):
+  score = {"top1": 1, "top5": 2, "loss": 3, "count": 4}
+  rows = [(4, "train"), (5, "train"), (5, "eval"), (5, "eval"), (6, "eval")]
+  lines = [
+    json.dumps({"step": step, "kind": kind, "row": i} | score)
+    for i, (step, kind) in enumerate(rows)
+  ]
+  (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  log = logger.Logger(
+    tmp_path, "{}", first_step=5, total_steps=8, batch_size=2, active=True
+  )
+  log.close("interrupted", 7)
+  found = workdir_lib.read_metrics(tmp_path)
+  assert [(r["step"], r["kind"]) for r in found] == rows[:4]
+  assert workdir_lib.read_eval(tmp_path, 5)["row"] == 3  # The last.
+  assert workdir_lib.read_eval(tmp_path, 7) is None
+  (start,) = workdir_lib.read_starts(tmp_path)["starts"]
+  assert (start["first_step"], start["last_step"]) == (5, 7)
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
+  path = tmp_path / "run.json"
+  path.write_text("old")
+  with pytest.raises(UnicodeEncodeError):
+    workdir_lib.write_whole(path, "new, but for \ud800")
+  assert path.read_text() == "old"
 
 
 @pytest.mark.parametrize(
@@ -278,8 +366,11 @@ def test_the_loop_moves_only_what_it_means_to(
   if error:
     stack.enter_context(pytest.raises(Exception, match=error))
   with stack:
-    train_digits(tmp_path, eval_every=4, save_every=4)
+    train_digits(tmp_path, eval_every=4, save_every=2)
   assert running
+  if not error:
+    saved = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert saved == ["10", "6", "8"]
 
 
 def test_seeds_share_a_compiled_program():
@@ -528,6 +619,29 @@ def test_a_signal_to_all_processes_loses_nothing(photos, tmp_path, signum):
   assert "Traceback" not in err
   step = checkpoint.latest_step(tmp_path / "run")
   assert f"step {step} is saved" in out
+
+
+def read_one_line(process):
+  process.stdout.readline()
+  process.stdout.close()
+  process.stdout = None
+
+
+@pytest.mark.slow
+def test_output_that_nobody_reads(tmp_path):
+  """As `| head -1`: a training goes on to its end, predict ends."""
+  process = common.run_main(*FLAGS, f"--workdir={tmp_path / 'run'}")
+  read_one_line(process)
+  finish(process)
+  assert scores.finished(tmp_path / "run")
+  Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+  process = common.run_main(
+    f"--weights={tmp_path / 'run'}", *1000 * [tmp_path / "a.png"],
+    module="convmixer_jax.predict",
+  )  # fmt: skip
+  read_one_line(process)
+  _, err = finish(process, 128 + signal.SIGPIPE)
+  assert err == ""
 
 
 @pytest.mark.slow

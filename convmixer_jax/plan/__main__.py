@@ -92,4 +92,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-  cli.run(main, _FLAGS)
+  cli.run(main, _FLAGS, only_prints=True)
