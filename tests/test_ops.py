@@ -819,6 +819,7 @@ def test_without_a_compiler(command, tmp_path):
   assert list(tmp_path.glob("**/*.so")) == []
 
 
+@needs_compiler
 def test_the_librarys_cache(monkeypatch, tmp_path):
   builds = []
 
@@ -840,7 +841,14 @@ def test_the_librarys_cache(monkeypatch, tmp_path):
   assert path.read_bytes() == b"a library"
   assert list(tmp_path.iterdir()) == [path]
   monkeypatch.setattr(build, "key", lambda: "another")
-  assert build._cached(tmp_path) != path
+  another = build._cached(tmp_path)
+  assert another != path
+  assert len(builds) == 3
+  for command in ("/nonexistent", "/bin/false", "g++ 'unfinished"):
+    monkeypatch.setenv("CXX", command)  # The compiler is gone.
+    assert build._cached(tmp_path) == another
+  monkeypatch.setenv("CXX", "g++ -O1")  # Another compiler.
+  assert build._cached(tmp_path) != another
 
 
 def test_where_the_library_is_cached(monkeypatch, tmp_path):

@@ -1,8 +1,9 @@
 """Compiles native.cc, caches the library and loads it.
 
 The library is compiled at first use and kept in the user's cache folder. Its
-name holds a hash of the source, the compiler, the flags and the CPU, so that a
-change in any of them builds a new one.
+name holds a hash of the source, the flags and the CPU, and one of the compiler,
+so that a change in any of them builds a new one. Without a compiler, a library
+of any compiler is used.
 """
 
 import contextlib
@@ -55,13 +56,14 @@ def load() -> ctypes.CDLL | None:
 
 @functools.cache
 def key() -> str:
-  """A hash of everything that the compiled library depends on."""
-  compiler = _run([*_compiler(), "--version"])
-  compiler.check_returncode()
+  """A hash of all but the compiler that the compiled library depends on."""
   parts = [_SOURCE.read_text("utf-8"), *_FLAGS, *itertools.chain(*_TUNING)]
-  parts += [*_compiler(), compiler.stdout, platform.machine(), cpu()]
-  parts += [version.__version__]
-  return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+  parts += [platform.machine(), cpu(), version.__version__]
+  return _digest("\0".join(parts).encode())
+
+
+def _digest(data: bytes) -> str:
+  return hashlib.sha256(data).hexdigest()[:16]
 
 
 def cpu() -> str:
@@ -95,15 +97,21 @@ def cache_folder() -> Path | None:
 
 def _cached(cache: Path) -> Path:
   """The library's file in `cache`, built if it is missing or damaged."""
-  digest = lambda path: hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-  for path in cache.glob(f"native-{key()}-*.so"):
-    if path.stem.endswith(f"-{digest(path)}"):
+  try:
+    result = _run([*_compiler(), "--version"])
+    result.check_returncode()
+    compiler = _digest("\0".join([*_compiler(), result.stdout]).encode())
+  except (OSError, ValueError, subprocess.SubprocessError):
+    compiler = "*"  # It may have been removed after it built a library.
+  for path in cache.glob(f"native-{key()}-{compiler}-*.so"):
+    if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
       return path
   # Other processes may build it at the same time. Each builds in a folder of
   # its own and renames the finished file, so that no one loads half of it.
   with tempfile.TemporaryDirectory(dir=cache) as folder:
     built = _build(folder)
-    return built.replace(cache / f"native-{key()}-{digest(built)}.so")
+    name = f"native-{key()}-{compiler}-{_digest(built.read_bytes())}.so"
+    return built.replace(cache / name)
 
 
 def _build(folder: str) -> Path:

@@ -20,8 +20,8 @@ def depthwise_conv(
   """Convolves each channel with its own k x k kernel, stride 1, SAME padding.
 
   If k is even, the extra row and column of padding are at the bottom and at the
-  right, as in PyTorch's `padding="same"`. Reverse-mode differentiable in both
-  arguments.
+  right, as in PyTorch's `padding="same"`. Differentiable in both arguments, in
+  both modes and to any order.
 
   Args:
     x: [B, H, W, C], float.

@@ -11,7 +11,7 @@ def pointwise_conv(
 ) -> jax.Array:
   """Multiplies the channels of each pixel by a matrix.
 
-  Reverse-mode differentiable in both arguments.
+  Differentiable in both arguments, in both modes and to any order.
 
   Args:
     x: [B, H, W, C], float.
