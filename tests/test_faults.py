@@ -495,6 +495,36 @@ def test_a_disk_that_cannot_be_written(whole, mounted):
 
 
 @pytest.mark.slow
+def test_a_power_failure_after_the_end(tmp_path):
+  """The disk is copied without what is only in memory."""
+
+  def run(*command):
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+      pytest.skip(f"NO RIGHT TO MOUNT: {done.stderr.strip()}")
+
+  disk, copied, folder = (tmp_path / name for name in ("disk", "copied", "at"))
+  folder.mkdir()
+  disk.touch()
+  os.truncate(disk, 64 << 20)
+  run("mkfs.ext4", "-q", "-F", disk)
+  states = []
+  for image in (disk, copied):
+    run("mount", "-o", "loop,noauto_da_alloc", image, folder)
+    try:
+      states.append(train_digits(folder / "run"))
+      if image is disk:
+        shutil.copy(disk, copied)
+        expected = records(folder / "run")
+      assert records(folder / "run") == expected
+      (start,) = workdir_lib.read_starts(folder / "run")["starts"]
+    finally:
+      run("umount", "-l", folder)
+  assert start["status"] == "finished"
+  assert same_state(*states)
+
+
+@pytest.mark.slow
 @common.leaves_things_behind
 def test_a_disk_that_goes_away(mounted, monkeypatch):
   folder = mounted("2m")

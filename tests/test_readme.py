@@ -47,7 +47,7 @@ def test_commands_parse(module, command, monkeypatch):
   rest = flag_values(argv)[1:]
   takes_names = (".predict", ".run", ".slurm", ".tables", ".report")
   assert bool(rest) == module.endswith(takes_names)
-  if "config" in flag_values:
+  if "config" in flag_values and "--mode eval" not in command:
     config_lib.check(flag_values.config, num_devices=8)
 
 
