@@ -158,7 +158,8 @@ def run(main: Callable[..., None], flag_values: flags.FlagValues) -> None:
   )
   # Names of files and classes may not be printable in the terminal's encoding.
   sys.stdout.reconfigure(errors="backslashreplace")
-  sys.stdin.reconfigure(errors="surrogateescape")
+  if sys.stdin is not None:
+    sys.stdin.reconfigure(errors="surrogateescape")
   runtime.keep_pages()
   runtime.keep_compiled()
 
