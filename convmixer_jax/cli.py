@@ -207,7 +207,8 @@ def run(
     "Event loop is closed" in str(unraisable.exc_value) or report(unraisable)
   )
   guard_output(only_prints)
-  sys.stdin.reconfigure(errors="surrogateescape")
+  if sys.stdin is not None:
+    sys.stdin.reconfigure(errors="surrogateescape")
   runtime.keep_pages()
   runtime.keep_compiled()
 

@@ -150,7 +150,7 @@ def test_after_a_kill_fewer_processes_resume(tmp_path):
       assert_one_line(
         processes[i],
         distributed.LOST,
-        "lost process 2 of 4: its heartbeats stopped (--timeout=60); restart"
+        r"lost process 2 of 4: its heartbeats stopped \(--timeout=60\); restart"
         " all processes to resume from the last checkpoint",
       )
     assert time.time() - killed < 120  # The promise, in README.
