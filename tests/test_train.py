@@ -413,10 +413,12 @@ def test_init_from_a_run(unbroken, tmp_path, portable):
     "init_from": str(workdir),
     "freeze": ("stem", "block_0"),
     "seed": 3,
+    "ema_decay": 0.5,
   }
   tuned = train_digits(tmp_path / "tuned", **frozen)
   for name in ("stem", "block_0"):
     assert same_state(tuned.params[name], state.params[name])
+    assert same_state(tuned.ema["params"][name], state.params[name])
   assert not same_state(tuned.params["head"], state.params["head"])
   with pytest.raises(UserError, match=r"is \(8,\); the model\'s is \(4,\)"):
     train_digits(tmp_path / "other", init_from=str(workdir), **{"model.dim": 4})
@@ -570,7 +572,8 @@ def test_a_checkpoint_fits_scanned_and_unrolled_models(tmp_path):
     opt_state = jax.tree.map(
       mu, state.opt_state, is_leaf=lambda x: hasattr(x, "mu")
     )
-    return state.replace(opt_state=opt_state)
+    averages = jax.tree.map(lambda x: x + 1, state.ema)
+    return state.replace(opt_state=opt_state, ema=averages)
 
   for scan in (True, False):
     workdir = tmp_path / str(scan)
@@ -581,6 +584,8 @@ def test_a_checkpoint_fits_scanned_and_unrolled_models(tmp_path):
         restored = checkpointer.restore(template)
         assert same_state(restored, fresh("blocks" in template.params, 1))
         assert not same_state(restored, template)
+    loaded = checkpoint.load_variables(workdir)
+    assert same_state(loaded, fresh(False, 1).ema)
 
 
 @pytest.mark.slow
