@@ -117,7 +117,15 @@ def tenth_like(state):
 
 @common.leaves_things_behind
 def test_a_run_goes_on_from_the_one_before_the_damaged(whole, copy, capfd):
-  arrays = (copy / "checkpoints" / "10" / "default" / "d").iterdir()
+  newest = copy / "checkpoints" / "10"
+  metadata = (newest / "_CHECKPOINT_METADATA").read_text()
+  changed = json.loads(metadata)  # As if the array were.
+  changed["custom_metadata"]["crc32"]["params/head/bias"] ^= 1
+  (newest / "_CHECKPOINT_METADATA").write_text(json.dumps(changed))
+  with pytest.raises(UserError, match="head/bias does not match its checksum"):
+    checkpoint.load_variables(copy)
+  (newest / "_CHECKPOINT_METADATA").write_text(metadata)
+  arrays = (newest / "default" / "d").iterdir()
   largest = max(arrays, key=os.path.getsize)
   os.truncate(largest, largest.stat().st_size // 2)
   with pytest.raises(UserError, match="10: is damaged"):

@@ -392,10 +392,12 @@ def test_seeds_share_a_compiled_program():
 def test_init_from_a_run(unbroken, tmp_path, portable):
   state = unbroken[1]
   source = shutil.copytree(unbroken[0], tmp_path / "source")
-  frozen = {"init_from": str(source), "freeze": ("stem", "block_0"), "seed": 3}
+  frozen = {"init_from": str(source), "freeze": ("stem", "block_0"), "seed": 3,
+            "ema_decay": 0.5}  # fmt: skip
   tuned = train_digits(tmp_path / "tuned", **frozen)
   for name in ("stem", "block_0"):
     assert same_state(tuned.params[name], state.params[name])
+    assert same_state(tuned.ema["params"][name], state.params[name])
   assert not same_state(tuned.params["head"], state.params["head"])
   with pytest.raises(UserError, match=r"is \(8,\); the model\'s is \(4,\)"):
     train_digits(tmp_path / "other", init_from=str(source), **{"model.dim": 4})
@@ -535,7 +537,8 @@ def test_a_checkpoint_fits_scanned_and_unrolled_models(tmp_path):
     opt_state = jax.tree.map(
       mu, state.opt_state, is_leaf=lambda x: hasattr(x, "mu")
     )
-    return state.replace(opt_state=opt_state)
+    averages = jax.tree.map(lambda x: x + 1, state.ema)
+    return state.replace(opt_state=opt_state, ema=averages)
 
   for scan in (True, False):
     workdir = tmp_path / str(scan)
@@ -546,6 +549,8 @@ def test_a_checkpoint_fits_scanned_and_unrolled_models(tmp_path):
         restored = checkpointer.restore(template)
         assert same_state(restored, fresh("blocks" in template.params, 1))
         assert not same_state(restored, template)
+    loaded = checkpoint.load_variables(workdir)
+    assert same_state(loaded, fresh(False, 1).ema)
 
 
 @pytest.mark.slow
