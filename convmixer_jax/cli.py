@@ -121,11 +121,6 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
       near = difflib.get_close_matches(field, fields, 1, cutoff=0)[0]
       text = field if value is None else f"{field}={value}"
       raise UserError(f"--config.{text}: no such field; nearest is {near}")
-  if overrides and path is None:
-    raise UserError(
-      f"--config.{min(overrides)}: needs a --config before it; a run's own is"
-      " WORKDIR/config.json"
-    )
   file = os.path.expanduser((path or "").partition(":")[0])
   if path is not None and not os.path.isfile(file):  # A FIFO would wait.
     text = "not a file" if os.path.exists(file) else "no such file"
@@ -150,6 +145,12 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
       message = str(e).strip()
     except Exception:
       message = ""
+    unknown = "Unknown command line flag 'config." in message
+    if overrides and unknown and "config" in flag_values:
+      raise UserError(
+        f"--config.{min(overrides)}: needs a --config before it; a run's own is"
+        " WORKDIR/config.json"
+      ) from e
     for field, value in overrides.items():
       if f"--config.{field}={value}:" in message:
         rule = fields[field].rule
