@@ -260,7 +260,9 @@ def test_a_changed_config_is_accepted_when_told(copy):
   assert start["first_step"] == 5
   # What was done before has no config any more.
   assert replay.replay(copy, 7)["start"] == 5
-  with pytest.raises(UserError, match=r"=3: .* at step 5 \(.*optim.*0\.5 here\)"):
+  with pytest.raises(
+    UserError, match=r"=3: .* at step 5 \(.*optim.*0\.5 here\)"
+  ):
     replay.replay(copy, 3)
   config.model.dim = 4
   with pytest.raises(UserError, match=r"10: .* is \(8,\) in the .* and \(4,\)"):
