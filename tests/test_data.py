@@ -5,6 +5,7 @@ from multiprocessing import shared_memory
 from multiprocessing import spawn
 from pathlib import Path
 import shutil
+import sys
 import time
 
 import numpy as np
@@ -473,7 +474,7 @@ def test_tfds_in_memory(tfds_dir):
   assert np.array_equal(swapped.images, np.roll(images, -4, axis=0))
 
 
-def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
+def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir, monkeypatch):
   root, images = tfds_dir
   source = sources.open_source("photos", str(root), "train[:5]", 8)
   assert isinstance(source, sources.Encoded)
@@ -489,6 +490,9 @@ def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir):
       break
     time.sleep(0.1)
   assert not left
+  monkeypatch.setattr(
+    sys.modules["__main__"], "__file__", "a.py", raising=False
+  )
   imports = lambda name: "main" in "".join(spawn.get_preparation_data(name))
   assert imports("another process")
   assert not imports("grain-process-prefetch")
