@@ -223,9 +223,8 @@ def _newest(manager, template, steps):
   damaged = {}
   steps = sorted(steps)
   # Process 0 says which is next: another may not see its files yet.
-  while step := int(
-    multihost_utils.broadcast_one_to_all(np.int32(steps.pop() if steps else 0))
-  ):
+  newest = lambda: np.int32(steps.pop() if steps else -1)
+  while (step := int(multihost_utils.broadcast_one_to_all(newest()))) >= 0:
     state, problem = _read(manager, template, step)
     if not problem:
       if "blocks" in template.params:

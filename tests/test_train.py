@@ -389,11 +389,21 @@ def test_seeds_share_a_compiled_program():
   assert program() != program(**{"augment.flip": True})
 
 
-def test_init_from_a_run(unbroken, tmp_path, portable):
+def test_init_from_a_run(unbroken, tmp_path, monkeypatch, portable):
   state = unbroken[1]
   source = shutil.copytree(unbroken[0], tmp_path / "source")
   frozen = {"init_from": str(source), "freeze": ("stem", "block_0"), "seed": 3,
             "ema_decay": 0.5}  # fmt: skip
+
+  def stop_before_a_step(*args, **kwargs):
+    signal.raise_signal(signal.SIGTERM)
+    yield from ()
+
+  with monkeypatch.context() as context:
+    context.setattr(train.stream, "train_batches", stop_before_a_step)
+    with pytest.raises(SystemExit):
+      train_digits(tmp_path / "tuned", **frozen)
+  assert checkpoint.latest_step(tmp_path / "tuned") == 0
   tuned = train_digits(tmp_path / "tuned", **frozen)
   for name in ("stem", "block_0"):
     assert same_state(tuned.params[name], state.params[name])
