@@ -48,9 +48,7 @@ class Checkpointer:
     self._directory = _directory(workdir)
     with writing(self._directory, ValueError, RuntimeError):
       self._manager = _manager(
-        workdir,
-        max_to_keep=KEEP,
-        cleanup_tmp_directories=True,
+        workdir, max_to_keep=KEEP, cleanup_tmp_directories=True
       )
 
   def save(self, step: int, state: TrainState) -> None:
