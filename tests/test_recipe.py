@@ -141,6 +141,11 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   assert common.tree_error(metrics, expected) <= 2e-5
   groups = make_recipe(**{"model.bn_group_size": 4}).model.bn_group_size
   assert groups == 4  # With it, accumulation would change nothing above.
+  # What acts on GPUs only.
+  with monkeypatch.context() as context:
+    context.setattr(jax, "jit", lambda f, **options: options)
+    options = make_recipe(deterministic=True).train_step["compiler_options"]
+  assert options == {"xla_gpu_deterministic_ops": True}
   config, options = asked[0]
   assert AUGMENT.items() <= config.items()
   assert options == {"mean": MEAN, "std": STD, "crop": True}
