@@ -69,14 +69,14 @@ def test_an_epoch_is_a_permutation_and_the_next_is_another():
 
 
 def collect(
-  source, hosts, start=0, stop=5, batch_size=8, image_size=8, **options
+  source, hosts, start=0, stop=5, batch_size=8, image_size=8, seed=0, **options
 ):
   """The global batches, joined from every host's rows."""
   per_host = [
     list(
       stream.train_batches(
         source,
-        seed=0,
+        seed=seed,
         batch_size=batch_size,
         rows=rows,
         start=start,
@@ -130,6 +130,23 @@ def test_an_epoch_of_batches_loses_no_image(source):
   labels = np.concatenate([b["label"] for b in batches])
   for epoch in labels.reshape(8, 21):
     assert np.array_equal(np.bincount(epoch), np.bincount(labels_of(source)))
+
+
+def test_crops_differ_between_epochs_and_seeds():
+  """Of a photograph that a source has 21 times."""
+  data = encoded(photo(0, 40, 30))
+  source = sources.Encoded(lambda index: (data, 0), 21, ["a"])
+
+  def crops(seed, epoch):
+    (batch,) = collect(source, 1, epoch, epoch + 1, 21, seed=seed)
+    return batch["image"]
+
+  def by_image(epoch):
+    samples = epoch * 21 + np.arange(21)
+    return crops(0, epoch)[stream.sample_indices(0, samples, 21).argsort()]
+
+  for a, b in ((by_image(0), by_image(1)), (crops(0, 0), crops(1, 0))):
+    assert np.mean((a != b).any((1, 2, 3))) > 0.9
 
 
 def eval_batches(source, batch_size, **options):
