@@ -207,6 +207,8 @@ def run(
   sys.unraisablehook = lambda unraisable: (
     "Event loop is closed" in str(unraisable.exc_value) or report(unraisable)
   )
+  # absl replaces the handlers that write to sys.stderr, so it comes first.
+  logging.use_absl_handler()
   guard_output(only_prints)
   if sys.stdin is not None:
     sys.stdin.reconfigure(errors="surrogateescape")
