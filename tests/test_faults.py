@@ -316,8 +316,8 @@ def test_a_loss_that_is_no_number_stops_the_run(
   again = replay.replay(tmp_path, 8)
   assert again["start"] == 6
   assert str(np.float32(again["metrics"]["loss"])) == record["loss"]
-  assert again["images"] == record["images"]
-  assert len(set(record["images"])) == 32
+  images = np.random.default_rng((0, 0)).permutation(320)[7 * 32 : 8 * 32]
+  assert record["images"] == again["images"] == images.tolist()
 
 
 def test_replay_is_the_step_that_was_done(whole, tmp_path):
