@@ -115,8 +115,9 @@ class Scores:
     return -((jnp.arange(7) - guess[:, None]) % 7).astype(jnp.float32)
 
 
-def make_score(source, state, batch_size, devices):
+def make_score(source, state, batch_size, devices, max_unreadable=0):
   config = common.digits_config(batch_size=batch_size)
+  config.data.max_unreadable = max_unreadable
   # Pixels stay as they are.
   config.data.update(image_size=2, mean=(0.0,) * 3, std=(1 / 255,) * 3)
   mesh = sharding.make_mesh(jax.devices()[:devices])
@@ -174,6 +175,9 @@ def test_a_lost_image_is_an_error(monkeypatch):
   score = make_score(source, state, 4, 1)
   with pytest.raises(RuntimeError, match="8 of 9"):
     score(state)
+  # One that may be unreadable counts nowhere.
+  metrics = make_score(source, state, 4, 1, max_unreadable=1)(state)
+  assert (metrics["count"], metrics["top1"], metrics["top5"]) == (8, 100, 100)
 
 
 def test_ema_follows_and_is_what_counts():
