@@ -214,6 +214,33 @@ def test_sighup_stops_a_run_unless_nohup_ignores_it():
   assert received == []
 
 
+def test_an_evaluation_that_a_signal_stops_is_repeated(
+  tmp_path, monkeypatch, portable
+):
+  """That of step 4, and in the next start the third one, of the last step."""
+  eval_batches, calls = evaluate.stream.eval_batches, []
+
+  def stopped(*args, **kwargs):
+    calls.append(1)
+    if len(calls) in (1, 4):
+      signal.raise_signal(signal.SIGTERM)
+    yield from eval_batches(*args, **kwargs)
+
+  monkeypatch.setattr(evaluate.stream, "eval_batches", stopped)
+  for last_step, evaluated in ((4, []), (10, [4, 8])):
+    with pytest.raises(SystemExit):
+      train_digits(tmp_path, eval_every=4)
+    assert checkpoint.latest_step(tmp_path) == last_step
+    steps = [r["step"] for r in records(tmp_path) if r["kind"] == "eval"]
+    assert steps == evaluated
+  train_digits(tmp_path, eval_every=4)
+  steps = [r["step"] for r in records(tmp_path) if r["kind"] == "eval"]
+  assert steps == [4, 8, 10]
+  starts = workdir_lib.read_starts(tmp_path)["starts"]
+  statuses = [start["status"] for start in starts]
+  assert statuses == ["interrupted", "interrupted", "finished"]
+
+
 WITHOUT_TENSORFLOW = """
 import importlib.machinery, pathlib, sys
 
