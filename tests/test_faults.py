@@ -320,6 +320,13 @@ def test_a_loss_that_is_no_number_stops_the_run(
   assert record["images"] == again["images"] == images.tolist()
 
 
+def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
+  norm = lambda _: jax.numpy.float32(np.nan)
+  monkeypatch.setattr(recipe_lib.step_lib.optax.tree, "norm", norm)
+  with pytest.raises(UserError, match=r"step 1: loss 2\..*, gradient norm nan"):
+    train_digits(tmp_path, log_every=1)
+
+
 def test_replay_is_the_step_that_was_done(whole, tmp_path):
   """From the beginning, and from a checkpoint."""
   by_step = {r["step"]: r for r in records(whole[0]) if r["kind"] == "train"}
