@@ -506,6 +506,19 @@ def photos(tmp_path_factory):
   return root
 
 
+def test_splits_of_other_classes_are_refused(photos, tmp_path):
+  image = next(photos.rglob("*.jpeg"))
+  for folder in ("a/cat", "b/dog"):
+    (tmp_path / folder).mkdir(parents=True)
+    shutil.copy(image, tmp_path / folder)
+  config = common.digits_config(**{"data.name": "folder"})
+  config.data.update(dir=str(tmp_path), train_split="a", eval_split="b")
+  with pytest.raises(
+    UserError, match="eval_split=b: its classes are not those"
+  ):
+    train.train_and_evaluate(config, tmp_path / "run")
+
+
 def test_encoded_images_train(photos, tmp_path, portable):
   """The path of ImageNet: a folder of JPEGs, cropped by grain on the host."""
   config = common.load_config("configs/imagenet.py")
