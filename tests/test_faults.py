@@ -270,6 +270,12 @@ def test_a_changed_config_is_accepted_when_told(copy):
   assert (copy / "checkpoints" / "10").is_dir()
 
 
+def test_a_run_beyond_its_end_is_refused(copy, monkeypatch):
+  monkeypatch.setattr(recipe_lib.Recipe, "total_steps", 7)
+  with pytest.raises(UserError, match="is at step 10, but .* give 7 steps"):
+    train_digits(copy)
+
+
 @pytest.mark.parametrize("gone", ["checkpoints", "checkpoints/*"])
 def test_records_without_checkpoints_are_kept(copy, gone):
   for path in copy.glob(gone):
