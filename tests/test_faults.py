@@ -272,7 +272,7 @@ def test_a_changed_config_is_accepted_when_told(copy):
 
 def test_a_run_beyond_its_end_is_refused(copy, monkeypatch):
   monkeypatch.setattr(recipe_lib.Recipe, "total_steps", 7)
-  with pytest.raises(UserError, match="is at step 10, but .* give 7 steps"):
+  with pytest.raises(UserError, match=r"is at step 10, but .* give 7 steps"):
     train_digits(copy)
 
 
