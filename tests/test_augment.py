@@ -608,6 +608,7 @@ def test_devices_augment_their_own_images():
   assert np.array_equal(ours[1], alone[1])
 
 
+@pytest.mark.slow
 def test_memory_is_bounded():
   """At most four float32 batches for ImageNet's recipe."""
   augment_fn = augment.make_augment(

@@ -195,6 +195,7 @@ def test_mistakes_get_one_line(args, says):
   assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_dry_run_writes_nothing(tmp_path):
   args = ("smoke", f"--root={tmp_path / 'root'}", "--dry_run")
   code, out, err = common.call("experiments.run", *args, "--only=2/4")

@@ -326,6 +326,7 @@ def test_a_loss_that_is_no_number_stops_the_run(
   assert record["images"] == again["images"] == images.tolist()
 
 
+@pytest.mark.slow
 def test_a_gradient_that_is_no_number_stops_the_run(tmp_path, monkeypatch):
   norm = lambda _: jax.numpy.float32(np.nan)
   monkeypatch.setattr(recipe_lib.step_lib.optax.tree, "norm", norm)

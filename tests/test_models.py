@@ -169,6 +169,7 @@ def test_scan_and_remat_compute_the_same(scan, remat):
   assert common.tree_error(ours, expected) <= 5e-5
 
 
+@pytest.mark.slow
 def test_remat_saves_memory():
   """Of 48 blocks the gradient keeps only their inputs."""
   images = jnp.zeros((4, 32, 32, 3))

@@ -214,6 +214,7 @@ def test_sighup_stops_a_run_unless_nohup_ignores_it():
   assert received == []
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_a_signal_stops_is_repeated(
   tmp_path, monkeypatch, portable
 ):
