@@ -18,10 +18,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from convmixer_jax import models
-from convmixer_jax.errors import damage
-from convmixer_jax.errors import sync
 from convmixer_jax.errors import UserError
-from convmixer_jax.errors import writing
+from convmixer_jax.files import damage
+from convmixer_jax.files import sync
+from convmixer_jax.files import writing
 from convmixer_jax.step import TrainState
 
 KEEP = 3  # Number of checkpoints; older ones are deleted.

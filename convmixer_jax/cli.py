@@ -23,7 +23,6 @@ from ml_collections import config_flags
 from convmixer_jax import config as config_lib
 from convmixer_jax import runtime
 from convmixer_jax import workdir as workdir_lib
-from convmixer_jax.errors import open_output
 from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
 
@@ -185,8 +184,8 @@ def guard_output(only_prints: bool) -> None:
     os.open(os.devnull, os.O_WRONLY), "w", closefd=False
   )
   stdout, stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # >&-
-  sys.stdout = open_output(stdout.fileno(), stdout, failed)
-  sys.stderr = open_output(stderr.fileno(), stderr)
+  sys.stdout = runtime.open_output(stdout.fileno(), stdout, failed)
+  sys.stderr = runtime.open_output(stderr.fileno(), stderr)
 
 
 def run(

@@ -21,8 +21,8 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
+from convmixer_jax import runtime
 from convmixer_jax.errors import first_line
-from convmixer_jax.errors import open_output
 from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
 
@@ -127,7 +127,7 @@ class _Watch:
     os.dup2(write, 2)
     os.close(write)
     self._python_stderr = sys.stderr
-    sys.stderr = open_output(os.dup(self._stderr), sys.stderr)
+    sys.stderr = runtime.open_output(os.dup(self._stderr), sys.stderr)
     faulthandler.enable(sys.stderr)
     # abort() raises SIGABRT, whose number is 6, and calls its handler: sleep(6)
     # gives the thread the time to exit. The handler is not in Python, which

@@ -21,7 +21,7 @@ import tqdm
 from convmixer_jax import runtime
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
-from convmixer_jax.errors import writing
+from convmixer_jax.files import writing
 
 
 class Logger:

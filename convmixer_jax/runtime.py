@@ -1,10 +1,12 @@
-"""The process: memory, compiled programs, signals and versions."""
+"""The process: memory, compiled programs, output, signals and versions."""
 
+from collections.abc import Callable
 from collections.abc import Iterator
 import contextlib
 import ctypes
 import hashlib
 import importlib.metadata
+import io
 import os
 from pathlib import Path
 import platform
@@ -12,6 +14,7 @@ import signal
 import subprocess
 import threading
 from typing import Any
+from typing import TextIO
 
 import jax
 
@@ -56,6 +59,43 @@ def keep_compiled() -> None:
   jax.config.update("jax_compilation_cache_dir", str(folder))
   # In bytes. The least recently used programs are removed first.
   jax.config.update("jax_compilation_cache_max_size", 2**30)
+
+
+class _Output(io.FileIO):
+  """Calls `failed` at the first write that fails, and drops it and the next."""
+
+  def __init__(self, fd, failed):
+    super().__init__(fd, "w", closefd=False)
+    self._failed = failed
+
+  def write(self, data):
+    try:
+      return super().write(data)
+    except OSError as e:
+      failed, self._failed = self._failed, lambda e: None
+      failed(e)
+      return len(data)
+
+
+def open_output(
+  fd: int, like: TextIO, failed: Callable[[OSError], None] = lambda e: None
+) -> TextIO:
+  """Opens standard output or error, whose reader may go away.
+
+  Args:
+    fd: the file descriptor.
+    like: the stream that is replaced.
+    failed: called with the error of the first write that fails; may raise.
+      What is written from then on is dropped.
+  """
+  raw = _Output(fd, failed)
+  return io.TextIOWrapper(
+    raw if like.write_through else io.BufferedWriter(raw),
+    encoding=like.encoding,
+    errors="backslashreplace",  # A terminal's encoding may lack characters.
+    line_buffering=like.line_buffering,
+    write_through=like.write_through,
+  )
 
 
 @contextlib.contextmanager

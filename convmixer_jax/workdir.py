@@ -18,9 +18,9 @@ import jax
 import ml_collections
 
 from convmixer_jax import config as config_lib
-from convmixer_jax.errors import sync
 from convmixer_jax.errors import UserError
-from convmixer_jax.errors import writing
+from convmixer_jax.files import sync
+from convmixer_jax.files import writing
 
 
 def config_changes(

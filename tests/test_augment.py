@@ -554,6 +554,17 @@ def test_the_whole_of_it_is_a_function_of_the_key():
   common.assert_close(a[1], golden["targets"], 1e-6)
 
 
+def test_torchvisions_randaugment_fills_with_black():
+  """Of a white image, every operation and black leave a grey one."""
+  config = common.augment_config(randaugment="torchvision-n2-m30")
+  augment_fn = jax.jit(augment.make_augment(config, **STATS))
+  images = np.full((32, 8, 8, 3), 255, np.uint8)
+  images, _ = augment_fn(jax.random.key(0), images, jnp.eye(32))
+  pixels = images * np.array(STATS["std"]) + np.array(STATS["mean"])
+  assert np.ptp(pixels, axis=-1).max() < 1e-5
+  assert (pixels < 1e-5).any()
+
+
 CROP = {"crop_scale": (0.5, 1.0), "interpolation": "random"}
 MIXED = {"mixup_alpha": 0.5, "cutmix_alpha": 0.5, "mix_group_size": 2}
 ERASE = {"erase_prob": 0.5, "erase_mode": "const"}

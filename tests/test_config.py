@@ -242,12 +242,13 @@ def test_output_that_is_lost_is_an_error(monkeypatch):
 
 LAYERS = (
   ("errors",),
+  ("files",),
   ("ops", "augment", "optim", "sharding"),
-  ("models",),
+  ("models", "runtime"),
   ("step", "torch_pickle"),
   ("interop",),
   ("config",),
-  ("workdir", "distributed", "runtime", "checkpoint"),
+  ("workdir", "distributed", "checkpoint"),
   ("logger",),
   ("weights", "data"),
   ("recipe",),

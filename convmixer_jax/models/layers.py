@@ -78,16 +78,18 @@ class Conv(nn.Module):
   def operands(self, x: jax.Array) -> Operands:
     """Returns operation, x, kernel and bias; see `ops.Convolution`."""
     size, groups = self.kernel_size, self.feature_group_count
-    kind = (self.strides, self.padding, groups)
-    depthwise = kind == (1, "SAME", x.shape[-1]) and groups == self.features
-    patches = kind == (self.strides, "VALID", 1) and size == 2 * (self.strides,)
-    if not (depthwise or patches) or size != 2 * size[:1] or size[0] < 1:
+    s, square = self.strides, len(size) == 2 and size[0] == size[1] > 0
+    depthwise = (s, self.padding) == (1, "SAME") and (
+      groups == self.features == x.shape[-1]
+    )
+    patches = size == (s, s) and self.padding == "VALID" and groups == 1
+    if not square or not (depthwise or patches):
       raise ValueError(
         "Conv must be depthwise (feature_group_count = features = C, a square"
         " kernel, strides=1, padding='SAME') or of patches (strides = both"
-        f" sides of the kernel, padding='VALID'), not features={self.features},"
-        f" kernel_size={size}, strides, padding, feature_group_count={kind} for"
-        f" x {x.shape}"
+        " sides of the kernel, padding='VALID', feature_group_count=1), not"
+        f" features={self.features}, kernel_size={size}, strides={s},"
+        f" padding={self.padding}, feature_group_count={groups} for x {x.shape}"
       )
     shape = (*size, x.shape[-1] // groups, self.features)
     init = torch_uniform(math.prod(shape[:3]))
