@@ -265,7 +265,9 @@ def test_create_model_refuses():
     models.create_model("convmixer_256_8", heads=3)
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+  "scan", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
 def test_features_after_any_block(scan):
   """Those of a shallower model, at any size; pooled, what the head sees."""
   model = common.tiny_model(depth=3, scan=scan)
