@@ -1,6 +1,5 @@
 """Every field of a config: default, accepted values and meaning; checks."""
 
-from collections.abc import Callable
 from collections.abc import Mapping
 import os
 import runpy
@@ -13,197 +12,156 @@ import ml_collections
 from convmixer_jax import augment
 from convmixer_jax import models
 from convmixer_jax import optim
+from convmixer_jax import rules
 from convmixer_jax.errors import UserError
 from convmixer_jax.models import stack
-
-
-class Rule(NamedTuple):
-  """Which values a field accepts."""
-
-  text: str  # For people; follows "must be".
-  accepts: Callable[[Any], bool]
-  type: type  # Of a value that is not None.
 
 
 class Field(NamedTuple):
   """A field of a config: its default, accepted values and meaning."""
 
   default: Any
-  rule: Rule
+  rule: rules.Rule
   help: str
-
-
-_LARGEST = 1e30  # Neither infinity nor nan, in float32 too.
-
-
-def _integer(low: int, high: int = 2**32 - 1) -> Rule:
-  test = lambda v: (
-    isinstance(v, int) and not isinstance(v, bool) and low <= v <= high
-  )
-  return Rule(f"an integer from {low} to {high}", test, int)
-
-
-def _number(low: float, high: float = _LARGEST) -> Rule:
-  test = lambda v: (
-    isinstance(v, (int, float)) and not isinstance(v, bool) and low <= v <= high
-  )
-  bounds = f"from {low} to {high}" if high < _LARGEST else f"of at least {low}"
-  return Rule(f"a number {bounds}", test, float)
-
-
-def _numbers(count: int, low: float, high: float = _LARGEST) -> Rule:
-  text, test, _ = _number(low, high)
-  return Rule(
-    f"{count} values, each {text}",
-    lambda v: (
-      isinstance(v, (tuple, list)) and len(v) == count and all(map(test, v))
-    ),
-    tuple,
-  )
-
-
-def _interval(low: float, high: float = _LARGEST) -> Rule:
-  text, test, kind = _numbers(2, low, high)
-  return Rule(f"{text}, ascending", lambda v: test(v) and v[0] <= v[1], kind)
-
-
-def _choice(*names: str) -> Rule:
-  test = lambda v: isinstance(v, str) and v in names
-  return Rule(f"one of {', '.join(names)}", test, str)
-
-
-def _optional(rule: Rule) -> Rule:
-  text, test, kind = rule
-  return Rule(f"{text}, or None", lambda v: v is None or test(v), kind)
-
-
-_TEXT = Rule("a string", lambda v: isinstance(v, str) and bool(v), str)
-_BOOL = Rule("true or false", lambda v: isinstance(v, bool), bool)
-_POLICY = Rule("a policy, or empty", lambda v: isinstance(v, str), str)
-_NAMES = Rule(
-  "a tuple of strings",
-  lambda v: isinstance(v, (tuple, list)) and all(isinstance(x, str) for x in v),
-  tuple,
-)
 
 
 # Every config has exactly these fields. Those of `model` are the attributes of
 # all families together; None is the variant's own value.
 # fmt: off
 FIELDS: dict[str, Field] = {
-  "model.name": Field("convmixer_256_8", _TEXT,
+  "model.name": Field("convmixer_256_8", rules.TEXT,
     "Variant; a key of models.VARIANTS."),
-  "model.dim": Field(None, _optional(_integer(1, 2**16)),
+  "model.dim": Field(None, rules.optional(rules.integer(1, 2**16)),
     "Width of every block."),
-  "model.depth": Field(None, _optional(_integer(1, 1000)), "Number of blocks."),
-  "model.patch_size": Field(None, _optional(_integer(1, 1000)),
+  "model.depth": Field(None, rules.optional(rules.integer(1, 1000)),
+    "Number of blocks."),
+  "model.patch_size": Field(None, rules.optional(rules.integer(1, 1000)),
     "Side of a patch, and stride of the stem, in pixels."),
-  "model.kernel_size": Field(None, _optional(_integer(1, 1000)),
+  "model.kernel_size": Field(None, rules.optional(rules.integer(1, 1000)),
     "Side of the depthwise kernels."),
-  "model.activation": Field(None, _optional(_choice("gelu", "relu")),
+  "model.depths": Field(None, rules.optional(rules.integers(1, 1000)),
+    "Number of blocks in each stage of a ResNet."),
+  "model.widths": Field(None, rules.optional(rules.integers(1, 2**16)),
+    "Width of each stage of a ResNet."),
+  "model.heads": Field(None, rules.optional(rules.integer(1, 2**16)),
+    "Number of attention heads."),
+  "model.expansion": Field(None, rules.optional(rules.integer(1, 100)),
+    "Width inside a MobileNetV3's block, over dim."),
+  "model.head_dim": Field(None, rules.optional(rules.integer(1, 2**16)),
+    "Width of a MobileNetV3's layer before the last."),
+  "model.layer_scale": Field(None, rules.optional(rules.number(0)),
+    "What the factors of a ResMLP's branches start as."),
+  "model.dropout": Field(None, rules.optional(rules.number(0, 0.99)),
+    "Share of an MLP's activations that training drops."),
+  "model.drop_path": Field(None, rules.optional(rules.number(0, 0.99)),
+    "Probability with which training drops a block's branch of an image."),
+  "model.activation": Field(None, rules.optional(rules.choice("gelu", "relu")),
     "Activation after every convolution."),
-  "model.norm": Field(None, _optional(_choice("batch", "layer")),
+  "model.norm": Field(None, rules.optional(rules.choice("batch", "layer")),
     "BatchNorm, or LayerNorm over the channels of each location."),
-  "model.depthwise_residual": Field(None, _optional(_BOOL),
+  "model.depthwise_residual": Field(None, rules.optional(rules.BOOL),
     "Residual connection around the depthwise stage."),
-  "model.pointwise_residual": Field(None, _optional(_BOOL),
+  "model.pointwise_residual": Field(None, rules.optional(rules.BOOL),
     "Residual connection around the pointwise stage."),
-  "model.bn_group_size": Field(None, _optional(_integer(0)),
+  "model.bn_group_size": Field(None, rules.optional(rules.integer(0)),
     "Images that share BatchNorm statistics (the paper: 64); 0: whole batch."),
-  "model.scan": Field(None, _optional(_BOOL),
+  "model.scan": Field(None, rules.optional(rules.BOOL),
     "Run the blocks under one scan: compiles faster, equal up to rounding."),
-  "model.remat": Field(None, _optional(_choice(*stack.REMAT_POLICIES)),
+  "model.remat": Field(None,
+    rules.optional(rules.choice(*stack.REMAT_POLICIES)),
     "Recompute each block in the backward pass: less memory, more time."),
-  "model.dtype": Field(None, _optional(_choice("float32", "bfloat16")),
+  "model.dtype": Field(None,
+    rules.optional(rules.choice("float32", "bfloat16")),
     "Type of the computation. Parameters are float32."),
-  "data.name": Field("cifar10", _TEXT,
+  "data.name": Field("cifar10", rules.TEXT,
     "A TFDS data set, or digits, or folder (DIR/SPLIT/CLASS/*.jpg)."),
-  "data.dir": Field(None, _optional(_TEXT),
+  "data.dir": Field(None, rules.optional(rules.TEXT),
     "Root of the folder, or of TFDS's data (None: ~/tensorflow_datasets)."),
-  "data.image_size": Field(32, _integer(1, 10_000),
+  "data.image_size": Field(32, rules.integer(1, 10_000),
     "Side of the model's images in pixels."),
-  "data.train_split": Field("train", _TEXT,
+  "data.train_split": Field("train", rules.TEXT,
     "Training images, as a TFDS slice: train[:98%]."),
-  "data.eval_split": Field("test", _TEXT,
+  "data.eval_split": Field("test", rules.TEXT,
     "Images to score, as a TFDS slice: train[98%:]."),
-  "data.mean": Field((0.5, 0.5, 0.5), _numbers(3, 0, 1),
+  "data.mean": Field((0.5, 0.5, 0.5), rules.numbers(3, 0, 1),
     "Mean of each channel, for pixels from 0 to 1; it is subtracted."),
-  "data.std": Field((0.5, 0.5, 0.5), _numbers(3, 1e-3, 1),
+  "data.std": Field((0.5, 0.5, 0.5), rules.numbers(3, 1e-3, 1),
     "Standard deviation of each channel; pixels are divided by it."),
-  "data.crop_pct": Field(1.0, _number(0.1, 1),
+  "data.crop_pct": Field(1.0, rules.number(0.1, 1),
     "Evaluation, predict: side of the centre crop over the shorter side."),
-  "data.num_workers": Field(0, _integer(0, 1000),
+  "data.num_workers": Field(0, rules.integer(0, 1000),
     "Processes that decode image files; 0 uses threads."),
-  "data.max_unreadable": Field(0, _integer(0),
+  "data.max_unreadable": Field(0, rules.integer(0),
     "Unreadable image files that are tolerated; a warning names each."),
-  "augment.flip": Field(True, _BOOL,
+  "augment.flip": Field(True, rules.BOOL,
     "Mirror half of the images, left to right."),
-  "augment.crop_scale": Field((1.0, 1.0), _interval(0.01, 1),
+  "augment.crop_scale": Field((1.0, 1.0), rules.interval(0.01, 1),
     "Area of the random crop, as a fraction of the image."),
-  "augment.crop_ratio": Field((1.0, 1.0), _interval(0.01, 100),
+  "augment.crop_ratio": Field((1.0, 1.0), rules.interval(0.01, 100),
     "Width over height of the random crop."),
   "augment.interpolation": Field("bilinear",
-    _choice("bilinear", "bicubic", "random"),
+    rules.choice("bilinear", "bicubic", "random"),
     "How crops are resized; random draws one of the two for each image."),
-  "augment.randaugment": Field("", _POLICY,
+  "augment.randaugment": Field("", rules.POLICY,
     "rand-m9-mstd0.5-inc1 (timm's), torchvision-n2-m12, or empty for none."),
-  "augment.color_jitter": Field(0.0, _number(0, 1),
+  "augment.color_jitter": Field(0.0, rules.number(0, 1),
     "Largest change of brightness, contrast and saturation."),
-  "augment.mixup_alpha": Field(0.0, _number(0),
+  "augment.mixup_alpha": Field(0.0, rules.number(0),
     "Mixup's Beta(alpha, alpha); 0 is off."),
-  "augment.cutmix_alpha": Field(0.0, _number(0),
+  "augment.cutmix_alpha": Field(0.0, rules.number(0),
     "CutMix's Beta(alpha, alpha); 0 is off."),
-  "augment.cutmix_prob": Field(0.5, _number(0, 1),
+  "augment.cutmix_prob": Field(0.5, rules.number(0, 1),
     "Probability of CutMix instead of mixup where both are on."),
-  "augment.mix_group_size": Field(0, _integer(0),
+  "augment.mix_group_size": Field(0, rules.integer(0),
     "Images mixed among themselves with one draw; 0: the whole batch."),
-  "augment.erase_prob": Field(0.0, _number(0, 1),
+  "augment.erase_prob": Field(0.0, rules.number(0, 1),
     "Probability that a rectangle of the image is erased."),
-  "augment.erase_mode": Field("pixel", _choice("pixel", "const"),
+  "augment.erase_mode": Field("pixel", rules.choice("pixel", "const"),
     "Fill of the rectangle: noise for each pixel, or 0, the mean colour."),
-  "augment.erase_area": Field((0.02, 1 / 3), _interval(0.001, 1),
+  "augment.erase_area": Field((0.02, 1 / 3), rules.interval(0.001, 1),
     "Area of the rectangle, as a fraction of the image."),
-  "augment.erase_aspect": Field((0.3, 1 / 0.3), _interval(0.01, 100),
+  "augment.erase_aspect": Field((0.3, 1 / 0.3), rules.interval(0.01, 100),
     "Height over width of the rectangle."),
-  "augment.label_smoothing": Field(0.0, _number(0, 0.999),
+  "augment.label_smoothing": Field(0.0, rules.number(0, 0.999),
     "Share of the target that is spread over all classes."),
-  "optim.learning_rate": Field(0.01, _number(0),
+  "optim.learning_rate": Field(0.01, rules.number(0),
     "Peak learning rate, absolute: not scaled by the batch size."),
-  "optim.schedule": Field("onecycle", _choice(*optim.SCHEDULES),
+  "optim.schedule": Field("onecycle", rules.choice(*optim.SCHEDULES),
     "Learning rate over time; see optim.make_schedule."),
-  "optim.warmup_epochs": Field(0.0, _number(0),
+  "optim.warmup_epochs": Field(0.0, rules.number(0),
     "Epochs of linear warm-up; not for onecycle, which has its own."),
-  "optim.weight_decay": Field(0.0, _number(0),
+  "optim.weight_decay": Field(0.0, rules.number(0),
     "AdamW's decoupled decay, multiplied by the learning rate."),
-  "optim.decay_all": Field(False, _BOOL,
+  "optim.decay_all": Field(False, rules.BOOL,
     "Decay biases and norms too, not only kernels."),
-  "optim.eps": Field(1e-8, _number(1e-12), "AdamW's eps."),
-  "optim.betas": Field((0.9, 0.999), _numbers(2, 0, 0.999999),
+  "optim.eps": Field(1e-8, rules.number(1e-12), "AdamW's eps."),
+  "optim.betas": Field((0.9, 0.999), rules.numbers(2, 0, 0.999999),
     "AdamW's decay rates of the first and second moments."),
-  "optim.clip_norm": Field(0.0, _number(0),
+  "optim.clip_norm": Field(0.0, rules.number(0),
     "Largest norm of the gradient; 0 does not clip."),
-  "ema_decay": Field(0.0, _number(0, 0.999999),
+  "ema_decay": Field(0.0, rules.number(0, 0.999999),
     "Evaluate a moving average of the weights with this decay; 0 is off."),
-  "epochs": Field(100, _integer(1, 10**6), "Passes over the training images."),
-  "batch_size": Field(64, _integer(1, 10**6),
+  "epochs": Field(100, rules.integer(1, 10**6),
+    "Passes over the training images."),
+  "batch_size": Field(64, rules.integer(1, 10**6),
     "Images per step, over all devices."),
-  "accum_steps": Field(1, _integer(1),
+  "accum_steps": Field(1, rules.integer(1),
     "Microbatches that a step is cut into, whose gradients are averaged."),
-  "seed": Field(0, _integer(0),
+  "seed": Field(0, rules.integer(0),
     "Seed of the initial weights, the image order and augmentation."),
-  "deterministic": Field(False, _BOOL,
+  "deterministic": Field(False, rules.BOOL,
     "Bit-exact on GPUs too, by XLA's flag; slower."),
-  "log_every": Field(50, _integer(1),
+  "log_every": Field(50, rules.integer(1),
     "Steps between two records of the loss."),
-  "eval_every": Field(None, _optional(_integer(1)),
+  "eval_every": Field(None, rules.optional(rules.integer(1)),
     "Steps between two evaluations; None is once an epoch."),
-  "save_every": Field(None, _optional(_integer(1)),
+  "save_every": Field(None, rules.optional(rules.integer(1)),
     "Steps between two checkpoints; None is once an epoch."),
-  "init_from": Field(None, _optional(_TEXT),
+  "init_from": Field(None, rules.optional(rules.TEXT),
     "Weights to start from: a workdir, a file, or hf-hub:OWNER/NAME."),
-  "freeze": Field((), _NAMES,
+  "freeze": Field((), rules.NAMES,
     "Parameters that stay fixed, by prefix: ('stem', 'block_0/depthwise')."),
-  "backbone_lr_scale": Field(1.0, _number(0),
+  "backbone_lr_scale": Field(1.0, rules.number(0),
     "Factor on the learning rate of all but the head."),
 }
 # fmt: on

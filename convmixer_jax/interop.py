@@ -17,24 +17,35 @@ from convmixer_jax import torch_pickle
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-# A row of a family's TORCH_NAMES is (timm's module, ours, kind of layer). The
-# kind says what the leaves are called, and how tensors are turned: from
-# PyTorch's [out, in, ...] to ours, and back.
-_NORM_LEAVES = {
-  "weight": ("params", "scale"),
-  "bias": ("params", "bias"),
-  "running_mean": ("batch_stats", "mean"),
-  "running_var": ("batch_stats", "var"),
+# A row of a family's TORCH_NAMES is (timm's module, ours, kind). The kind says
+# what the module's arrays are called (PyTorch's name -> collection, ours), and
+# how they are turned (from PyTorch's [out, in, ...] to ours, and back). Rows of
+# kind "array" name an array, not a module.
+_NAMES = {
+  "norm": {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+  },
+  "affine": {"alpha": ("params", "scale"), "beta": ("params", "bias")},
+  "array": {"": ("params", "")},
 }
-_LAYER_LEAVES = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
-_KERNELS = {
-  "conv": (
+_LAYER = {"weight": ("params", "kernel"), "bias": ("params", "bias")}
+_TURNS = {
+  ("conv", "kernel"): (
     lambda x: x.transpose(2, 3, 1, 0),
     lambda x: x.transpose(3, 2, 0, 1),
   ),
-  "pointwise": (lambda x: x[:, :, 0, 0].T, lambda x: x.T[:, :, None, None]),
-  "linear": (lambda x: x.T, lambda x: x.T),
+  ("pointwise", "kernel"): (
+    lambda x: x.reshape(x.shape[:2]).T,  # Only if it is 1 x 1.
+    lambda x: x.T[:, :, None, None],
+  ),
+  ("linear", "kernel"): (lambda x: x.T, lambda x: x.T),
+  ("affine", "scale"): (lambda x: x[0, 0], lambda x: x[None, None]),
+  ("affine", "bias"): (lambda x: x[0, 0], lambda x: x[None, None]),
 }
+_AS_IT_IS = (lambda x: x,) * 2
 
 
 def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
@@ -77,13 +88,10 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
     if not jnp.issubdtype(value.dtype, jnp.floating):
       raise UserError(f"{name}: of {value.dtype}, not floating-point")
     value = value.astype(np.float32, copy=False)
-    if path[-1] == "kernel":
-      if kind == "pointwise" and value.shape[2:] != (1, 1):
-        raise UserError(f"{name}: {value.shape} is no 1 x 1 convolution's")
-      try:
-        value = _KERNELS[kind][0](value)
-      except (ValueError, IndexError) as e:
-        raise UserError(f"{name}: {value.shape} is no {kind} kernel's") from e
+    try:
+      value = _TURNS.get((kind, path[-1]), _AS_IT_IS)[0](value)
+    except (ValueError, IndexError) as e:
+      raise UserError(f"{name}: {value.shape} is no {kind} {path[-1]}'s") from e
     flat[path] = value
   return traverse_util.unflatten_dict(flat)
 
@@ -103,19 +111,22 @@ def _to_ours(family, name):
   module, _, leaf = name.rpartition(".")
   module = family.timm_module(module)
   for theirs, ours, kind in family.TORCH_NAMES:
-    path = _renamed(module, theirs, ours)
-    leaves = _NORM_LEAVES if kind == "norm" else _LAYER_LEAVES
-    if path and leaf in leaves:
-      collection, our_leaf = leaves[leaf]
-      return (collection, *path.split("/"), our_leaf), kind
+    names = _NAMES.get(kind, _LAYER)
+    where, what = (name, "") if kind == "array" else (module, leaf)
+    path = _renamed(where, theirs, ours)
+    if path and what in names:
+      collection, our_leaf = names[what]
+      return tuple(
+        f"{collection}/{path}/{our_leaf}".strip("/").split("/")
+      ), kind
   return None
 
 
 def _renamed(name, pattern, target):
   """'a.2.b', 'a.{i}.b', 'x_{i}' -> 'x_2'; None if the pattern does not fit."""
-  regex = re.escape(pattern).replace(r"\{i\}", r"(\d+)")
+  regex = re.sub(r"\\{(\w)\\}", r"(?P<\1>\\d+)", re.escape(pattern))
   match = re.fullmatch(regex, name)
-  return match and target.replace("{i}", *(match.groups() or ("",)))
+  return match and target.format(**match.groupdict())
 
 
 def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -128,27 +139,30 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
   known = models.infer(variables["params"])
   if known is None:
     raise UserError("not the variables of a known model")
-  rows = known[0].TORCH_NAMES
   state_dict = {}
   for path, value in traverse_util.flatten_dict(variables).items():
-    collection, *modules, leaf = path
-    found = [
-      (module, kind)
-      for theirs, ours, kind in rows
-      if (module := _renamed("/".join(modules), ours, theirs))
-    ]
-    if not found:
+    name, kind = _to_theirs(known[0], path)
+    if name is None:
       raise UserError(f"{'/'.join(path)}: timm's model has no such tensor")
-    module, kind = found[0]
-    leaves = _NORM_LEAVES if kind == "norm" else _LAYER_LEAVES
-    names = {ours: name for name, ours in leaves.items()}
-    value = np.asarray(value)
-    if leaf == "kernel":
-      value = _KERNELS[kind][1](value)
+    value = _TURNS.get((kind, path[-1]), _AS_IT_IS)[1](np.asarray(value))
     # safetensors would write a transposed array's buffer in the wrong order.
-    value = np.ascontiguousarray(value)
-    state_dict[f"{module}.{names[collection, leaf]}"] = value
+    state_dict[name] = np.ascontiguousarray(value)
   return state_dict
+
+
+def _to_theirs(family, path):
+  """The inverse of `_to_ours`."""
+  collection, *modules, leaf = path
+  for theirs, ours, kind in family.TORCH_NAMES:
+    if kind == "array":
+      if name := _renamed("/".join([*modules, leaf]), ours, theirs):
+        return name, kind
+      continue
+    leaves = {ours: name for name, ours in _NAMES.get(kind, _LAYER).items()}
+    name = _renamed("/".join(modules), ours, theirs)
+    if name and (collection, leaf) in leaves:
+      return f"{name}.{leaves[collection, leaf]}", kind
+  return None, None
 
 
 # --- Files.

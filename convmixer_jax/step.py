@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 
 Batch = dict[str, jax.Array]
+DROPOUT = 0xD0  # Folded into a step's key, for the model's own randomness.
 # (key, images uint8 [B, H, W, C], targets [B, K]) -> (float images, targets)
 Augment = Callable[
   [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
@@ -133,10 +134,14 @@ def make_train_step(
     (of the augmented images, in percent) and grad_norm (before clipping).
   """
 
-  def loss_fn(params, batch_stats, images, targets):
+  def loss_fn(params, batch_stats, images, targets, key):
     variables = {"params": params, "batch_stats": batch_stats}
     logits, updated = model.apply(
-      variables, images, train=True, mutable=["batch_stats"]
+      variables,
+      images,
+      train=True,
+      mutable=["batch_stats"],
+      rngs={"dropout": key},
     )
     with jax.named_scope("metrics"):
       loss = optax.softmax_cross_entropy(logits, targets).mean()
@@ -153,20 +158,26 @@ def make_train_step(
     return jax.lax.with_sharding_constraint(x, batch_sharding.update(spec=spec))
 
   def train_step(state, batch):
+    key = jax.random.fold_in(jax.random.key(seed), state.step)
+    key = jax.random.fold_in(key, DROPOUT)
     images, targets = augmented(
       augment, batch, model.num_classes, label_smoothing, seed, state.step
     )
 
-    def gradients(images, targets):
+    def gradients(images, targets, microbatch):
       grads, (batch_stats, metrics) = jax.grad(loss_fn, has_aux=True)(
-        state.params, state.batch_stats, images, targets
+        state.params,
+        state.batch_stats,
+        images,
+        targets,
+        jax.random.fold_in(key, microbatch),
       )
       return grads, batch_stats, metrics
 
     if accum_steps == 1:
-      grads, batch_stats, metrics = gradients(images, targets)
+      grads, batch_stats, metrics = gradients(images, targets, 0)
     else:
-      micro = jax.tree.map(split, (images, targets))
+      micro = *map(split, (images, targets)), jnp.arange(accum_steps)
       add = lambda total, part: total + part / accum_steps
       zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype),

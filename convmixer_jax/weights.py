@@ -48,7 +48,7 @@ def match(
   *,
   new_head: bool = False,
 ) -> dict[str, Any]:
-  """Checks variables against a model's, tensor by tensor.
+  """Fits variables to the image size, and checks them tensor by tensor.
 
   Args:
     loaded: from `load`; those of an unrolled model.
@@ -63,9 +63,16 @@ def match(
   Raises:
     UserError: a tensor is missing, unknown or of another shape.
   """
+  shapes = jax.eval_shape(models.unstack_blocks, wanted)
+  known, model = (models.infer(x.get("params", {})) for x in (loaded, shapes))
+  if known and model and known[0] is model[0]:
+    try:
+      params = known[0].at_resolution(loaded["params"], shapes["params"])
+    except UserError as e:
+      raise UserError(f"{name}: {e}") from e
+    loaded = {**loaded, "params": params}
   has = traverse_util.flatten_dict(loaded, sep="/")
   fresh = traverse_util.flatten_dict(wanted, sep="/")
-  shapes = jax.eval_shape(models.unstack_blocks, wanted)
   wants = traverse_util.flatten_dict(shapes, sep="/")
   anew = []
   if new_head:

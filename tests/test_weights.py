@@ -646,22 +646,42 @@ def timms(name, folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-  "name", ["convmixer_1536_20", "convmixer_768_32", "convmixer_1024_20_ks9_p14"]
+  "name",
+  [
+    "convmixer_1536_20",
+    "convmixer_768_32",
+    "convmixer_1024_20_ks9_p14",
+    "mixer_b16_224",
+    "gmlp_s16_224",
+    "resmlp_24_224",
+    "deit_small_patch16_224",
+    "resnet50",
+  ],
 )
 def test_full_size_models_are_timms(name, tmp_path):
   photo = Image.fromarray(datasets.load_sample_image("china.jpg"))
   data = test_data.encoded(photo, quality=95)
   (tmp_path / "photo.jpg").write_bytes(data)
   wanted, expected = timms(name, tmp_path)
-  # From file to tensor.
-  image = decode.eval_image(data, 224, 0.96)
-  std = np.array((0.229, 0.224, 0.225))
-  images = augment.make_normalize((0.485, 0.456, 0.406), std)(image[None])
-  assert np.all(np.abs(images - wanted) <= 1 / 255 / std)
   # Their weights here.
-  model, variables, _ = weights.load_model(str(tmp_path / "weights.pth"))
+  model, variables, given = weights.load_model(str(tmp_path / "weights.pth"))
+  # From file to tensor.
+  image = decode.eval_image(data, given["image_size"], given["crop_pct"])
+  std = np.array(given["std"])
+  images = augment.make_normalize(given["mean"], std)(image[None])
+  assert np.all(np.abs(images - wanted) <= 1 / 255 / std)
   ours = model.apply(variables, wanted, train=False)
   common.assert_close(ours, expected, 1e-4, name)
+  # Both start alike: constants are equal, and draws have the same moments.
+  start = jax.jit(lambda: model.init(jax.random.key(0), wanted[:1], False))()
+  theirs = interop.load(tmp_path / "init.pth")
+  for key, x in interop.to_torch(start).items():
+    y = theirs[key]
+    if np.ptp(y) == 0:
+      assert np.all(x == y.ravel()[0]), key
+    elif y.size > 1000:
+      assert abs(x.std() / y.std() - 1) < 0.1, key
+      assert abs(x.mean() - y.mean()) < 6 * y.std() / y.size**0.5, key
   # Ours there.
   other = jax.tree.map(lambda x: x * np.float32(0.9), variables)
   tensors = interop.to_torch(other)

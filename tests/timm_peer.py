@@ -3,8 +3,9 @@
   python tests/timm_peer.py NAME FOLDER
 
 Reads FOLDER/photo.jpg; writes input.npy, as timm's evaluation transform has it,
-and makes a model of random weights and statistics: weights.pth, logits.npy. If
-FOLDER/ours.safetensors is there, loads that instead, strictly.
+and makes a model: init.pth as it starts; weights.pth and logits.npy of random
+weights and statistics. If FOLDER/ours.safetensors is there, loads that instead,
+strictly.
 """
 
 import pathlib
@@ -27,6 +28,10 @@ import timm  # noqa: E402
 name, folder = sys.argv[1], pathlib.Path(sys.argv[2])
 torch.manual_seed(0)
 model = timm.create_model(name).eval()
+torch.save(model.state_dict(), folder / "init.pth")
+for parameter in model.parameters():
+  if not parameter.any():  # Such as the heads of MLP-Mixers.
+    torch.nn.init.normal_(parameter, std=0.02)
 for module in model.modules():
   if isinstance(module, torch.nn.BatchNorm2d):
     module.running_mean.normal_(0, 0.1)

@@ -13,6 +13,8 @@ the rest of the code knows its models:
                      `interop`
   timm_module        other names that such modules have -> timm's
   infer              params -> the arguments that their shapes imply, or None
+  at_resolution      (params, wanted) -> params of an unrolled model, for images
+                     of the size that `wanted`'s shapes are for, or UserError
   flops              (model, image_size) -> int, of one image's forward pass
   describe           model -> text for reports
 
@@ -31,11 +33,25 @@ import jax.numpy as jnp
 
 from convmixer_jax.errors import UserError
 from convmixer_jax.models import convmixer
+from convmixer_jax.models import gmlp
+from convmixer_jax.models import mlp_mixer
+from convmixer_jax.models import mobilenet_v3
+from convmixer_jax.models import resmlp
+from convmixer_jax.models import resnet
+from convmixer_jax.models import vit
 from convmixer_jax.models.convmixer import ConvMixer as ConvMixer
 from convmixer_jax.models.stack import stack_blocks as stack_blocks
 from convmixer_jax.models.stack import unstack_blocks as unstack_blocks
 
-FAMILIES: tuple[types.ModuleType, ...] = (convmixer,)
+FAMILIES: tuple[types.ModuleType, ...] = (
+  convmixer,
+  mlp_mixer,
+  gmlp,
+  resmlp,
+  vit,
+  resnet,
+  mobilenet_v3,
+)
 
 VARIANTS: dict[str, dict[str, Any]] = {
   name: arguments

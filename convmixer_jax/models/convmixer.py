@@ -213,11 +213,15 @@ def timm_module(module: str) -> str:
   return f"stem.{index}" if int(index) < 3 else "head"
 
 
+at_resolution = layers.any_resolution
+
+
 def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   """Arguments that the shapes imply; None if this is not a ConvMixer."""
   try:
-    patch, _, _, dim = params["stem"]["kernel"].shape
+    patch, *_ = params["stem"]["kernel"].shape
     kernel, *_ = params["block_0"]["depthwise"]["kernel"].shape
+    dim, _ = params["block_0"]["pointwise"]["kernel"].shape
     classes = params["head"]["kernel"].shape[-1] if "head" in params else None
   except (KeyError, ValueError, IndexError):
     return None

@@ -9,6 +9,7 @@ inference (see `ops.BatchNorm`), and x is always an array.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 import math
 from typing import Any
 
@@ -27,6 +28,9 @@ IMAGENET = {
   "mean": (0.485, 0.456, 0.406),
   "std": (0.229, 0.224, 0.225),
 }
+
+# The same for weights from Google.
+GOOGLE = IMAGENET | {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
 
 Operands = tuple[Callable[..., jax.Array], jax.Array, jax.Array, jax.Array]
 
@@ -64,6 +68,7 @@ class Conv(nn.Module):
     strides: 1, or the side of a patch.
     padding: 'SAME' for depthwise, 'VALID' for patches.
     feature_group_count: 1 or `features`.
+    use_bias: False has no bias.
     dtype: of the computation; parameters are float32.
   """
 
@@ -72,6 +77,7 @@ class Conv(nn.Module):
   strides: int = 1
   padding: str = "SAME"
   feature_group_count: int = 1
+  use_bias: bool = True
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -94,7 +100,7 @@ class Conv(nn.Module):
     shape = (*size, x.shape[-1] // groups, self.features)
     init = torch_uniform(math.prod(shape[:3]))
     kernel = self.param("kernel", init, shape).astype(self.dtype)
-    bias = self.param("bias", init, (self.features,))
+    bias = _bias(self, init)
     x = x.astype(self.dtype)
     if depthwise:
       return ops.depthwise_conv, x, kernel[:, :, 0, :], bias
@@ -104,6 +110,11 @@ class Conv(nn.Module):
     """[B, H, W, C] -> [B, H', W', features]."""
     operation, x, kernel, bias = self.operands(x)
     return operation(x, kernel) + bias.astype(self.dtype)
+
+
+def _bias(conv, init):
+  shape = (conv.features,)
+  return conv.param("bias", init, shape) if conv.use_bias else jnp.zeros(shape)
 
 
 def _patches(x, kernel, *, implementation=None):
@@ -125,10 +136,12 @@ class PointwiseConv(nn.Module):
 
   Attributes:
     features: output channels.
+    use_bias: False has no bias.
     dtype: of the computation; parameters are float32.
   """
 
   features: int
+  use_bias: bool = True
   dtype: Any = jnp.float32
 
   @nn.compact
@@ -136,7 +149,7 @@ class PointwiseConv(nn.Module):
     """Returns operation, x, kernel and bias; see `ops.Convolution`."""
     init = torch_uniform(x.shape[-1])
     kernel = self.param("kernel", init, (x.shape[-1], self.features))
-    bias = self.param("bias", init, (self.features,))
+    bias = _bias(self, init)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     return ops.pointwise_conv, x, kernel, bias
 
@@ -179,3 +192,11 @@ class LayerNorm(nn.LayerNorm):
     x = ops.ACTIVATIONS[self.activation](x + bias)
     y = super().__call__(x).astype(dtype)
     return y if residual is None else y + residual
+
+
+def any_resolution(
+  params: Mapping[str, Any], wanted: Mapping[str, Any]
+) -> Mapping[str, Any]:
+  """`at_resolution` of families whose variables do not depend on it."""
+  del wanted
+  return params

@@ -22,6 +22,7 @@ def apply_blocks(
   train: bool,
   *,
   num_blocks: int | None = None,
+  noise: Any = None,
 ) -> jax.Array:
   """Applies blocks one after the other; called in `module`'s compact method.
 
@@ -31,11 +32,12 @@ def apply_blocks(
       leading axis and applied by `nn.scan`. Both start with the same values.
       With `module.remat`, the backward pass recomputes each block.
     make_block: a `functools.partial` of the class; blocks are called
-      (x, train).
+      (x, train), or with `noise` (x, train, noise of the block).
     depth: number of blocks.
     x: input of the first block; every block returns the same shape.
     train: argument of every call.
     num_blocks: apply only this number of blocks, 0 to `depth`; None is all.
+    noise: a pytree of arrays [depth, ...], or None; see `layers.noise`.
 
   Returns:
     The last block's result.
@@ -58,9 +60,12 @@ def apply_blocks(
   if num_blocks is not None and not 0 <= num_blocks <= depth:
     raise ValueError(f"num_blocks={num_blocks}: must be from 0 to {depth}")
 
+  extra = () if noise is None else (noise,)
+
   def unrolled(module, x, count):
     for i in range(count):
-      x = make_block(parent=module, name=f"block_{i}")(x, train)
+      block = make_block(parent=module, name=f"block_{i}")
+      x = block(x, train, *jax.tree.map(operator.itemgetter(i), extra))
     return x
 
   if not module.scan:
@@ -74,8 +79,8 @@ def apply_blocks(
       init=True,
     )(module, x, depth)
 
-  def body(block, x, i):
-    y = block(x, train)
+  def body(block, x, i, *extra):
+    y = block(x, train, *extra)
     if num_blocks is not None:
       y = jnp.where(i < num_blocks, y, x)
     return y, None
@@ -83,7 +88,8 @@ def apply_blocks(
   scanned = nn.scan(
     body, variable_axes={"params": 0, "batch_stats": 0}, length=depth
   )
-  return scanned(make_block(name="blocks"), x, jnp.arange(depth))[0]
+  block = make_block(name="blocks")
+  return scanned(block, x, jnp.arange(depth), *extra)[0]
 
 
 def stack_blocks(tree: Any) -> Any:

@@ -71,6 +71,7 @@ class BatchNorm(nn.Module):
     momentum: weight of the old running value (PyTorch's momentum is one minus
       this).
     epsilon: added to the variance.
+    scale_init: of the scale.
     implementation: see `depthwise_conv`; 'shift' is plain XLA here.
   """
 
@@ -78,6 +79,7 @@ class BatchNorm(nn.Module):
   activation: str = "identity"
   momentum: float = 0.9
   epsilon: float = 1e-5
+  scale_init: nn.initializers.Initializer = nn.initializers.ones
   implementation: str | None = None
 
   @nn.compact
@@ -122,7 +124,7 @@ class BatchNorm(nn.Module):
         "BatchNorm takes images [B, H, W, C], a bias [D], and a residual [B, H,"
         f" W, D] or none, not {x.shape}, {bias.shape}, {added}; D is {channels}"
       )
-    scale = self.param("scale", nn.initializers.ones, (channels,))
+    scale = self.param("scale", self.scale_init, (channels,))
     offset = self.param("bias", nn.initializers.zeros, (channels,))
     running_mean = self.variable("batch_stats", "mean", jnp.zeros, (channels,))
     running_var = self.variable("batch_stats", "var", jnp.ones, (channels,))

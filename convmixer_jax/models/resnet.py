@@ -1,0 +1,225 @@
+"""ResNet (He et al., "Deep Residual Learning", 2016), with bottlenecks.
+
+The pyramid that isotropic models do without: four stages, each of half the
+resolution and twice the width of the one before.
+
+  stem    7 x 7 convolution, stride 2; BatchNorm; ReLU; 3 x 3 max pool, stride 2
+            [B, H, W, 3] -> [B, H/4, W/4, 64]
+  block   1 x 1, 3 x 3 and 1 x 1 convolutions, each followed by BatchNorm; ReLU
+            after all but the last, and after the sum with the block's input
+          the 3 x 3 convolution mixes locations and channels, at a quarter of
+            the block's width; it has the stride (as in PyTorch, "v1.5")
+  head    mean over locations, linear -> [B, num_classes]
+"""
+
+from collections.abc import Mapping
+from collections.abc import Sequence
+import functools
+import itertools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from convmixer_jax import ops
+from convmixer_jax.errors import UserError
+from convmixer_jax.models import layers
+
+EXPANSION = 4  # Width of a block's result over that of its 3 x 3 convolution.
+
+
+class Block(nn.Module):
+  """[B, H, W, C] -> [B, H / strides, W / strides, EXPANSION * width]."""
+
+  width: int
+  strides: int
+  conv: Any
+  norm: Any
+
+  @nn.compact
+  def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+    conv, norm = self.conv, self.norm
+    out = EXPANSION * self.width
+    y = conv(self.width, 1, name="conv1")(x)
+    y = nn.relu(norm(name="norm1")(y, train))
+    y = conv(self.width, 3, self.strides, name="conv2")(y)
+    y = nn.relu(norm(name="norm2")(y, train))
+    y = conv(out, 1, name="conv3")(y)
+    # A block starts as the identity.
+    y = norm(scale_init=nn.initializers.zeros, name="norm3")(y, train)
+    if self.strides > 1 or x.shape[-1] != out:
+      x = conv(out, 1, self.strides, name="shortcut")(x)
+      x = norm(name="shortcut_norm")(x, train)
+    return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+  """ResNet.
+
+  Attributes:
+    depths: number of blocks in each stage.
+    widths: of the 3 x 3 convolutions in each stage.
+    num_classes: size of the head.
+    patch_size: None: the stem above. Otherwise the stem embeds patches of this
+      side (an ablation: is it the patches?).
+    bn_group_size: see `ops.BatchNorm`.
+    dtype: of the computation; parameters and logits are float32.
+    implementation: see `ops.BatchNorm`.
+  """
+
+  depths: Sequence[int]
+  widths: Sequence[int]
+  num_classes: int
+  patch_size: int | None = None
+  bn_group_size: int = 0
+  dtype: Any = jnp.float32
+  implementation: str | None = None
+
+  @nn.compact
+  def __call__(
+    self,
+    images: jax.Array,
+    train: bool,
+    return_features: bool = False,
+    num_blocks: int | None = None,
+  ) -> jax.Array:
+    """Returns logits [B, num_classes], or features; see `ConvMixer`."""
+    conv = functools.partial(_conv, dtype=self.dtype)
+    norm = functools.partial(
+      ops.BatchNorm, self.bn_group_size, implementation=self.implementation
+    )
+    p = self.patch_size
+    shape = (7, 2) if p is None else (p, p, "VALID")
+    x = conv(64, *shape, name="stem")(images)
+    x = nn.relu(norm(name="stem_norm")(x, train))
+    if p is None:
+      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    blocks = [
+      (stage, block, 2 if stage > 1 and block == 0 else 1)
+      for stage, depth in enumerate(self.depths, 1)
+      for block in range(depth)
+    ]
+    for stage, block, strides in itertools.islice(blocks, num_blocks):
+      name = f"stage_{stage}_block_{block}"
+      width = self.widths[stage - 1]
+      x = Block(width, strides, conv, norm, name=name)(x, train)
+    if return_features:
+      return x
+    x = x.astype(jnp.float32).mean((1, 2))
+    return layers.dense(self.num_classes, x.shape[-1], name="head")(x)
+
+  def check(self, image_size: int) -> None:
+    """Raises UserError unless there is a width for each stage, and a patch."""
+    if len(self.depths) != len(self.widths):
+      raise UserError(
+        f"config.model.depths={self.depths}: must have as many values as"
+        f" config.model.widths={self.widths}"
+      )
+    if self.patch_size is not None and self.patch_size > image_size:
+      raise UserError(
+        f"config.model.patch_size={self.patch_size}: larger than"
+        f" data.image_size={image_size}"
+      )
+
+
+def _conv(features, size, strides=1, padding=None, **kwargs):
+  """Pads by (size - 1) / 2 on both sides, as PyTorch's ResNet does.
+
+  SAME would pad less at the top and left where the stride is 2.
+  """
+  return nn.Conv(
+    features,
+    (size, size),
+    strides,
+    padding=padding or (size - 1) // 2,
+    use_bias=False,
+    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    **kwargs,
+  )
+
+
+# --- The family, as the rest of the code knows it: see models/__init__.py.
+
+MODEL = ResNet
+VARIANTS: dict[str, dict[str, Any]] = {
+  f"resnet{depth}": dict(depths=depths, widths=(64, 128, 256, 512))
+  for depth, depths in (
+    (50, (3, 4, 6, 3)),
+    (101, (3, 4, 23, 3)),
+    (152, (3, 8, 36, 3)),
+  )
+}
+
+
+def preprocessing(name: str | None) -> dict[str, Any]:
+  """What timm's weights (tag a1_in1k) expect of images."""
+  del name
+  return layers.IMAGENET | {"crop_pct": 0.95}
+
+
+_BLOCK = "layer{i}.{j}", "stage_{i}_block_{j}"
+TORCH_NAMES = (
+  ("conv1", "stem", "conv"),
+  ("bn1", "stem_norm", "norm"),
+  (f"{_BLOCK[0]}.conv{{k}}", f"{_BLOCK[1]}/conv{{k}}", "conv"),
+  (f"{_BLOCK[0]}.bn{{k}}", f"{_BLOCK[1]}/norm{{k}}", "norm"),
+  (f"{_BLOCK[0]}.downsample.0", f"{_BLOCK[1]}/shortcut", "conv"),
+  (f"{_BLOCK[0]}.downsample.1", f"{_BLOCK[1]}/shortcut_norm", "norm"),
+  ("fc", "head", "linear"),
+)
+timm_module = str
+
+
+at_resolution = layers.any_resolution
+
+
+def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
+  """Arguments that the shapes imply; None if this is not a ResNet."""
+  depths, widths = {}, {}
+  for module, leaves in params.items():
+    if match := re.fullmatch(r"stage_(\d+)_block_(\d+)", module):
+      stage = int(match[1])
+      depths[stage] = depths.get(stage, 0) + 1
+      widths[stage] = leaves["conv2"]["kernel"].shape[-1]
+  if not depths:
+    return None
+  side = params["stem"]["kernel"].shape[0]
+  head = params.get("head")
+  return {
+    "depths": tuple(depths[stage] for stage in sorted(depths)),
+    "widths": tuple(widths[stage] for stage in sorted(widths)),
+    "patch_size": None if side == 7 else side,
+    "num_classes": head["kernel"].shape[-1] if head else None,
+  }
+
+
+def flops(model: ResNet, image_size: int) -> int:
+  """FLOPs of the convolutions and the head; the rest is under 1 %."""
+  half = lambda side: -(-side // 2)
+  p, channels = model.patch_size, 64
+  side = half(image_size) if p is None else image_size // p
+  total = side**2 * (p or 7) ** 2 * 3 * channels
+  side = half(side) if p is None else side
+  for stage, (depth, width) in enumerate(zip(model.depths, model.widths)):
+    out = EXPANSION * width
+    for block in range(depth):
+      total += side**2 * channels * width
+      if shrinks := stage > 0 and block == 0:
+        side = half(side)
+      total += side**2 * (9 * width**2 + width * out)
+      if shrinks or channels != out:
+        total += side**2 * channels * out
+      channels = out
+  return 2 * (total + channels * model.num_classes)
+
+
+def describe(model: ResNet) -> str:
+  """'ResNet-50'; other depths and widths are listed."""
+  name = f"ResNet-{3 * sum(model.depths) + 2}"
+  if tuple(model.widths) != (64, 128, 256, 512):
+    name += f", widths {', '.join(map(str, model.widths))}"
+  return (
+    name if model.patch_size is None else f"{name}, patch {model.patch_size}"
+  )

@@ -1,0 +1,120 @@
+"""The families beside ConvMixer: exact beside timm, and in one trainer."""
+
+import json
+
+import jax
+from jax import flatten_util
+import numpy as np
+import pytest
+
+from convmixer_jax import config as config_lib
+from convmixer_jax import interop
+from convmixer_jax import models
+from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import sharding
+from convmixer_jax.data import sources
+from convmixer_jax.errors import UserError
+from tests import common
+
+TINY = {"dim": 24, "depth": 2, "patch_size": 8}
+GOLDENS = {
+  "mixer_b16_224": TINY,
+  "gmlp_ti16_224": TINY,
+  "resmlp_12_224": TINY,
+  "vit_base_patch16_224": TINY | {"heads": 3},
+  "resnet50": {"depths": (1, 2, 1, 1), "widths": (8, 16, 16, 24)},
+}
+
+
+@pytest.mark.parametrize("name", GOLDENS)
+def test_logits_are_timms(name):
+  golden = common.golden(f"baseline_{name}")
+  tensors = {
+    k.removeprefix("before/"): v
+    for k, v in golden.items()
+    if k.startswith("before/") and not k.endswith("num_batches_tracked")
+  }
+  variables = interop.from_torch(tensors)
+  model = models.create_model(name, num_classes=7, **GOLDENS[name])
+  images = common.nhwc(golden["input_nchw"])
+  shapes = models.variable_shapes(model, images.shape[1])
+  variables = {"batch_stats": {}} | variables
+  assert jax.tree.map(np.shape, variables) == jax.tree.map(np.shape, shapes)
+  logits = jax.jit(model.apply, static_argnums=2)(variables, images, False)
+  common.assert_close(logits, golden["eval_logits"], 2e-5)
+  logits, _ = jax.jit(
+    lambda v, x: model.apply(v, x, True, mutable=["batch_stats"])
+  )(variables, images)
+  common.assert_close(logits, golden["train_logits"], 2e-5)
+  # And back, by the names alone.
+  back = interop.to_torch(variables)
+  assert back.keys() == tensors.keys()
+  assert all(np.array_equal(back[k], tensors[k]) for k in back)
+  broken = tensors | {"blocks.0.other.weight": np.zeros(3, np.float32)}
+  with pytest.raises(UserError, match="not a tensor of timm's"):
+    interop.from_torch(broken)
+
+
+def test_parameters_are_as_many_as_timms():
+  counts = json.loads((common.DATA / "timm_param_counts.json").read_text())
+  for name, count in counts.items():
+    shapes = models.variable_shapes(models.create_model(name), 224)
+    ours = sum(x.size for x in jax.tree.leaves(shapes["params"]))
+    assert ours == count, name
+
+
+SOURCE = sources.open_source("digits", None, "train[:32]", 8)
+SLOW = pytest.mark.slow
+ISOTROPIC = "mobilenetv3_isotropic_64_8"
+FAMILIES = {
+  "mixer_s16_224": {"dim": 8, "depth": 2},
+  "gmlp_ti16_224": {"dim": 8, "depth": 2},
+  "resmlp_12_224": {"dim": 8, "depth": 2},
+  "deit_tiny_patch16_224": {"dim": 8, "depth": 2, "heads": 2},
+  "resnet50": {"depths": (1, 1), "widths": (4, 8)},
+  ISOTROPIC: {"dim": 8, "depth": 2, "kernel_size": 3},
+}
+
+
+def build(name, devices, **more):
+  fields = models.create_model(name).__dataclass_fields__
+  random = {"drop_path": 0.3, "dropout": 0.2}
+  values = {"patch_size": 2, "scan": False} | random | FAMILIES[name]
+  values = {k: v for k, v in values.items() if k in fields}
+  config = common.digits_config(
+    **{f"model.{k}": None for k in ("dim", "depth", "kernel_size")}
+    | {f"model.{k}": v for k, v in values.items()}
+    | {"model.name": name, "batch_size": 16, "accum_steps": 2}
+    | more
+  )
+  config_lib.check(config, devices)
+  return recipe_lib.build(config, SOURCE, jax.devices()[:devices])
+
+
+def two_steps(recipe):
+  state = recipe.init_state()
+  for batch in recipe.train_batches(0, 2):
+    batch = sharding.to_global(recipe.mesh, batch, 16)
+    state, metrics = recipe.train_step(recipe.seed, state, batch)
+  state = models.unstack_blocks(jax.device_get(state))
+  return state, metrics["loss"]
+
+
+QUICK = ("deit_tiny_patch16_224", ISOTROPIC)
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=() if n in QUICK else SLOW) for n in FAMILIES],
+)
+def test_one_device_equals_eight_and_scanned_equals_unrolled(name, portable):
+  """With dropout and drop path, whose draws are those of the whole batch."""
+  state, loss = two_steps(build(name, 1))
+  options = {"model.scan": True} if name != "resnet50" else {}
+  other, other_loss = two_steps(build(name, 8, **options))
+  assert common.relative_error(other_loss, loss) <= 1e-5
+  # All at once, for some biases have no effect but through rounding.
+  params, others = (flatten_util.ravel_pytree(s.params)[0]
+                    for s in (state, other))  # fmt: skip
+  common.assert_close(others, params, 1e-4)
+  assert (state.batch_stats != {}) == (name in ("resnet50", ISOTROPIC))
