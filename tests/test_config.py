@@ -247,6 +247,7 @@ LAYERS = (
   ("models", "runtime"),
   ("step", "torch_pickle"),
   ("interop",),
+  ("rules",),
   ("config",),
   ("workdir", "distributed", "checkpoint"),
   ("logger",),
