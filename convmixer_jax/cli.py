@@ -19,6 +19,7 @@ from absl import flags
 from absl import logging
 import ml_collections
 from ml_collections import config_flags
+from ml_collections.config_flags import tuple_parser
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import runtime
@@ -36,6 +37,29 @@ class _ConfigParser(flags.ArgumentParser):
     else:
       config = config_lib.load_file(path)
     return config.lock() if hasattr(config, "lock") else config
+
+
+class _OrNone(flags.ArgumentParser):
+  """Reads what another parser reads, and None, which some fields accept."""
+
+  def __init__(self, parser):
+    self._parser = parser
+
+  def parse(self, argument):
+    return None if argument == "None" else self._parser.parse(argument)
+
+  def flag_type(self):
+    return self._parser.flag_type()
+
+
+for _type, _parser in {
+  int: flags.IntegerParser(),
+  float: flags.FloatParser(),
+  bool: flags.BooleanParser(),
+  str: flags.ArgumentParser(),
+  tuple: tuple_parser.TupleParser(),
+}.items():
+  config_flags.register_flag_parser_for_type(_type, _OrNone(_parser))
 
 
 class Flags(flags.FlagValues):

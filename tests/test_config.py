@@ -116,6 +116,8 @@ MISTAKES = [
   ([DIGITS, "--config.modle.dim=3"], "nearest is model.dim"),
   ([DIGITS, "--config.batch_size=many"], "integer from 1 to"),
   ([DIGITS, "--config.deterministic=7"], "true or false"),
+  ([DIGITS, "--config.batch_size=None"], "an integer from 1 to"),
+  ([DIGITS, "--config.model.heads=2"], "has no such field; leave it None"),
   ([DIGITS, "--config.batch_size=30"], "multiple of the 4 devices"),
   ([DIGITS, "--config.data.name=digit"], "nearest are digits"),
   ([DIGITS, "--config.data.train_split=trian"], "has train, test"),
@@ -155,6 +157,23 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
     wrong = [text for text in pool.map(attempt, MISTAKES) if text]
   assert not wrong, "\n".join(wrong)
   assert not workdir.exists()
+
+
+def test_fields_take_none_from_the_command_line():
+  optional = [
+    field
+    for field, (_, rule, _) in config_lib.FIELDS.items()
+    if rule.accepts(None)
+  ]
+  command = cli.Flags()
+  config = command.define_config()
+  cli.parse_flags(
+    ["main", DIGITS, *(f"--config.{field}=None" for field in optional)], command
+  )
+  values = config_lib.flatten(config.value)
+  assert "model.kernel_size" in optional
+  assert not any(values[field] for field in optional)
+  config_lib.check_values(values, "")
 
 
 def test_a_config_imports_a_file_beside_it(tmp_path, monkeypatch):

@@ -87,7 +87,9 @@ def create_model(
   given = {k: v for k, v in overrides.items() if v is not None}
   for field in given:
     if field not in family.MODEL.__dataclass_fields__:
-      raise UserError(f"model.{field}: {name} has no such field")
+      raise UserError(
+        f"model.{field}={given[field]!r}: {name} has no such field; leave it None"
+      )
   return family.MODEL(
     num_classes=num_classes, **(family.VARIANTS[name] | given)
   )
