@@ -159,7 +159,7 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   assert not workdir.exists()
 
 
-def test_fields_take_none_from_the_command_line():
+def test_fields_take_none_from_the_command_line(monkeypatch):
   optional = [
     field
     for field, (_, rule, _) in config_lib.FIELDS.items()
@@ -167,9 +167,9 @@ def test_fields_take_none_from_the_command_line():
   ]
   command = cli.Flags()
   config = command.define_config()
-  cli.parse_flags(
-    ["main", DIGITS, *(f"--config.{field}=None" for field in optional)], command
-  )
+  argv = ["main", DIGITS, *(f"--config.{field}=None" for field in optional)]
+  monkeypatch.setattr("sys.argv", argv)  # config_flags reads it.
+  cli.parse_flags(argv, command)
   values = config_lib.flatten(config.value)
   assert "model.kernel_size" in optional
   assert not any(values[field] for field in optional)
