@@ -63,6 +63,8 @@ FIELDS: dict[str, Field] = {
     "Residual connection around the depthwise stage."),
   "model.pointwise_residual": Field(None, rules.optional(rules.BOOL),
     "Residual connection around the pointwise stage."),
+  "model.pooled_stem": Field(None, rules.optional(rules.BOOL),
+    "A stem of stride 1 and a mean over each patch, instead of patches."),
   "model.bn_group_size": Field(None, rules.optional(rules.integer(0)),
     "Images that share BatchNorm statistics (the paper: 64); 0: whole batch."),
   "model.scan": Field(None, rules.optional(rules.BOOL),

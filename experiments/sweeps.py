@@ -138,27 +138,118 @@ def _ablation():
   ]
 
 
-def _imagenet():
-  """Every ConvMixer of the paper's ImageNet tables."""
-  variants = {
-    "convmixer_1536_20": "1536_20",
-    "convmixer_768_32": "768_32",
-    "convmixer_1024_20_ks9_p14": "1024_20",
+# Sizes of the families for CIFAR-10: patch size -> cell -> model and fields.
+# Those with token-mixing layers have fewer blocks where there are more tokens,
+# so that all have 0.6 M parameters, to 7 %.
+_SIZES = {
+  2: {
+    "convmixer": ("convmixer_256_8", dict(kernel_size=5)),
+    "mlp_mixer": ("mixer_s16_224", dict(dim=96, depth=6)),
+    "gmlp": ("gmlp_ti16_224", dict(dim=96, depth=4)),
+    "resmlp": ("resmlp_12_224", dict(dim=96, depth=4)),
+    "vit": ("deit_tiny_patch16_224", dict(dim=96, depth=5, heads=3)),
+    "mobilenetv3": ("mobilenetv3_isotropic_64_8", dict(head_dim=64)),
+  },
+  4: {
+    "convmixer": ("convmixer_256_8", dict(kernel_size=5)),
+    "mlp_mixer": ("mixer_s16_224", dict(dim=96, depth=7)),
+    "gmlp": ("gmlp_ti16_224", dict(dim=96, depth=7)),
+    "resmlp": ("resmlp_12_224", dict(dim=96, depth=7)),
+    "vit": ("deit_tiny_patch16_224", dict(dim=96, depth=5, heads=3)),
+    "mobilenetv3": ("mobilenetv3_isotropic_64_8", dict(head_dim=64)),
+  },
+  None: {"resnet": ("resnet50", dict(depths=(2, 2, 2), widths=(32, 64, 96)))},
+}
+# The same with 0.16 M parameters, to 11 %.
+_SMALL_SIZES = {
+  4: {
+    "convmixer": ("convmixer_256_8", dict(dim=128, kernel_size=5)),
+    "mlp_mixer": ("mixer_s16_224", dict(dim=48, depth=7)),
+    "gmlp": ("gmlp_ti16_224", dict(dim=64, depth=4)),
+    "vit": ("deit_tiny_patch16_224", dict(dim=64, depth=3, heads=2)),
+    "mobilenetv3": ("mobilenetv3_isotropic_64_8", dict(dim=32, head_dim=64)),
+    "resmlp": ("resmlp_12_224", dict(dim=64, depth=4)),
+  },
+  None: {"resnet": ("resnet50", dict(depths=(2, 2, 2), widths=(16, 32, 48)))},
+}
+# One recipe for all of them, between those of convolutions and of tokens.
+_SAME = {
+  "optim.learning_rate": 0.003,
+  "optim.weight_decay": 0.05,
+  "optim.decay_all": False,
+  "optim.clip_norm": 1.0,
+  "batch_size": 128,
+}
+
+
+def _architecture(cell, model, patch, fields, **overrides):
+  """A cell with any family's model; it sets or empties the config's sizes."""
+  sizes = {"name": model, "patch_size": patch, "kernel_size": None, **fields}
+  overrides |= {f"model.{field}": value for field, value in sizes.items()}
+  return Cell(cell, _SCRIPT, {**overrides, **_SAME})
+
+
+def _architectures(sizes, **overrides):
+  """Families beside each other."""
+  return [
+    _architecture(
+      f"{family}_p{patch}" if patch else family,
+      model, patch, fields, **overrides,
+    )
+    for patch, families in sizes.items()
+    for family, (model, fields) in families.items()
+  ]  # fmt: skip
+
+
+def _stems():
+  """Patches, or a stem of stride 1 with a mean over each of them."""
+  families = {
+    "convmixer": _SIZES[4]["convmixer"],
+    "resnet": _SIZES[None]["resnet"],
   }
   return [
+    _architecture(
+      f"{family}_{stem}_p{patch}",
+      model, patch, {**fields, "pooled_stem": stem == "pooled"}, epochs=25,
+    )
+    for family, (model, fields) in families.items()
+    for patch in (2, 4)
+    for stem in ("patches", "pooled")
+  ]  # fmt: skip
+
+
+# Start of a model's name -> variant of configs/imagenet.py.
+_RECIPES = {
+  "convmixer_768": "768_32",
+  "convmixer_1024_20": "1024_20",
+  "convmixer": "1536_20",
+  "resnet": "resnet152",
+  "resmlp_big": "resmlp_big_24",
+  "": "deit_base",
+}
+
+
+def _imagenet(table):
+  """Every model of an ImageNet table, with the recipe that fits it."""
+  recipe = lambda model: next(
+    variant for start, variant in _RECIPES.items() if model.startswith(start)
+  )
+  return [
     Cell(
-      f"{row.model}_p{row.patch_size}_k{row.kernel_size}",
-      f"configs/imagenet.py:{variants.get(row.model, '1536_20')}",
+      f"{row.model}_p{row.patch_size}_k{row.kernel_size}"
+      if row.kernel_size
+      else row.model,
+      f"configs/imagenet.py:{recipe(row.model)}",
       {
         "model.name": row.model,
         "model.patch_size": row.patch_size,
         "model.kernel_size": row.kernel_size,
       },
-      "imagenet",
+      table,
       row.model,
     )
     for row in paper.read()
-    if row.table == "imagenet" and row.model in models.VARIANTS
+    if row.table == table and row.model in models.VARIANTS
   ]
 
 
@@ -230,7 +321,29 @@ SWEEPS: dict[str, Sweep] = {
     ],
   ),
   "cifar10_ablation": Sweep("What each part contributes.", _ablation()),
-  "imagenet": Sweep("The paper's ImageNet models.", _imagenet(), seeds=(0,)),
+  "architectures_cifar10": Sweep(
+    "ConvMixer beside other families at 0.6 M parameters, 100 epochs.",
+    _architectures(_SIZES, epochs=100),
+  ),
+  "architectures_small": Sweep(
+    "The same at 0.16 M parameters, 8 epochs: hours on two CPUs.",
+    _architectures(_SMALL_SIZES, epochs=8, eval_every=391, save_every=391),
+    seeds=(0, 1),
+  ),
+  "patches": Sweep(
+    "Is it the patches? A stem of stride 1 and pooling in their place.",
+    _stems(),
+  ),
+  "imagenet": Sweep(
+    "The paper's ImageNet models, and those it compares them with.",
+    _imagenet("imagenet"),
+    seeds=(0,),
+  ),
+  "imagenet_timm": Sweep(
+    "Further models, beside the accuracy of timm's weights.",
+    _imagenet("imagenet_timm"),
+    seeds=(0,),
+  ),
 }
 
 

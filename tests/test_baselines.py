@@ -4,6 +4,7 @@ import json
 
 import jax
 from jax import flatten_util
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -61,6 +62,43 @@ def test_parameters_are_as_many_as_timms():
     shapes = models.variable_shapes(models.create_model(name), 224)
     ours = sum(x.size for x in jax.tree.leaves(shapes["params"]))
     assert ours == count, name
+
+
+def test_a_pooled_stem_has_stride_1_and_a_mean_over_each_patch():
+  rng = np.random.default_rng(0)
+  images = rng.normal(size=(2, 10, 10, 3)).astype(np.float32)
+  for name, fields in (
+    ("convmixer_256_8", {"dim": 8, "depth": 1, "kernel_size": 3}),
+    ("resnet50", GOLDENS["resnet50"]),
+  ):
+    fields |= {"patch_size": 4}
+    model = models.create_model(name, 7, pooled_stem=True, **fields)
+    shapes = models.variable_shapes(model, 10)
+    variables = jax.tree.map(lambda x: rng.uniform(0.5, 1.5, x.shape), shapes)
+    variables = jax.tree.map(np.float32, variables)
+    plain = models.create_model(name, 7, **fields)
+    assert models.variable_shapes(plain, 10) == shapes
+    x = model.apply(variables, images, False, True, 0)
+
+    params, stats = variables["params"], variables["batch_stats"]["stem_norm"]
+    padded = jnp.pad(images, ((0, 0), (1, 2), (1, 2), (0, 0)))
+    windows = jnp.stack([
+      padded[:, i : i + 10, j : j + 10] for i in range(4) for j in range(4)
+    ])  # fmt: skip
+    kernel = params["stem"]["kernel"].reshape(16, 3, -1)
+    y = jnp.einsum("tbhwc,tcd->bhwd", windows, kernel, precision="highest")
+    norm = lambda y: (
+      (y - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
+      * params["stem_norm"]["scale"] + params["stem_norm"]["bias"]
+    )  # fmt: skip
+    if name == "resnet50":
+      y = jax.nn.relu(norm(y))
+    else:
+      y = norm(jax.nn.gelu(y + params["stem"]["bias"], approximate=False))
+    y = y[:, :8, :8].reshape(2, 2, 4, 2, 4, -1).mean((2, 4))
+    common.assert_close(x, y, 1e-5)
+  with pytest.raises(UserError, match="pooled_stem: needs config.model.patch"):
+    models.create_model("resnet50", pooled_stem=True).check(32)
 
 
 SOURCE = sources.open_source("digits", None, "train[:32]", 8)

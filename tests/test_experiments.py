@@ -40,7 +40,7 @@ def test_every_run_of_every_sweep_may_train(name):
 
 
 def test_cells_are_those_of_the_paper():
-  """Each published ConvMixer is a cell, with the published parameter count."""
+  """Each published model is a cell, with the published parameter count."""
   with (common.ROOT / "experiments" / "paper.csv").open() as file:
     counts = {
       (r["table"], r["model"], r["patch_size"], r["kernel_size"]): r["params"]
@@ -53,13 +53,18 @@ def test_cells_are_those_of_the_paper():
       row = cell.published()
       if row is None:
         continue
-      key = (row.table, row.model, str(row.patch_size), str(row.kernel_size))
+      sizes = (row.patch_size, row.kernel_size)
+      key = (row.table, row.model, *(str(size or "") for size in sizes))
       found.add(key)
       # The table counts LayerNorm's parameters as BatchNorm's: equal.
       # Few blocks are traced sooner; whole models are test_models'.
-      model = cell.model(cell.data.num_classes)
-      one, two = (count(model.clone(depth=depth), 32) for depth in (1, 2))
-      params = one + (model.depth - 1) * (two - one)
+      model = cell.model(1000 if "imagenet" in row.table else 10)
+      size = cell.resolve(0).data.image_size
+      if hasattr(model, "depth"):
+        one, two = (count(model.clone(depth=depth), size) for depth in (1, 2))
+        params = one + (model.depth - 1) * (two - one)
+      else:
+        params = count(model, size)
       assert params == int(counts[key]), key
   tables_here = {key[0] for key in found}
   missing = {

@@ -68,6 +68,8 @@ class ConvMixer(nn.Module):
     norm: 'batch', or 'layer' over the channels of each location.
     depthwise_residual: the residual around the depthwise stage (the paper's).
     pointwise_residual: one around the pointwise stage too (an ablation).
+    pooled_stem: the stem's convolution has stride 1, and a mean over each p x p
+      window follows it (an ablation: is it the patches?).
     bn_group_size: see `ops.BatchNorm`.
     scan: run the blocks under one `nn.scan`; see `stack.apply_blocks`.
     remat: None, or what a block keeps for its backward pass; a name from
@@ -85,6 +87,7 @@ class ConvMixer(nn.Module):
   norm: str = "batch"
   depthwise_residual: bool = True
   pointwise_residual: bool = False
+  pooled_stem: bool = False
   bn_group_size: int = 0
   scan: bool = False
   remat: str | None = None
@@ -125,8 +128,11 @@ class ConvMixer(nn.Module):
       norm = functools.partial(norm, group_size=self.bn_group_size)
 
     p = self.patch_size
-    stem = conv((p, p), strides=p, padding="VALID", name="stem")
+    strides, padding = (1, "SAME") if self.pooled_stem else (p, "VALID")
+    stem = conv((p, p), strides=strides, padding=padding, name="stem")
     x = norm(name="stem_norm")(images, train, conv=stem)
+    if self.pooled_stem:
+      x = nn.avg_pool(x, (p, p), (p, p))
     block = functools.partial(
       Block,
       conv,
@@ -233,6 +239,7 @@ def flops(model: ConvMixer, image_size: int) -> int:
   """FLOPs of the convolutions and the head; the rest is under 1 %."""
   side = image_size // model.patch_size
   stem = 3 * model.patch_size**2 * model.dim
+  stem *= model.patch_size**2 if model.pooled_stem else 1
   block = model.kernel_size**2 * model.dim + model.dim**2
   locations = side**2 * (stem + model.depth * block)
   return 2 * (locations + model.dim * model.num_classes)

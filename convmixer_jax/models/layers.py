@@ -10,6 +10,7 @@ inference (see `ops.BatchNorm`), and x is always an array.
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import functools
 import math
 from typing import Any
 
@@ -54,19 +55,20 @@ def dense(features: int, fan_in: int, **kwargs: Any) -> nn.Dense:
 class Conv(nn.Module):
   """A convolution with `nn.Conv`'s attributes, parameters and shapes.
 
-  Weights start as PyTorch's do. Two kinds are supported:
+  Weights start as PyTorch's do. Three kinds are supported:
 
     depthwise  feature_group_count = features = C, any square kernel, stride 1,
                SAME; even kernels pad one more row and column at the bottom and
                right. Computed by `ops.depthwise_conv`.
     patches    strides = kernel_size, VALID: rows and columns that do not fill a
                patch are dropped.
+    full       strides = 1, SAME, over all channels.
 
   Attributes:
     features: output channels.
     kernel_size: two equal sides.
     strides: 1, or the side of a patch.
-    padding: 'SAME' for depthwise, 'VALID' for patches.
+    padding: 'VALID' for patches, otherwise 'SAME'.
     feature_group_count: 1 or `features`.
     use_bias: False has no bias.
     dtype: of the computation; parameters are float32.
@@ -85,15 +87,16 @@ class Conv(nn.Module):
     """Returns operation, x, kernel and bias; see `ops.Convolution`."""
     size, groups = self.kernel_size, self.feature_group_count
     s, square = self.strides, len(size) == 2 and size[0] == size[1] > 0
-    depthwise = (s, self.padding) == (1, "SAME") and (
-      groups == self.features == x.shape[-1]
-    )
-    patches = size == (s, s) and self.padding == "VALID" and groups == 1
-    if not square or not (depthwise or patches):
+    kind = s, self.padding, groups
+    depthwise = groups == self.features == x.shape[-1]
+    depthwise = depthwise and kind == (1, "SAME", groups)
+    patches = size == (s, s) and kind == (s, "VALID", 1)
+    if not square or not (depthwise or patches or kind == (1, "SAME", 1)):
       raise ValueError(
         "Conv must be depthwise (feature_group_count = features = C, a square"
-        " kernel, strides=1, padding='SAME') or of patches (strides = both"
-        " sides of the kernel, padding='VALID', feature_group_count=1), not"
+        " kernel, strides=1, padding='SAME'), of patches (strides = both sides"
+        " of the kernel, padding='VALID', feature_group_count=1) or full (a"
+        " square kernel, strides=1, padding='SAME', feature_group_count=1), not"
         f" features={self.features}, kernel_size={size}, strides={s},"
         f" padding={self.padding}, feature_group_count={groups} for x {x.shape}"
       )
@@ -104,7 +107,7 @@ class Conv(nn.Module):
     x = x.astype(self.dtype)
     if depthwise:
       return ops.depthwise_conv, x, kernel[:, :, 0, :], bias
-    return _patches, x, kernel, bias
+    return functools.partial(_conv, s, self.padding), x, kernel, bias
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """[B, H, W, C] -> [B, H', W', features]."""
@@ -117,14 +120,14 @@ def _bias(conv, init):
   return conv.param("bias", init, shape) if conv.use_bias else jnp.zeros(shape)
 
 
-def _patches(x, kernel, *, implementation=None):
-  """One product for each patch; XLA's own on every platform."""
+def _conv(strides, padding, x, kernel, *, implementation=None):
+  """XLA's own on every platform."""
   del implementation
   return lax.conv_general_dilated(
     x,
     kernel,
-    window_strides=kernel.shape[:2],
-    padding="VALID",
+    window_strides=(strides, strides),
+    padding=padding,
     dimension_numbers=("NHWC", "HWIO", "NHWC"),
   )
 

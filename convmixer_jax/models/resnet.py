@@ -64,6 +64,8 @@ class ResNet(nn.Module):
     num_classes: size of the head.
     patch_size: None: the stem above. Otherwise the stem embeds patches of this
       side (an ablation: is it the patches?).
+    pooled_stem: the patches' convolution has stride 1, and a mean over each
+      p x p window follows it.
     bn_group_size: see `ops.BatchNorm`.
     dtype: of the computation; parameters and logits are float32.
     implementation: see `ops.BatchNorm`.
@@ -73,6 +75,7 @@ class ResNet(nn.Module):
   widths: Sequence[int]
   num_classes: int
   patch_size: int | None = None
+  pooled_stem: bool = False
   bn_group_size: int = 0
   dtype: Any = jnp.float32
   implementation: str | None = None
@@ -92,10 +95,14 @@ class ResNet(nn.Module):
     )
     p = self.patch_size
     shape = (7, 2) if p is None else (p, p, "VALID")
+    if self.pooled_stem:
+      shape = (p, 1, "SAME")
     x = conv(64, *shape, name="stem")(images)
     x = nn.relu(norm(name="stem_norm")(x, train))
     if p is None:
       x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+    elif self.pooled_stem:
+      x = nn.avg_pool(x, (p, p), (p, p))
     blocks = [
       (stage, block, 2 if stage > 1 and block == 0 else 1)
       for stage, depth in enumerate(self.depths, 1)
@@ -117,6 +124,8 @@ class ResNet(nn.Module):
         f"config.model.depths={self.depths}: must have as many values as"
         f" config.model.widths={self.widths}"
       )
+    if self.pooled_stem and self.patch_size is None:
+      raise UserError("config.model.pooled_stem: needs config.model.patch_size")
     if self.patch_size is not None and self.patch_size > image_size:
       raise UserError(
         f"config.model.patch_size={self.patch_size}: larger than"
@@ -200,7 +209,8 @@ def flops(model: ResNet, image_size: int) -> int:
   half = lambda side: -(-side // 2)
   p, channels = model.patch_size, 64
   side = half(image_size) if p is None else image_size // p
-  total = side**2 * (p or 7) ** 2 * 3 * channels
+  pixels = side * (p if model.pooled_stem else 1)
+  total = pixels**2 * (p or 7) ** 2 * 3 * channels
   side = half(side) if p is None else side
   for stage, (depth, width) in enumerate(zip(model.depths, model.widths)):
     out = EXPANSION * width
