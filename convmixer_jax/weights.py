@@ -1,6 +1,7 @@
 """Loads variables from a workdir, a file or the Hugging Face Hub."""
 
 from collections.abc import Mapping
+import math
 import os
 from pathlib import Path
 import sys
@@ -225,6 +226,8 @@ def load_model(
       raise UserError(f"{where}: has no head, so its classes are unknown")
     name = model_name or _variant(family, found)
     data = family.preprocessing(name)
+    if (patches := family.num_patches(variables["params"])) is not None:
+      data |= {"image_size": math.isqrt(patches) * found["patch_size"]}
     if name is None:
       model = family.MODEL(**found)
     else:

@@ -4,6 +4,8 @@ from collections.abc import Iterable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
+import math
+import re
 from typing import Any
 
 import flax.linen as nn
@@ -31,12 +33,24 @@ class Trained:
   @property
   def depth(self) -> int:
     """Number of blocks."""
-    return sum(name.startswith("block_") for name in self.variables["params"])
+    names = self.variables["params"]
+    return sum(bool(re.search(r"(^|_)block_\d+$", name)) for name in names)
 
-  @property
-  def patch_size(self) -> int:
-    """Side of a patch in pixels."""
-    return len(self.variables["params"]["stem"]["kernel"])
+  def center(self, image_size: int, num_blocks: int) -> float:
+    """The pixel, from 0, in the middle of a map's middle location.
+
+    A ResNet's own stem and each of its later stages see pixels 0, s, 2 s, ...
+    """
+
+    def side(num_blocks):
+      images = jnp.zeros((1, image_size, image_size, 3))
+      features = lambda v, x: self.features(v, x, num_blocks)
+      return jax.eval_shape(features, self.variables, images).shape[1]
+
+    patch = self.model.patch_size
+    halved = math.ceil(math.log2(side(0) / side(num_blocks)))
+    stride = (patch or 4) * 2**halved
+    return side(num_blocks) // 2 * stride + ((patch or 1) - 1) / 2
 
   def normalize(self, images: jax.Array) -> jax.Array:
     """uint8 images -> the model's input."""
@@ -116,17 +130,15 @@ def receptive_field(
   return np.mean(np.asarray(fields, np.float64), 0)
 
 
-def reach(field: np.ndarray, patch_size: int, share: float) -> float:
+def reach(field: np.ndarray, center: float, share: float) -> float:
   """Side in pixels of the smallest square that contains a share of a field.
 
   Args:
     field: [S, S], from `receptive_field`.
-    patch_size: of the model. The square is centred on the middle patch.
+    center: row and column of the square's centre; see `Trained.center`.
     share: in (0, 1].
   """
-  side = len(field)
-  center = side // patch_size // 2 * patch_size + (patch_size - 1) / 2
-  offset = np.abs(np.arange(side) - center)
+  offset = np.abs(np.arange(len(field)) - center)
   distance = np.maximum(offset[:, None], offset).ravel()
   order = np.argsort(distance)
   held = np.cumsum(field.ravel()[order])

@@ -5,8 +5,9 @@
       --out pictures --data_dir /data/tfds
   python -m experiments.pictures --workdir runs/cifar10 --against runs/p4
 
-Writes PNG files: the filters of the patch embedding and the depthwise kernels
-of some blocks, as in the paper; the distance of kernel weights from the centre;
+Writes PNG files: the filters of the patch embedding; of models that have them,
+the depthwise kernels of some blocks, as in the paper, and the distance of their
+weights from the centre;
 the effective receptive field after some blocks (Luo et al., 2016); linear CKA
 between the layers of two models, or of one model with itself (Kornblith et al.,
 2019; by minibatches as in Nguyen et al., 2021); the confusion matrix; and the
@@ -26,6 +27,7 @@ import tqdm
 
 from convmixer_jax import cli
 from convmixer_jax import logger
+from convmixer_jax import models
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
@@ -71,9 +73,9 @@ def main() -> None:
   """Runs what the flags say; see --help."""
   workdir = cli.required(_WORKDIR)
   config = workdir_lib.load_config(workdir)
-  trained, names = _load(workdir)
-  blocks = _blocks(trained.depth, _BLOCKS.value)
   data = config.data
+  trained, names = _load(workdir, data.image_size)
+  blocks = _blocks(trained.depth, _BLOCKS.value)
   source = sources.open_source(
     data.name, _DATA_DIR.value or data.dir, data.eval_split, data.image_size
   )
@@ -82,12 +84,9 @@ def main() -> None:
       f"--workdir={workdir}: the model has {trained.model.num_classes} classes,"
       f" the data {len(source.class_names)}"
     )
-  against = _load(_AGAINST.value)[0] if _AGAINST.value else trained
-  if against.patch_size > data.image_size:
-    raise UserError(
-      f"--against={_AGAINST.value}: its patch size {against.patch_size} is"
-      f" larger than the image size {data.image_size}"
-    )
+  against = trained
+  if _AGAINST.value:
+    against, _ = _load(_AGAINST.value, data.image_size)
   out = Path(_OUT.value or Path(workdir) / "pictures").expanduser()
   for name, about, drawn in _pictures(
     trained, against, config, source, names or source.class_names, blocks
@@ -100,13 +99,17 @@ def main() -> None:
     print(f"{out / name}: {about}", flush=True)
 
 
-def _load(where):
+def _load(where, image_size):
+  """A model for images of this size, and the names of its classes."""
   if Path(where).expanduser().is_dir():
     workdir_lib.load_config(where)  # Checks it.
   model, variables, data = weights.load_model(where)
-  if "depthwise" not in variables["params"].get("block_0", {}):
-    raise UserError(f"{where}: the model has no depthwise kernels to draw")
-  variables = jax.device_put(variables)
+  try:
+    model.check(image_size)
+  except UserError as e:
+    raise UserError(f"{where}: {e}") from e
+  shapes = models.variable_shapes(model, image_size)
+  variables = jax.device_put(weights.match(variables, shapes, where))
   trained = measures.Trained(model, variables, data["mean"], data["std"])
   return trained, data["class_names"]
 
@@ -126,19 +129,15 @@ def _pictures(
   """File name, description and picture, one after the other."""
   params, depth = trained.variables["params"], trained.depth
   stem = np.asarray(params["stem"]["kernel"], np.float32)
-  dim = stem.shape[-1]
-  shown = f"{min(dim, MOST_FILTERS)} of {dim}"
-  p = trained.patch_size
-  about = f"{shown} patch embeddings of {p} x {p}, gray is 0"
+  about = f"{_size(stem)} filters of the stem, gray is 0"
   yield "stem.png", about, _tiled(scaled(stem), about)
-  for block in blocks:
-    kernels = measures.depthwise_kernels(params, block)
-    k = len(kernels)
-    about = f"block {block}: {shown} kernels of {k} x {k}, white is 0"
-    yield f"block_{block}.png", about, _tiled(shades(kernels), about)
-  about = "distance of the depthwise weights from the centre"
-  every = [measures.depthwise_kernels(params, i) for i in range(depth)]
-  yield "spread.png", about, _draw_spread(every)
+  if "depthwise" in params.get("block_0", {}):
+    every = [measures.depthwise_kernels(params, i) for i in range(depth)]
+    for block in blocks:
+      about = f"block {block}: {_size(every[block])} kernels, white is 0"
+      yield f"block_{block}.png", about, _tiled(shades(every[block]), about)
+    about = "distance of the depthwise weights from the centre"
+    yield "spread.png", about, _draw_spread(every)
 
   batches = _first_images(config.data, source)
   count = f"{len(batches) * len(batches[0])} held-out images"
@@ -148,7 +147,8 @@ def _pictures(
     for n in tqdm.tqdm(depths, "receptive fields", disable=None)
   }
   about = f"effective receptive field, mean of {count}"
-  yield "receptive_field.png", about, _draw_fields(fields, p, about)
+  centers = {n: trained.center(config.data.image_size, n) for n in fields}
+  yield "receptive_field.png", about, _draw_fields(fields, centers, about)
   other = "the model itself" if against is trained else _AGAINST.value
   about = f"linear CKA with {other}, {count}"
   values = measures.cka(trained, against, batches)
@@ -163,6 +163,12 @@ def _pictures(
   yield "confusion.png", about, _draw_confusion(counts, names, about)
   about = f"the {len(mistakes)} most confident mistakes"
   yield "mistakes.png", about, _draw_mistakes(mistakes, names)
+
+
+def _size(kernels):
+  """[k, k, ..., N] -> '256 of N k x k', for captions."""
+  side, count = len(kernels), kernels.shape[-1]
+  return f"{min(count, MOST_FILTERS)} of {count} {side} x {side}"
 
 
 def _held_out(data, source):
@@ -259,7 +265,7 @@ def _draw_spread(every):
   return drawn
 
 
-def _draw_fields(fields, patch_size, title):
+def _draw_fields(fields, centers, title):
   columns = math.ceil(math.sqrt(len(fields) + 1))
   rows = math.ceil((len(fields) + 1) / columns)
   drawn = _figure(2.4 * columns, 2.6 * rows + 0.3, title)
@@ -273,7 +279,7 @@ def _draw_fields(fields, patch_size, title):
     ax.axis("off")
   ax = axes[len(fields)]
   for share in (0.5, 0.95):
-    sides = [measures.reach(f, patch_size, share) for f in fields.values()]
+    sides = [measures.reach(f, centers[n], share) for n, f in fields.items()]
     ax.plot(list(fields), sides, ".-", label=f"{100 * share:.0f} % of it")
   ax.set_ylim(0, len(field) + 1)
   ax.set_title("side of the square with", fontsize="small")

@@ -4,7 +4,9 @@ import jax
 import numpy as np
 from PIL import Image
 import pytest
+from safetensors import numpy
 
+from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import train
 from convmixer_jax.data import sources
@@ -126,14 +128,36 @@ def test_the_field_is_the_mean_of_absolute_differences():
   assert field[5, 4] == pytest.approx(total / 4, rel=0.01)
 
 
+def test_the_centre_is_that_of_the_field():
+  """Of families whose locations lie elsewhere, or that have no patches."""
+  resnet = dict(depths=(1, 1), widths=(4, 4))
+  for name, fields, blocks, center, before in (
+    ("resnet50", resnet, 0, 32, 5),  # 7 x 7, then 3 x 3 with stride 2.
+    ("resnet50", resnet, 2, 32, 5 + 4 + 4),
+    ("resnet50", resnet | {"patch_size": 4}, 1, 33.5, 1.5 + 4),
+    ("deit_tiny_patch16_224", dict(dim=8, depth=1, heads=1), 0, 39.5, 7.5),
+  ):
+    model = models.create_model(name, num_classes=3, **fields)
+    shapes = models.variable_shapes(model, 64)
+    rng = np.random.default_rng(0)
+    variables = jax.tree.map(lambda x: rng.uniform(0.1, 1, x.shape), shapes)
+    t = measures.Trained(model, variables, (0, 0, 0), (1, 1, 1))
+    assert t.depth == (2 if name == "resnet50" else 1)
+    assert t.center(64, blocks) == center
+    field = measures.receptive_field(t, noise(8, 2, 64, 64, 3), blocks)
+    for axis in (0, 1):
+      (touched,) = np.nonzero(field.sum(axis))
+      assert (touched[0], touched[-1]) == (center - before, center + before)
+
+
 def test_reach():
   field = np.zeros((20, 20))
   field[10:12, 10:12] = 1  # The middle patch of 2 x 2.
-  assert measures.reach(field, 2, 0.5) == 2
-  assert measures.reach(field, 2, 1.0) == 2
+  assert measures.reach(field, 10.5, 0.5) == 2
+  assert measures.reach(field, 10.5, 1.0) == 2
   field[8:14, 8:14] += 1
-  assert measures.reach(field, 2, 0.2) == 2
-  assert measures.reach(field, 2, 0.95) == 6
+  assert measures.reach(field, 10.5, 0.2) == 2
+  assert measures.reach(field, 10.5, 0.95) == 6
 
 
 # --- Scores.
@@ -240,6 +264,41 @@ def test_every_picture_of_a_run(tmp_path):
   (workdir / "config.json").write_text('{"model": 3}')
   _, _, err = common.call("experiments.pictures", f"--workdir={workdir}")
   assert err == "error: config.model.name: missing; must be a string\n"
+
+
+@pytest.mark.slow
+def test_a_family_without_depthwise_kernels_beside_another(tmp_path):
+  """Also one whose weights fit a single image size."""
+  names = {"vit": "deit_tiny_patch16_224", "mixer": "mixer_s16_224"}
+  for folder, name in names.items():
+    config = common.digits_config(
+      **{"model.name": name, "model.kernel_size": None, "model.patch_size": 2}
+    )
+    config.model.heads = 2 if folder == "vit" else None
+    train.train_and_evaluate(config, tmp_path / folder)
+  code, out, err = common.call(
+    "experiments.pictures",
+    f"--workdir={tmp_path / 'vit'}", f"--against={tmp_path / 'mixer'}",
+    "--num_images=40", "--batch_size=40",
+  )  # fmt: skip
+  assert code == 0, err
+  written = [line.split(": ")[0].split("/")[-1] for line in out.splitlines()]
+  assert written == ["stem.png", "receptive_field.png", "cka.png",
+                     "confusion.png", "mistakes.png"]  # fmt: skip
+  other = tmp_path / "other.safetensors"
+  model = models.create_model("mixer_s16_224", 10, dim=8, depth=1, patch_size=4)
+  shapes = models.variable_shapes(model, 32)
+  weights = jax.tree.map(lambda x: np.ones(x.shape, x.dtype), shapes)
+  numpy.save_file(interop.to_torch(weights), other)
+  code, _, err = common.call(
+    "experiments.pictures", f"--workdir={tmp_path / 'vit'}",
+    f"--against={other}",
+  )  # fmt: skip
+  assert code == 2
+  assert err == (
+    f"error: {other}: is for images of 64 patches and cannot take 4: its layers"
+    " mix all patches; choose data.image_size and model.patch_size to match\n"
+  )
 
 
 def test_a_class_may_have_any_name(tmp_path):

@@ -13,6 +13,8 @@ the rest of the code knows its models:
                      `interop`
   timm_module        other names that such modules have -> timm's
   infer              params -> the arguments that their shapes imply, or None
+  num_patches        params -> number of patches of the images that they are
+                     for, or None if it does not matter
   at_resolution      (params, wanted) -> params of an unrolled model, for images
                      of the size that `wanted`'s shapes are for, or UserError
   flops              (model, image_size) -> int, of one image's forward pass

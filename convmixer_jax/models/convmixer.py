@@ -219,6 +219,7 @@ def timm_module(module: str) -> str:
   return f"stem.{index}" if int(index) < 3 else "head"
 
 
+num_patches = layers.any_number
 at_resolution = layers.any_resolution
 
 

@@ -197,6 +197,11 @@ class LayerNorm(nn.LayerNorm):
     return y if residual is None else y + residual
 
 
+def any_number(params: Mapping[str, Any]) -> None:
+  """`num_patches` of families whose variables do not depend on it."""
+  del params
+
+
 def any_resolution(
   params: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Mapping[str, Any]:

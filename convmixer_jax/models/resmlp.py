@@ -166,6 +166,7 @@ TORCH_NAMES = (
   ("head", "head", "linear"),
 )
 timm_module = str
+num_patches = tokens.num_patches
 at_resolution = tokens.one_resolution
 
 

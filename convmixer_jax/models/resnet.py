@@ -181,6 +181,7 @@ TORCH_NAMES = (
 timm_module = str
 
 
+num_patches = layers.any_number
 at_resolution = layers.any_resolution
 
 

@@ -170,7 +170,7 @@ def one_resolution(
 
   Returns `params`, or raises UserError if the number of tokens differs.
   """
-  there, here = map(_num_tokens, (params, wanted))
+  there, here = map(num_patches, (params, wanted))
   if there != here:
     raise UserError(
       f"is for images of {there} patches and cannot take {here}: its layers mix"
@@ -179,13 +179,13 @@ def one_resolution(
   return params
 
 
-def _num_tokens(params):
-  """Of the square kernel that mixes tokens, or of the first of two."""
+def num_patches(params: Mapping[str, Any]) -> int | None:
+  """Rows of the kernel that mixes tokens, or of the first of two."""
   block = params["block_0"]
   for path in (("tokens",), ("token_mlp", "fc1"), ("mlp", "gate", "tokens")):
     node = block
     for name in path:
       node = node.get(name, {})
-    if node:
+    if "kernel" in node:
       return node["kernel"].shape[0]
   return None

@@ -177,6 +177,11 @@ TORCH_NAMES = (
 timm_module = str
 
 
+def num_patches(params: Mapping[str, Any]) -> int:
+  """Number of patches that the position embeddings are for."""
+  return params["positions"].shape[1] - 1
+
+
 def at_resolution(
   params: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Mapping[str, Any]:
