@@ -227,7 +227,8 @@ def load_model(
     name = model_name or _variant(family, found)
     data = family.preprocessing(name)
     if (patches := family.num_patches(variables["params"])) is not None:
-      data |= {"image_size": math.isqrt(patches) * found["patch_size"]}
+      side = math.isqrt(patches) * found["patch_size"]
+      data = {**data, "image_size": side}
     if name is None:
       model = family.MODEL(**found)
     else:

@@ -7,12 +7,14 @@ from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors import numpy as safetensors
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import sharding
+from convmixer_jax import weights
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from tests import common
@@ -54,6 +56,44 @@ def test_logits_are_timms(name):
   broken = tensors | {"blocks.0.other.weight": np.zeros(3, np.float32)}
   with pytest.raises(UserError, match="not a tensor of timm's"):
     interop.from_torch(broken)
+
+
+QUICK = ("mixer_b16_224", "vit_base_patch16_224", "deit_tiny_patch16_224",
+         "mobilenetv3_isotropic_64_8")  # fmt: skip
+quick = lambda names: [
+  pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
+  for name in names
+]
+
+
+@pytest.mark.parametrize("name", quick(GOLDENS))
+def test_files_load_whole_or_say_what_is_wrong(name, tmp_path):
+  golden = common.golden(f"baseline_{name}")
+  tensors = {
+    k.removeprefix("before/"): np.asarray(v, np.float32)
+    for k, v in golden.items()
+    if k.startswith("before/") and not k.endswith("num_batches_tracked")
+  }
+  path = tmp_path / "x.safetensors"
+
+  def load(tensors):
+    safetensors.save_file(tensors, path)
+    return weights.load_model(path)
+
+  model, _, data = load(tensors)
+  size = golden["input_nchw"].shape[-1]
+  assert data["image_size"] == (224 if name == "resnet50" else size)
+  assert model.num_classes == 7
+  first = [k for k in tensors if "blocks.1" not in k and "layer" not in k]
+  for tensor in [*first, "layer1.0.conv2.weight"]:
+    if tensor not in tensors:
+      continue
+    rest = {k: v for k, v in tensors.items() if k != tensor}
+    value = tensors[tensor]
+    for wrong in ({}, {tensor: np.stack([value] * 3)}, {tensor: value[:0]}):
+      with pytest.raises(UserError, match=r"x.safetensors: ") as e:
+        load(rest | wrong)
+      assert "\n" not in str(e.value)
 
 
 def test_parameters_are_as_many_as_timms():
@@ -102,7 +142,6 @@ def test_a_pooled_stem_has_stride_1_and_a_mean_over_each_patch():
 
 
 SOURCE = sources.open_source("digits", None, "train[:32]", 8)
-SLOW = pytest.mark.slow
 ISOTROPIC = "mobilenetv3_isotropic_64_8"
 FAMILIES = {
   "mixer_s16_224": {"dim": 8, "depth": 2},
@@ -138,13 +177,7 @@ def two_steps(recipe):
   return state, metrics["loss"]
 
 
-QUICK = ("deit_tiny_patch16_224", ISOTROPIC)
-
-
-@pytest.mark.parametrize(
-  "name",
-  [pytest.param(n, marks=() if n in QUICK else SLOW) for n in FAMILIES],
-)
+@pytest.mark.parametrize("name", quick(FAMILIES))
 def test_one_device_equals_eight_and_scanned_equals_unrolled(name, portable):
   """With dropout and drop path, whose draws are those of the whole batch."""
   state, loss = two_steps(build(name, 1))

@@ -71,6 +71,8 @@ def family(monkeypatch):
     ("fc", "head", "linear"),
   )
   family.timm_module = str
+  family.num_patches = layers.any_number
+  family.at_resolution = layers.any_resolution
   family.infer = infer
   family.flops = lambda model, image_size: 2 * image_size**2 * 3 * model.dim
   family.describe = lambda model: f"Linear-{model.dim}"
@@ -111,7 +113,7 @@ def test_a_family_of_ones_own(family, tmp_path):
   assert common.tree_error(again, variables) == 0
   # A field that it lacks, a size that it cannot have, and another's weights.
   config.model.kernel_size = 3
-  with pytest.raises(UserError, match=r"model.kernel_size: linear_16 has no"):
+  with pytest.raises(UserError, match=r"model.kernel_size=3: linear_16 has no"):
     config_lib.check(config, 1)
   config.model.kernel_size, config.model.patch_size = None, 3
   with pytest.raises(UserError, match="not a divisor"):

@@ -124,8 +124,14 @@ def infer(
 
   num_classes is None if there is no head. Returns None if no family matches.
   """
-  found = ((family, family.infer(params)) for family in FAMILIES)
-  return next((pair for pair in found if pair[1] is not None), None)
+  for family in FAMILIES:
+    try:
+      found = family.infer(params)
+    except (LookupError, ValueError):  # Tensors are missing, or of other ranks.
+      continue
+    if found is not None:
+      return family, found
+  return None
 
 
 def variable_shapes(model: nn.Module, image_size: int = 224) -> dict[str, Any]:

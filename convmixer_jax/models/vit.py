@@ -177,9 +177,12 @@ TORCH_NAMES = (
 timm_module = str
 
 
-def num_patches(params: Mapping[str, Any]) -> int:
+def num_patches(params: Mapping[str, Any]) -> int | None:
   """Number of patches that the position embeddings are for."""
-  return params["positions"].shape[1] - 1
+  positions = params.get("positions")
+  if positions is None or len(positions.shape) != 3:
+    return None  # `weights.match` says what is wrong.
+  return positions.shape[1] - 1
 
 
 def at_resolution(
@@ -189,9 +192,10 @@ def at_resolution(
 
   That of the class token stays.
   """
-  old, new = params["positions"], wanted["positions"]
-  if old.shape[1] == new.shape[1]:
+  there, here = map(num_patches, (params, wanted))
+  if there == here or there is None or math.isqrt(there) ** 2 != there:
     return params
+  old, new = params["positions"], wanted["positions"]
   grid = tokens.as_map(jnp.asarray(old[:, 1:]))
   side = math.isqrt(new.shape[1] - 1)
   shape = (1, side, side, old.shape[2])
