@@ -3,6 +3,7 @@
 import json
 
 import jax
+from jax import export as jax_export
 from jax import flatten_util
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 from safetensors import numpy as safetensors
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import export
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import recipe as recipe_lib
@@ -166,6 +168,22 @@ def build(name, devices, **more):
   )
   config_lib.check(config, devices)
   return recipe_lib.build(config, SOURCE, jax.devices()[:devices])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_exports_take_any_batch(name, tmp_path):
+  model = build(name, 1).model
+  shapes = models.variable_shapes(model, 8)
+  rng = np.random.default_rng(0)
+  variables = jax.tree.map(lambda x: rng.uniform(-1, 1, x.shape), shapes)
+  variables["batch_stats"] = jax.tree.map(np.square, variables["batch_stats"])
+  zero = (0.0,) * 3
+  function = export.inference_function(model, variables, zero, (1.0,) * 3)
+  path = export.write_stablehlo(function, 8, tmp_path)
+  call = jax_export.deserialize(bytearray(path.read_bytes())).call
+  images = rng.integers(0, 256, (3, 8, 8, 3), np.uint8)
+  logits = model.apply(variables, images / np.float32(255), False)
+  common.assert_close(call(images), logits, 1e-5)
 
 
 def two_steps(recipe):

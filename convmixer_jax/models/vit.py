@@ -103,7 +103,8 @@ class ViT(nn.Module):
     x = tokens.embed(self, images, kernel_init=uniform, bias_init=uniform)
     class_init = nn.initializers.normal(1e-6)
     class_token = self.param("class_token", class_init, (1, 1, self.dim))
-    class_token = jnp.tile(class_token.astype(x.dtype), (len(x), 1, 1))
+    shape = (x.shape[0], *class_token.shape[1:])  # len() needs a known batch.
+    class_token = jnp.broadcast_to(class_token.astype(x.dtype), shape)
     x = jnp.concatenate([class_token, x], axis=1)
     x += self.param("positions", init, (1, *x.shape[1:])).astype(x.dtype)
     last = max(self.depth - 1, 1)
