@@ -63,7 +63,7 @@ def define_model(
       dtype=jnp.dtype(dtype.value),
       **attributes,
     )
-    patch = getattr(model, "patch_size", 1)
+    patch = model.patch_size or 1
     if patch > image_size.value:
       raise UserError(
         f"--image_size={image_size.value}: must be at least the patch size,"

@@ -9,7 +9,7 @@
 Images and weights are random. A training step is forward, backward, clipping,
 AdamW and BatchNorm's update, without augmentation. With --against torch,
 PyTorch does the same work on the same arrays in the same rounds: both memory
-formats, eager and under torch.compile. Of these, the ways that take twice as
+formats, eager and under torch.compile. Models other than ConvMixer are timm's. Of these, the ways that take twice as
 long as the best in the first round are dropped. The benchmark fails if the
 results of both sides do not agree.
 """
@@ -30,6 +30,7 @@ import numpy as np
 import benchmarks
 from benchmarks import work
 from convmixer_jax import cli
+from convmixer_jax import models
 from convmixer_jax.errors import UserError
 
 WAYS = ("contiguous", "channels_last", "contiguous compiled",
@@ -80,9 +81,8 @@ def main() -> None:
   versions = {}
   with contextlib.ExitStack() as stack:
     if _AGAINST.value:
-      work.stage_sizes(model, size)  # torch_peer knows ConvMixer only.
       folder = stack.enter_context(tempfile.TemporaryDirectory())
-      peer = _start_peer(Path(folder), model, arrays)
+      peer = _start_peer(Path(folder), model, arrays, size)
       stack.callback(peer.kill)
       versions = json.loads(_answer(peer))
       _check(Path(folder), result, TOLERANCE[jnp.dtype(model.dtype).name])
@@ -134,7 +134,7 @@ def _fast_enough(times):
   return [way for way in times if way == "ours" or times[way] < 2 * best]
 
 
-def _start_peer(folder, model, arrays):
+def _start_peer(folder, model, arrays, image_size):
   """Starts `torch_peer` on the same arrays."""
   # Imported here, since it needs safetensors, which not every machine has.
   from convmixer_jax import interop
@@ -146,11 +146,14 @@ def _start_peer(folder, model, arrays):
   settings = {
     "mode": _MODE.value,
     "dtype": jnp.dtype(model.dtype).name,
-    "activation": model.activation,
     "ways": WAYS,
-    "sizes": [model.dim, model.depth, model.patch_size, model.kernel_size,
-              model.num_classes],
-  }  # fmt: skip
+  }
+  if isinstance(model, models.ConvMixer):
+    settings["activation"] = model.activation
+    settings["sizes"] = [model.dim, model.depth, model.patch_size,
+                         model.kernel_size, model.num_classes]  # fmt: skip
+  else:
+    settings["timm"] = _timm_model(model, image_size)
   (folder / "work.json").write_text(json.dumps(settings), "utf-8")
   np.savez(folder / "work.npz", **arrays)
   return subprocess.Popen(
@@ -160,6 +163,25 @@ def _start_peer(folder, model, arrays):
     stdout=subprocess.PIPE,
     text=True,
   )
+
+
+def _timm_model(model, image_size):
+  """timm's name for a model, and the arguments that make it."""
+  name = _FLAGS["model"].value
+  if isinstance(model, models.mobilenet_v3.MODEL):
+    raise UserError(f"--against=torch: {name} has no counterpart in timm")
+  own = models.create_model(
+    name,
+    model.num_classes,
+    dtype=model.dtype,
+    implementation=getattr(model, "implementation", None),
+  )
+  if model != own:
+    raise UserError(f"--against=torch: omit --patch_size; {name} has its own")
+  options = {"num_classes": model.num_classes}
+  if model.patch_size is not None:
+    options["img_size"] = image_size
+  return name, options
 
 
 def _answer(peer, way=None):

@@ -55,6 +55,20 @@ class ConvMixer(nn.Module):
     return self.head(self.blocks(self.stem(images)).mean((2, 3)))
 
 
+def _timm_model(name, options):
+  """timm's model; only families beside ConvMixer need timm."""
+  # torch's CPU builds lack the operators that torchvision wants to describe.
+  register = torch.library.register_fake
+  torch.library.register_fake = lambda name, *args, **kwargs: (
+    (lambda function: function)
+    if str(name).startswith("torchvision::")
+    else register(name, *args, **kwargs)
+  )
+  import timm
+
+  return timm.create_model(name, **options)
+
+
 def main(folder: Path) -> None:
   """Serves requests until standard input ends."""
   work = json.loads((folder / "work.json").read_text("utf-8"))
@@ -134,8 +148,11 @@ def _make_run(work, tensors, way, device):
 
     return backward
 
-  act = {"gelu": nn.GELU, "relu": nn.ReLU}[work["activation"]]
-  model = ConvMixer(*work["sizes"], act)
+  if "timm" in work:
+    model = _timm_model(*work["timm"])
+  else:
+    act = {"gelu": nn.GELU, "relu": nn.ReLU}[work["activation"]]
+    model = ConvMixer(*work["sizes"], act)
   weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
   missing = model.load_state_dict(weights, strict=False)
   assert all("num_batches" in name for name in missing.missing_keys), missing

@@ -21,7 +21,11 @@ MODES = ("train", "infer", "depthwise", "depthwise_grad", "pointwise")
 def random_variables(
   model: nn.Module, image_size: int, rng: np.random.Generator
 ) -> dict[str, Any]:
-  """Initial parameters, and random running statistics, as numpy arrays."""
+  """Initial parameters, and random running statistics, as numpy arrays.
+
+  What starts at 0, such as the heads of MLP-Mixers, is random too: results
+  that are compared should depend on it.
+  """
   images = jnp.zeros((1, image_size, image_size, 3))
   init = jax.jit(lambda key: model.init(key, images, train=False))
   variables = jax.device_get(init(jax.random.key(0)))
@@ -29,7 +33,9 @@ def random_variables(
     lambda v: rng.uniform(0.5, 1.5, v.shape).astype(np.float32),
     variables.get("batch_stats", {}),
   )
-  return {"params": variables["params"], "batch_stats": stats}
+  fill = lambda v: rng.normal(0, 0.02, v.shape).astype(np.float32)
+  params = jax.tree.map(lambda v: v if v.any() else fill(v), variables["params"])
+  return {"params": params, "batch_stats": stats}
 
 
 def repeated_step(
