@@ -77,6 +77,15 @@ def test_cells_are_those_of_the_paper():
   assert len(found) > 35
 
 
+def test_the_page_has_the_published_values():
+  page = (common.ROOT / "docs" / "experiments.md").read_text()
+  lines = [line.split(" | ") for line in page.splitlines()]
+  shown = {(x[0][3:-1], x[-2], x[-1][:-2]) for x in lines if len(x) == 7}
+  for row in paper.read():
+    if row.table.startswith("imagenet") and row.value is not None:
+      assert (row.model, f"{row.value:.2f}", row.source) in shown
+
+
 def test_an_ablation_changes_its_switch_alone():
   cells = {cell.row: cell for cell in sweeps.get("cifar10_ablation").cells}
   base = config_lib.flatten(cells.pop("baseline").resolve(0))
