@@ -9,9 +9,9 @@
 Images and weights are random. A training step is forward, backward, clipping,
 AdamW and BatchNorm's update, without augmentation. With --against torch,
 PyTorch does the same work on the same arrays in the same rounds: both memory
-formats, eager and under torch.compile. Models other than ConvMixer are timm's. Of these, the ways that take twice as
-long as the best in the first round are dropped. The benchmark fails if the
-results of both sides do not agree.
+formats, eager and under torch.compile. Of these, the ways that take twice as
+long as the best in the first round are dropped. Models other than ConvMixer are
+timm's. The benchmark fails if the results of both sides do not agree.
 """
 
 import contextlib

@@ -34,7 +34,9 @@ def random_variables(
     variables.get("batch_stats", {}),
   )
   fill = lambda v: rng.normal(0, 0.02, v.shape).astype(np.float32)
-  params = jax.tree.map(lambda v: v if v.any() else fill(v), variables["params"])
+  params = jax.tree.map(
+    lambda v: v if v.any() else fill(v), variables["params"]
+  )
   return {"params": params, "batch_stats": stats}
 
 

@@ -66,7 +66,12 @@ def match(
   """
   shapes = jax.eval_shape(models.unstack_blocks, wanted)
   known, model = (models.infer(x.get("params", {})) for x in (loaded, shapes))
-  if known and model and known[0] is model[0]:
+  if known and model:
+    theirs, ours = known[0].MODEL.__name__, model[0].MODEL.__name__
+    if theirs != ours:
+      raise UserError(
+        f"{name}: the weights of a {theirs}; the model is a {ours}"
+      )
     try:
       params = known[0].at_resolution(loaded["params"], shapes["params"])
     except UserError as e:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from convmixer_jax import checkpoint
 from convmixer_jax import config as config_lib
 from convmixer_jax import export
 from convmixer_jax import interop
@@ -60,8 +61,7 @@ def test_logits_are_timms(name):
     interop.from_torch(broken)
 
 
-QUICK = ("mixer_b16_224", "vit_base_patch16_224", "deit_tiny_patch16_224",
-         "mobilenetv3_isotropic_64_8")  # fmt: skip
+QUICK = ("mixer_b16_224", "vit_base_patch16_224", "deit_tiny_patch16_224")
 quick = lambda names: [
   pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
   for name in names
@@ -98,6 +98,18 @@ def test_files_load_whole_or_say_what_is_wrong(name, tmp_path):
       assert "\n" not in str(e.value)
 
 
+def test_position_embeddings_are_interpolated_as_timm_does():
+  golden = common.golden("positions")
+  for old, new in ((4, 7), (7, 4), (6, 3)):
+    before = {"positions": golden[f"before_{old}_{new}"]}
+    after = golden[f"after_{old}_{new}"]
+    found = models.vit.at_resolution(before, {"positions": after})["positions"]
+    common.assert_close(found, after, 2e-5)
+    assert not np.allclose(after, 0)
+    same = models.vit.at_resolution(before, before)
+    assert same is before
+
+
 def test_parameters_are_as_many_as_timms():
   counts = json.loads((common.DATA / "timm_param_counts.json").read_text())
   for name, count in counts.items():
@@ -129,17 +141,14 @@ def test_a_pooled_stem_has_stride_1_and_a_mean_over_each_patch():
     ])  # fmt: skip
     kernel = params["stem"]["kernel"].reshape(16, 3, -1)
     y = jnp.einsum("tbhwc,tcd->bhwd", windows, kernel, precision="highest")
-    norm = lambda y: (
-      (y - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
-      * params["stem_norm"]["scale"] + params["stem_norm"]["bias"]
-    )  # fmt: skip
-    if name == "resnet50":
-      y = jax.nn.relu(norm(y))
-    else:
-      y = norm(jax.nn.gelu(y + params["stem"]["bias"], approximate=False))
+    if name != "resnet50":
+      y = jax.nn.gelu(y + params["stem"]["bias"], approximate=False)
+    y = (y - stats["mean"]) / jnp.sqrt(stats["var"] + 1e-5)
+    y = y * params["stem_norm"]["scale"] + params["stem_norm"]["bias"]
+    y = jax.nn.relu(y) if name == "resnet50" else y
     y = y[:, :8, :8].reshape(2, 2, 4, 2, 4, -1).mean((2, 4))
     common.assert_close(x, y, 1e-5)
-  with pytest.raises(UserError, match="pooled_stem: needs config.model.patch"):
+  with pytest.raises(UserError, match=r"pooled_stem: needs config.model.patch"):
     models.create_model("resnet50", pooled_stem=True).check(32)
 
 
@@ -186,21 +195,32 @@ def test_exports_take_any_batch(name, tmp_path):
   common.assert_close(call(images), logits, 1e-5)
 
 
-def two_steps(recipe):
-  state = recipe.init_state()
-  for batch in recipe.train_batches(0, 2):
+def steps(recipe, state, start, stop):
+  for batch in recipe.train_batches(start, stop):
     batch = sharding.to_global(recipe.mesh, batch, 16)
     state, metrics = recipe.train_step(recipe.seed, state, batch)
-  state = models.unstack_blocks(jax.device_get(state))
   return state, metrics["loss"]
 
 
 @pytest.mark.parametrize("name", quick(FAMILIES))
-def test_one_device_equals_eight_and_scanned_equals_unrolled(name, portable):
+def test_one_device_equals_eight_scanned_and_resumed(name, portable, tmp_path):
   """With dropout and drop path, whose draws are those of the whole batch."""
-  state, loss = two_steps(build(name, 1))
-  options = {"model.scan": True} if name != "resnet50" else {}
-  other, other_loss = two_steps(build(name, 8, **options))
+  recipe = build(name, 1)
+  state, loss = steps(recipe, recipe.init_state(), 0, 2)
+
+  first, _ = steps(recipe, recipe.init_state(), 0, 1)
+  checkpointer = checkpoint.Checkpointer(tmp_path)
+  checkpointer.save(1, first)
+  checkpointer.close()
+  resumed = checkpoint.restore(tmp_path, recipe.init_state(), 2)
+  resumed, _ = steps(recipe, resumed, 1, 2)
+  assert jax.tree.all(jax.tree.map(np.array_equal, resumed, state))
+
+  options = {"model.scan": True, "model.remat": "nothing_saveable"}
+  options = options if name != "resnet50" else {}
+  recipe = build(name, 8, **options)
+  other, other_loss = steps(recipe, recipe.init_state(), 0, 2)
+  other = models.unstack_blocks(jax.device_get(other))
   assert common.relative_error(other_loss, loss) <= 1e-5
   # All at once, for some biases have no effect but through rounding.
   params, others = (flatten_util.ravel_pytree(s.params)[0]

@@ -34,7 +34,7 @@ def num_parameters(model):
   )
 
 
-@pytest.mark.parametrize("name", models.VARIANTS)
+@pytest.mark.parametrize("name", models.convmixer.VARIANTS)
 def test_parameter_counts(name):
   classes = 10 if name in ("convmixer_256_8", "convmixer_128_4") else 1000
   model = models.create_model(name, classes, scan=True)  # Is traced sooner.

@@ -130,6 +130,7 @@ def test_the_field_is_the_mean_of_absolute_differences():
 
 def test_the_centre_is_that_of_the_field():
   """Of families whose locations lie elsewhere, or that have no patches."""
+  rng = np.random.default_rng(0)
   resnet = dict(depths=(1, 1), widths=(4, 4))
   for name, fields, blocks, center, before in (
     ("resnet50", resnet, 0, 32, 5),  # 7 x 7, then 3 x 3 with stride 2.
@@ -139,7 +140,6 @@ def test_the_centre_is_that_of_the_field():
   ):
     model = models.create_model(name, num_classes=3, **fields)
     shapes = models.variable_shapes(model, 64)
-    rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda x: rng.uniform(0.1, 1, x.shape), shapes)
     t = measures.Trained(model, variables, (0, 0, 0), (1, 1, 1))
     assert t.depth == (2 if name == "resnet50" else 1)

@@ -87,10 +87,10 @@ def create_model(
     )
   family = families[name]
   given = {k: v for k, v in overrides.items() if v is not None}
-  for field in given:
+  for field, value in given.items():
     if field not in family.MODEL.__dataclass_fields__:
       raise UserError(
-        f"model.{field}={given[field]!r}: {name} has no such field; leave it None"
+        f"model.{field}={value!r}: {name} has no such field; leave it None"
       )
   return family.MODEL(
     num_classes=num_classes, **(family.VARIANTS[name] | given)

@@ -20,6 +20,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from convmixer_jax import ops
+from convmixer_jax.errors import UserError
 
 # timm's default preprocessing. mean and std are those of ImageNet's channels,
 # for pixels from 0 to 1.
@@ -195,6 +196,15 @@ class LayerNorm(nn.LayerNorm):
     x = ops.ACTIVATIONS[self.activation](x + bias)
     y = super().__call__(x).astype(dtype)
     return y if residual is None else y + residual
+
+
+def check_patch(patch_size: int, image_size: int) -> None:
+  """Raises UserError if an image of that side has no whole patch."""
+  if patch_size > image_size:
+    raise UserError(
+      f"config.model.patch_size={patch_size}: larger than"
+      f" data.image_size={image_size}"
+    )
 
 
 def any_number(params: Mapping[str, Any]) -> None:

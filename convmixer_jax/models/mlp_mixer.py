@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax.models import layers
-from convmixer_jax.models import stack
 from convmixer_jax.models import tokens
 
 
@@ -88,21 +87,10 @@ class MlpMixer(nn.Module):
       dtype=self.dtype,
     )
     norm = functools.partial(nn.LayerNorm, epsilon=1e-6, dtype=self.dtype)
-    x = tokens.embed(self, images, kernel_init=nn.initializers.lecun_normal())
-    x = stack.apply_blocks(
-      self,
-      functools.partial(Block, mlp, norm),
-      self.depth,
-      x,
-      train,
-      num_blocks=num_blocks,
-      noise=tokens.noise(self, train, [self.drop_path] * self.depth),
+    block = functools.partial(Block, mlp, norm)
+    return tokens.mlp_logits(
+      self, images, train, block, norm(name="norm"), return_features, num_blocks
     )
-    if return_features:
-      return tokens.as_map(x)
-    x = norm(name="norm")(x).astype(jnp.float32).mean(1)
-    head_init = nn.initializers.zeros
-    return nn.Dense(self.num_classes, kernel_init=head_init, name="head")(x)
 
   def check(self, image_size: int) -> None:
     """Raises UserError unless patches fill an image of that side."""

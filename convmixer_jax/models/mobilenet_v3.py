@@ -28,7 +28,6 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax import ops
-from convmixer_jax.errors import UserError
 from convmixer_jax.models import layers
 from convmixer_jax.models import stack
 from convmixer_jax.models import tokens
@@ -135,11 +134,7 @@ class MobileNetV3(nn.Module):
 
   def check(self, image_size: int) -> None:
     """Raises UserError if an image of that side has no whole patch."""
-    if self.patch_size > image_size:
-      raise UserError(
-        f"config.model.patch_size={self.patch_size}: larger than"
-        f" data.image_size={image_size}"
-      )
+    layers.check_patch(self.patch_size, image_size)
 
 
 # --- The family, as the rest of the code knows it: see models/__init__.py.

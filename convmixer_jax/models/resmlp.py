@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax.models import layers
-from convmixer_jax.models import stack
 from convmixer_jax.models import tokens
 
 
@@ -105,23 +104,13 @@ class ResMlp(nn.Module):
     num_blocks: int | None = None,
   ) -> jax.Array:
     """Returns logits [B, num_classes], or features; see `ConvMixer`."""
-    x = tokens.embed(self, images, kernel_init=nn.initializers.lecun_normal())
-    x = stack.apply_blocks(
-      self,
-      functools.partial(
-        Block, self.dim, self.layer_scale, self.dropout, self.dtype
-      ),
-      self.depth,
-      x,
-      train,
-      num_blocks=num_blocks,
-      noise=tokens.noise(self, train, [self.drop_path] * self.depth),
+    block = functools.partial(
+      Block, self.dim, self.layer_scale, self.dropout, self.dtype
     )
-    if return_features:
-      return tokens.as_map(x)
-    x = Affine(self.dtype, name="affine")(x).astype(jnp.float32).mean(1)
-    head_init = nn.initializers.zeros
-    return nn.Dense(self.num_classes, kernel_init=head_init, name="head")(x)
+    norm = Affine(self.dtype, name="affine")
+    return tokens.mlp_logits(
+      self, images, train, block, norm, return_features, num_blocks
+    )
 
   def check(self, image_size: int) -> None:
     """Raises UserError unless patches fill an image of that side."""

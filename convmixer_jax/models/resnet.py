@@ -126,11 +126,7 @@ class ResNet(nn.Module):
       )
     if self.pooled_stem and self.patch_size is None:
       raise UserError("config.model.pooled_stem: needs config.model.patch_size")
-    if self.patch_size is not None and self.patch_size > image_size:
-      raise UserError(
-        f"config.model.patch_size={self.patch_size}: larger than"
-        f" data.image_size={image_size}"
-      )
+    layers.check_patch(self.patch_size or 1, image_size)
 
 
 def _conv(features, size, strides=1, padding=None, **kwargs):

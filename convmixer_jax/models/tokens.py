@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from convmixer_jax import ops
 from convmixer_jax.errors import UserError
+from convmixer_jax.models import stack
 
 
 def embed(
@@ -30,6 +31,33 @@ def embed(
   )  # fmt: skip
   x = stem(images)
   return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def mlp_logits(
+  model: nn.Module,
+  images: jax.Array,
+  train: bool,
+  block: Callable[..., nn.Module],
+  norm: nn.Module,
+  return_features: bool,
+  num_blocks: int | None,
+) -> jax.Array:
+  """The forward pass of models with MLPs alone; `ConvMixer`'s arguments.
+
+  Patch embedding, blocks, `norm`, mean over tokens, and a head that starts at
+  0. Drop path has the same rate in all blocks. Called in `model`'s compact
+  method.
+  """
+  x = embed(model, images, kernel_init=nn.initializers.lecun_normal())
+  x = stack.apply_blocks(
+    model, block, model.depth, x, train, num_blocks=num_blocks,
+    noise=noise(model, train, [model.drop_path] * model.depth),
+  )  # fmt: skip
+  if return_features:
+    return as_map(x)
+  x = norm(x).astype(jnp.float32).mean(1)
+  head_init = nn.initializers.zeros
+  return nn.Dense(model.num_classes, kernel_init=head_init, name="head")(x)
 
 
 def as_map(x: jax.Array) -> jax.Array:
