@@ -31,6 +31,7 @@ from convmixer_jax import cli
 from convmixer_jax import recipe
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
+from experiments import cells
 from experiments import scores
 from experiments import sweeps
 
@@ -62,7 +63,7 @@ STATUSES = ("finished", "running", "running elsewhere", "failed", "waiting",
 class Run:
   """A cell with a seed, and its status."""
 
-  cell: sweeps.Cell
+  cell: cells.Cell
   seed: int
   workdir: Path
   status: str = "waiting"
@@ -203,7 +204,7 @@ def _start(run, slot, jobs, gpus):
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
       env=env,
-      cwd=sweeps.ROOT,
+      cwd=cells.ROOT,
       start_new_session=True,  # Ctrl-C reaches it through this process only.
     )
   if not gpus and hasattr(os, "sched_setaffinity"):

@@ -12,6 +12,7 @@ from typing import Any
 from convmixer_jax import config as config_lib
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
+from experiments import cells
 from experiments import sweeps
 
 COLUMNS = ("cell", "parameters", "GFLOP/image", "img/s", "ours", "paper",
@@ -30,7 +31,7 @@ class Result:
     num_classes: of their data; None if unknown.
   """
 
-  cell: sweeps.Cell
+  cell: cells.Cell
   runs: Mapping[int, list[dict[str, Any]]]
   num_classes: int | None = None
 

@@ -24,6 +24,7 @@ import time
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax.errors import UserError
+from experiments import cells
 from experiments import scores
 from experiments import sweeps
 
@@ -153,7 +154,7 @@ def _sweep(name, root):
   for cell, seed in sweeps.get(name).runs():
     workdir = root / name / cell.name / f"seed{seed}"
     if not scores.finished(workdir):
-      tasks.append(Task(cell.command(seed, workdir), str(sweeps.ROOT)))
+      tasks.append(Task(cell.command(seed, workdir), str(cells.ROOT)))
   return tasks
 
 

@@ -1,86 +1,14 @@
 """Sweeps as data: the cells of each table, and the seeds of each cell."""
 
-from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import functools
-from pathlib import Path
-import sys
-from typing import Any
-
-import flax.linen as nn
-import jax
-import ml_collections
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
-from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from experiments import paper
-
-ROOT = Path(__file__).parents[1]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """One cell of a table: a config without its seed.
-
-  Attributes:
-    name: name of its folder.
-    config: config file, with variant.
-    overrides: dotted field -> value.
-    table: the table in paper.csv; '' if the cell was not published.
-    row: the model or label of its row in that table.
-  """
-
-  name: str
-  config: str
-  overrides: Mapping[str, Any]
-  table: str = ""
-  row: str = "convmixer_256_8"
-
-  def resolve(self, seed: int) -> ml_collections.ConfigDict:
-    """The config of one run."""
-    config = config_lib.load_file(str(ROOT / self.config)).lock()
-    config.update_from_flattened_dict({**self.overrides, "seed": seed})
-    return config
-
-  def command(self, seed: int, workdir: Path) -> list[str]:
-    """The command line that trains it."""
-    fields = {**self.overrides, "seed": seed}
-    return [
-      sys.executable,
-      "-m",
-      "convmixer_jax.main",
-      f"--config={self.config}",
-      f"--workdir={workdir.absolute()}",
-      *(f"--config.{name}={value}" for name, value in fields.items()),
-    ]
-
-  @functools.cached_property
-  def data(self) -> sources.Description:
-    """Its training images. They need not be here, and may then be unknown."""
-    d = self.resolve(0).data
-    return sources.describe(d.name, d.dir, d.train_split, d.image_size)
-
-  def model(self, num_classes: int = 1000) -> nn.Module:
-    """The model. Only its head depends on the number of classes."""
-    config = self.resolve(0).model
-    return models.create_model(num_classes=num_classes, **config)
-
-  def costs(self, num_classes: int | None) -> tuple[int, int] | None:
-    """Trainable parameters, and FLOPs of an image; None if `num_classes` is."""
-    if num_classes is None:
-      return None
-    model, size = self.model(num_classes), self.resolve(0).data.image_size
-    return count_parameters(model, size), models.flops(model, size)
-
-  def published(self) -> paper.Published | None:
-    """The paper's row, or None."""
-    model = self.model()
-    sizes = (getattr(model, f"{n}_size", None) for n in ("patch", "kernel"))
-    return paper.find(self.table, self.row, *sizes)
+from experiments.cells import Cell
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,27 +66,21 @@ def _ablation():
   ]
 
 
-# Sizes of the families for CIFAR-10: patch size -> cell -> model and fields.
-# Those with token-mixing layers have fewer blocks where there are more tokens,
-# so that all have 0.6 M parameters, to 7 %.
+# Sizes of the families: patch size -> cell -> model and fields. Where there are
+# more patches, layers that mix them are larger, and there are fewer blocks, so
+# that all have 0.6 M parameters, to 7 %.
 _SIZES = {
-  2: {
+  patch: {
     "convmixer": ("convmixer_256_8", dict(kernel_size=5)),
-    "mlp_mixer": ("mixer_s16_224", dict(dim=96, depth=6)),
-    "gmlp": ("gmlp_ti16_224", dict(dim=96, depth=4)),
-    "resmlp": ("resmlp_12_224", dict(dim=96, depth=4)),
+    "mlp_mixer": ("mixer_s16_224", dict(dim=96, depth=6 if patch == 2 else 7)),
+    "gmlp": ("gmlp_ti16_224", dict(dim=96, depth=4 if patch == 2 else 7)),
+    "resmlp": ("resmlp_12_224", dict(dim=96, depth=4 if patch == 2 else 7)),
     "vit": ("deit_tiny_patch16_224", dict(dim=96, depth=5, heads=3)),
     "mobilenetv3": ("mobilenetv3_isotropic_64_8", dict(head_dim=64)),
-  },
-  4: {
-    "convmixer": ("convmixer_256_8", dict(kernel_size=5)),
-    "mlp_mixer": ("mixer_s16_224", dict(dim=96, depth=7)),
-    "gmlp": ("gmlp_ti16_224", dict(dim=96, depth=7)),
-    "resmlp": ("resmlp_12_224", dict(dim=96, depth=7)),
-    "vit": ("deit_tiny_patch16_224", dict(dim=96, depth=5, heads=3)),
-    "mobilenetv3": ("mobilenetv3_isotropic_64_8", dict(head_dim=64)),
-  },
-  None: {"resnet": ("resnet50", dict(depths=(2, 2, 2), widths=(32, 64, 96)))},
+  }
+  for patch in (2, 4)
+} | {
+  None: {"resnet": ("resnet50", dict(depths=(2, 2, 2), widths=(32, 64, 96)))}
 }
 # The same with 0.16 M parameters, to 11 %.
 _SMALL_SIZES = {
@@ -363,9 +285,3 @@ def get(*names: str) -> Sweep:
   for cell, seed in SWEEPS[name].runs():
     config_lib.check(cell.resolve(seed), num_devices=1)
   return SWEEPS[name]
-
-
-def count_parameters(model: nn.Module, image_size: int) -> int:
-  """Number of trainable parameters, for RGB images of this size."""
-  shapes = models.variable_shapes(model, image_size)["params"]
-  return sum(leaf.size for leaf in jax.tree.leaves(shapes))

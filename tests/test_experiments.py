@@ -15,6 +15,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
+from experiments import cells as cells_lib
 from experiments import paper
 from experiments import plots
 from experiments import run as run_lib
@@ -47,7 +48,7 @@ def test_cells_are_those_of_the_paper():
       for r in csv.DictReader(file)
     }
   found = set()
-  count = functools.cache(sweeps.count_parameters)
+  count = functools.cache(cells_lib.count_parameters)
   for sweep in sweeps.SWEEPS.values():
     for cell in sweep.cells:
       row = cell.published()
@@ -183,7 +184,7 @@ def test_tables(tmp_path, monkeypatch):
 
 def test_costs_of_unknown_classes_are_unknown(tmp_path):
   folder = {"data.name": "folder", "data.dir": str(tmp_path)}  # No split.
-  cell = sweeps.Cell("away", "configs/digits.py", folder)
+  cell = cells_lib.Cell("away", "configs/digits.py", folder)
   common.finished_run(tmp_path, cell, 0, 95.0)
   results, problems = scores.collect(sweeps.Sweep("", [cell], (0,)), tmp_path)
   assert problems == []
@@ -246,8 +247,8 @@ def test_a_sweep_skips_records_and_resumes(tmp_path):
   """One cell trains, one fails; again: the first is skipped."""
   small = {"model.dim": 8, "model.depth": 1, "epochs": 1}
   cells = [
-    sweeps.Cell("good", "configs/digits.py", small),
-    sweeps.Cell(
+    cells_lib.Cell("good", "configs/digits.py", small),
+    cells_lib.Cell(
       "bad", "configs/digits.py", {**small, "data.train_split": "train[:0]"}
     ),
   ]
@@ -282,7 +283,7 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
   """A run that cannot start, and one that is held, leave the others alone."""
   code = "import os, time; time.sleep(1); print(os.sched_getaffinity(0))"
   command = lambda *args: [sys.executable, "-c", code]
-  monkeypatch.setattr(sweeps.Cell, "command", command)
+  monkeypatch.setattr(cells_lib.Cell, "command", command)
   cells = sweeps.get("smoke").cells
   runs = [run_lib.Run(cell, 0, tmp_path / cell.name / "0") for cell in cells]
   blocked, first, held, second = runs

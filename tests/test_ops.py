@@ -768,12 +768,12 @@ def test_batch_norm_refuses():
     {"kernel_size": (0, 0)},
     {"kernel_size": (3,)},
     {"features": 8},
-    {"feature_group_count": 1},
+    {"feature_group_count": 1, "strides": 2},
+    {"feature_group_count": 1, "padding": "VALID"},
     {"feature_group_count": 2},
     {"strides": 2, "padding": "VALID", "feature_group_count": 1},
     {"kernel_dilation": 2},
     {"input_dilation": 2},
-    {"use_bias": False},
     {"mask": 1},
   ],
 )
@@ -781,6 +781,17 @@ def test_a_layer_refuses_what_it_does_not_honour(change):
   attributes = {"kernel_size": (3, 3), "feature_group_count": 4} | change
   with pytest.raises((ValueError, TypeError), match=r"depthwise|keyword"):
     layers.Conv(**{"features": 4, **attributes}).init(jax.random.key(0), X)
+
+
+def test_a_full_convolution_is_linens():
+  for kernel, use_bias in ((3, True), (4, False)):
+    arguments = {"features": 6, "kernel_size": (kernel, kernel)}
+    ours = layers.Conv(**arguments, use_bias=use_bias)
+    variables = ours.init(jax.random.key(0), X)
+    assert ("bias" in variables["params"]) == use_bias
+    theirs = nn.Conv(**arguments, use_bias=use_bias)
+    expected = theirs.apply(variables, X)
+    common.assert_close(ours.apply(variables, X), expected, 1e-6)
 
 
 def test_other_layers_refuse_what_they_do_not_honour():

@@ -17,6 +17,7 @@ import pytest
 
 from convmixer_jax import checkpoint
 from convmixer_jax.errors import UserError
+from experiments import cells as cells_lib
 from experiments import scores
 from experiments import slurm as slurm_lib
 from experiments import sweeps
@@ -168,7 +169,7 @@ def submitted(argv):
 def test_an_array_of_two_runs_finishes(slurm, tmp_path, monkeypatch):
   small = {"model.dim": 8, "model.depth": 1, "epochs": 1}
   sweep = sweeps.Sweep(
-    "", [sweeps.Cell("tiny", "configs/digits.py", small)], seeds=(0, 1)
+    "", [cells_lib.Cell("tiny", "configs/digits.py", small)], seeds=(0, 1)
   )
   monkeypatch.setitem(sweeps.SWEEPS, "two", sweep)
   for name, value in job_environment(slurm).items():
