@@ -2,7 +2,7 @@
 
   python -m benchmarks.table --out benchmarks/results/throughput.json
 
-Takes half an hour on two CPU cores. Prints each row when it is measured, and
+Takes an hour on two CPU cores. Prints each row when it is measured, and
 writes the file after each row. Rows that the file already has are skipped.
 """
 
@@ -29,6 +29,17 @@ ROWS = [
     f"{model} --mode {mode} --repeats 21"
     for mode in ("depthwise", "depthwise_grad")
     for model in (_SMALL, f"{_MIDDLE} --batch 16", f"{_LARGE} --batch 8")
+  ],
+  *[
+    f"--model {model} --batch 4 --mode {mode} --repeats 5"
+    for model in (
+      "mixer_b16_224",
+      "gmlp_s16_224",
+      "resmlp_24_224",
+      "deit_small_patch16_224",
+      "resnet50",
+    )
+    for mode in ("train", "infer")
   ],
   # Their ratios are the closest to 1.
   f"{_SMALL} --mode pointwise --repeats 101",

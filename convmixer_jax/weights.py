@@ -224,7 +224,10 @@ def load_model(
       | {f"model.{k}": v for k, v in arguments.items()},
       f"{folder / 'config.json'}: ",
     )
-    model = models.create_model(**arguments | {"num_classes": classes})
+    try:
+      model = models.create_model(**arguments | {"num_classes": classes})
+    except UserError as e:
+      raise UserError(f"{folder / 'config.json'}: {e}") from e
     model = models.unrolled(model)
   else:
     if classes is None:

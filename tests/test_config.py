@@ -82,7 +82,7 @@ BAD = [
   ("optim.learning_rate", float("inf"), "at least 0"),
   ("seed", 2**32, "from 0 to 4294967295"),
   ("model.patch_size", 9, "larger than data.image_size=8"),
-  ("model.name", "convmixer_256_9", "nearest is convmixer_256_8"),
+  ("model.name", "convmixer_256_9", "are convmixer_256_8,"),
 ]
 
 

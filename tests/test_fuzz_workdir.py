@@ -175,6 +175,10 @@ def test_every_odd_file_of_a_run(run, folder):
     for name in ("config.json", "metrics.jsonl", "classes.txt"):
       (workdir / name).write_bytes(odd)
     assert not read(workdir, folder)
+  config = json.loads((run / "config.json").read_text())
+  config["model"]["name"] = "x"
+  (workdir / "config.json").write_text(json.dumps(config))
+  assert not read(workdir, folder)
 
 
 @common.leaves_things_behind

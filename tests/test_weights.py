@@ -320,9 +320,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     weights.match(extra, shapes, name)
   with pytest.raises(UserError, match="not the weights of a ConvMixer"):
     weights.architecture({"params": {"conv1": {}}}, name)
-  path = tmp_path / "resnet.pth"
-  torch.save({"conv1.weight": torch.ones(3)}, path)
-  with pytest.raises(UserError, match=r"resnet.pth: conv1.weight: not a tens"):
+  path = tmp_path / "vgg.pth"
+  torch.save({"features.0.weight": torch.ones(3)}, path)
+  with pytest.raises(UserError, match=r"vgg.pth: features.0.weight: not a te"):
     weights.load(path)
 
 

@@ -80,10 +80,10 @@ def create_model(
   """
   families = {name: family for family in FAMILIES for name in family.VARIANTS}
   if name not in families:
-    near = difflib.get_close_matches(name, families, 1, cutoff=0)[0]
+    near = difflib.get_close_matches(name, families, 3, cutoff=0)
     raise UserError(
-      f"model.name={name}: unknown; nearest is {near}; known are"
-      f" {', '.join(families)}"
+      f"model.name={name}: unknown; nearest of {len(families)} are"
+      f" {', '.join(near)}"
     )
   family = families[name]
   given = {k: v for k, v in overrides.items() if v is not None}
