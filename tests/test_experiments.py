@@ -266,13 +266,15 @@ def test_a_sweep_skips_records_and_resumes(tmp_path):
   assert "bad" in problems[0]
 
 
-def test_committed_results_are_whole():
+@pytest.mark.parametrize(
+  ("name", "cells"), [("patch_kernel_small", 9), ("architectures_small", 6)]
+)
+def test_committed_results_are_whole(name, cells):
   results, problems = scores.collect(
-    sweeps.get("patch_kernel_small"),
-    common.ROOT / "experiments" / "results" / "patch_kernel_small",
+    sweeps.get(name), common.ROOT / "experiments" / "results" / name
   )
   assert problems == []
-  assert [len(result.scores) for result in results] == [2] * 9
+  assert [len(result.scores) for result in results] == [2] * cells
 
 
 @pytest.mark.skipif(
