@@ -63,12 +63,10 @@ def define_model(
       dtype=jnp.dtype(dtype.value),
       **attributes,
     )
-    patch = model.patch_size or 1
-    if patch > image_size.value:
-      raise UserError(
-        f"--image_size={image_size.value}: must be at least the patch size,"
-        f" {patch}"
-      )
+    try:
+      model.check(image_size.value)
+    except UserError as e:
+      raise UserError(f"--image_size={image_size.value}: {e}") from e
     return model, batch.value, image_size.value
 
   return make

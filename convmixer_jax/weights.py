@@ -62,7 +62,8 @@ def match(
     {'params', 'batch_stats'}, named as in `wanted` and of its types.
 
   Raises:
-    UserError: a tensor is missing, unknown or of another shape.
+    UserError: a tensor is missing, unknown or of another shape; the weights are
+      another family's, or fit another image size alone.
   """
   shapes = jax.eval_shape(models.unstack_blocks, wanted)
   known, model = (models.infer(x.get("params", {})) for x in (loaded, shapes))

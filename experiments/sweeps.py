@@ -93,7 +93,7 @@ _SMALL_SIZES = {
   },
   None: {"resnet": ("resnet50", dict(depths=(2, 2, 2), widths=(16, 32, 48)))},
 }
-# One recipe for all of them, between those of convolutions and of tokens.
+# One recipe for all of them: the script's, with AdamW as ViTs are trained with.
 _SAME = {
   "optim.learning_rate": 0.003,
   "optim.weight_decay": 0.05,

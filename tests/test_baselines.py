@@ -105,7 +105,6 @@ def test_position_embeddings_are_interpolated_as_timm_does():
     after = golden[f"after_{old}_{new}"]
     found = models.vit.at_resolution(before, {"positions": after})["positions"]
     common.assert_close(found, after, 2e-5)
-    assert not np.allclose(after, 0)
     same = models.vit.at_resolution(before, before)
     assert same is before
 

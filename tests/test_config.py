@@ -172,7 +172,7 @@ def test_fields_take_none_from_the_command_line(monkeypatch):
   cli.parse_flags(argv, command)
   values = config_lib.flatten(config.value)
   assert "model.kernel_size" in optional
-  assert not any(values[field] for field in optional)
+  assert all(values[field] is None for field in optional)
   config_lib.check_values(values, "")
 
 

@@ -222,12 +222,8 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   """Arguments that the shapes imply; None if this is not a ConvMixer."""
   if "pointwise" not in params.get("block_0", {}):
     return None
-  patch, *_ = params["stem"]["kernel"].shape
-  kernel, *_ = params["block_0"]["depthwise"]["kernel"].shape
-  dim, _ = params["block_0"]["pointwise"]["kernel"].shape
-  classes = params["head"]["kernel"].shape[-1] if "head" in params else None
-  depth = sum(module.startswith("block_") for module in params)
-  return _size(dim, depth, patch, kernel, num_classes=classes)
+  kernel_size, *_ = params["block_0"]["depthwise"]["kernel"].shape
+  return layers.sizes(params) | {"kernel_size": kernel_size}
 
 
 def flops(model: ConvMixer, image_size: int) -> int:

@@ -149,7 +149,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   """Arguments that the shapes imply; None if this is not a gMLP."""
   if "gate" not in params.get("block_0", {}).get("mlp", {}):
     return None
-  return tokens.infer(params)
+  return layers.sizes(params)
 
 
 def flops(model: GMlp, image_size: int) -> int:

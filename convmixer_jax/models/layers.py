@@ -207,6 +207,23 @@ def check_patch(patch_size: int, image_size: int) -> None:
     )
 
 
+def sizes(params: Mapping[str, Any]) -> dict[str, Any]:
+  """dim, depth, patch_size and num_classes of equal blocks after patches.
+
+  num_classes is None if there is no head. Raises LookupError or ValueError if a
+  tensor is missing or has another rank; see `models.infer`.
+  """
+  patch_size, _, _, dim = params["stem"]["kernel"].shape
+  return {
+    "dim": dim,
+    "depth": sum(module.startswith("block_") for module in params),
+    "patch_size": patch_size,
+    "num_classes": (
+      params["head"]["kernel"].shape[-1] if "head" in params else None
+    ),
+  }
+
+
 def any_number(params: Mapping[str, Any]) -> None:
   """`num_patches` of families whose variables do not depend on it."""
   del params

@@ -133,7 +133,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   """Arguments that the shapes imply; None if this is not an MLP-Mixer."""
   if "token_mlp" not in params.get("block_0", {}):
     return None
-  return tokens.infer(params)
+  return layers.sizes(params)
 
 
 def flops(model: MlpMixer, image_size: int) -> int:

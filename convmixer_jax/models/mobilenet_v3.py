@@ -30,7 +30,6 @@ import jax.numpy as jnp
 from convmixer_jax import ops
 from convmixer_jax.models import layers
 from convmixer_jax.models import stack
-from convmixer_jax.models import tokens
 
 SQUEEZE = 4  # The expanded width over that of squeeze-and-excite.
 
@@ -186,7 +185,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   if "squeeze" not in block:
     return None
   dim, wide = block["expand"]["kernel"].shape
-  return tokens.infer(params) | {
+  return layers.sizes(params) | {
     "kernel_size": block["depthwise"]["kernel"].shape[0],
     "expansion": wide // dim,
     "head_dim": params["neck"]["kernel"].shape[-1],

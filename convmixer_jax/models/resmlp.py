@@ -163,7 +163,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   """Arguments that the shapes imply; None if this is not a ResMLP."""
   if "token_affine" not in params.get("block_0", {}):
     return None
-  return tokens.infer(params)
+  return layers.sizes(params)
 
 
 def flops(model: ResMlp, image_size: int) -> int:

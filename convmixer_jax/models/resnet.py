@@ -191,7 +191,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
       widths[stage] = leaves["conv2"]["kernel"].shape[-1]
   if not depths:
     return None
-  side = params["stem"]["kernel"].shape[0]
+  side = params["stem"]["kernel"].shape[0]  # 7 is taken for the usual stem.
   head = params.get("head")
   return {
     "depths": tuple(depths[stage] for stage in sorted(depths)),

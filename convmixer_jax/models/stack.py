@@ -37,7 +37,7 @@ def apply_blocks(
     x: input of the first block; every block returns the same shape.
     train: argument of every call.
     num_blocks: apply only this number of blocks, 0 to `depth`; None is all.
-    noise: a pytree of arrays [depth, ...], or None; see `layers.noise`.
+    noise: a pytree of arrays [depth, ...], or None; see `tokens.noise`.
 
   Returns:
     The last block's result.

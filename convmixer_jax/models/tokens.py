@@ -178,19 +178,6 @@ def check_square(model: nn.Module, image_size: int) -> None:
     )
 
 
-def infer(params: Mapping[str, Any]) -> dict[str, Any]:
-  """dim, depth, patch_size and num_classes of a family of tokens, by shapes."""
-  patch_size, _, _, dim = params["stem"]["kernel"].shape
-  return {
-    "dim": dim,
-    "depth": sum(module.startswith("block_") for module in params),
-    "patch_size": patch_size,
-    "num_classes": (
-      params["head"]["kernel"].shape[-1] if "head" in params else None
-    ),
-  }
-
-
 def one_resolution(
   params: Mapping[str, Any], wanted: Mapping[str, Any]
 ) -> Mapping[str, Any]:

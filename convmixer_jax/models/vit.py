@@ -223,7 +223,7 @@ def infer(params: Mapping[str, Any]) -> dict[str, Any] | None:
   """
   if "class_token" not in params:
     return None
-  sizes = tokens.infer(params)
+  sizes = layers.sizes(params)
   return sizes | {"heads": max(sizes["dim"] // 64, 1)}
 
 
