@@ -1,8 +1,8 @@
 """An isotropic MobileNetV3, in the style of Sandler et al. (arXiv 1909.03205).
 
 The block of MobileNetV3 (Howard et al., 2019) at constant width and resolution,
-after a patch embedding: what a ConvMixer is without the inverted bottleneck and
-the squeeze-and-excite.
+after a patch embedding. A ConvMixer has neither the inverted bottleneck nor the
+squeeze-and-excite.
 
   stem    embeds each p x p patch     [B, H, W, 3] -> [B, H/p, W/p, dim]
   block   1 x 1 convolution to expansion * dim: mixes channels
