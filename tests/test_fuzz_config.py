@@ -209,6 +209,7 @@ def test_what_passes_the_check_traces(begin, count):
 
   @examples(count)
   @hypothesis.given(st.lists(GOOD, min_size=1, max_size=3))
+  @hypothesis.example(["--config.data.image_size=10000"])  # > 2**31 pixels.
   def run(overrides):
     accepted.append(bool(begin(overrides)))
 

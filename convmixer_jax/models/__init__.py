@@ -142,6 +142,6 @@ def variable_shapes(model: nn.Module, image_size: int = 224) -> dict[str, Any]:
     image_size: side of the images; it matters only to models with variables
       whose shapes depend on it.
   """
-  images = jnp.zeros((1, image_size, image_size, 3))
-  init = lambda: model.init(jax.random.key(0), images, train=False)
-  return {"batch_stats": {}} | jax.eval_shape(init)
+  images = jax.ShapeDtypeStruct((1, image_size, image_size, 3), jnp.float32)
+  init = lambda images: model.init(jax.random.key(0), images, train=False)
+  return {"batch_stats": {}} | jax.eval_shape(init, images)

@@ -277,7 +277,7 @@ def _groups_backward(static, args, kept, grads):
   #   inverse * scale * (grad - mean(grad) - â * mean(grad * â))
   #   + grad_mean / n + grad_var * 2 * (a - mean) / n
   #   = p * grad + q * a + r.
-  n = group * x.shape[1] * x.shape[2]
+  n = float(group * x.shape[1] * x.shape[2])  # May exceed 32 bits.
   p = inverse * scale
   q = (2 * grad_var - p * jnp.square(inverse) * products) / n
   r = (grad_mean - p * sums) / n - q * mean
