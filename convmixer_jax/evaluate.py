@@ -12,6 +12,7 @@ from convmixer_jax import checkpoint
 from convmixer_jax import config as config_lib
 from convmixer_jax import logger
 from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import runtime
 from convmixer_jax import sharding
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
@@ -58,6 +59,7 @@ def make_evaluate(
     sums = []
     for batch in logger.progress(batches, -(-len(source) // batch_size)):
       sums.append(eval_step(state, sharding.to_global(mesh, batch, batch_size)))
+      runtime.bound_memory(sums)
     if stopped():
       return None
     total = jax.tree.map(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Iterator
+from collections.abc import Sequence
 import contextlib
 import ctypes
 import hashlib
@@ -20,6 +21,7 @@ import jax
 
 from convmixer_jax.ops import build
 
+AHEAD = 2  # Steps that the host may enqueue before the device has done them.
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
@@ -28,7 +30,8 @@ def keep_pages() -> None:
 
   On a CPU, XLA allocates its buffers at every call. By default malloc returns
   large ones to the system, which must then map and zero every page again.
-  Does nothing without glibc, or if a MALLOC_... variable is set.
+  `bound_memory` limits what is kept. Does nothing without glibc, or if a
+  MALLOC_... variable is set.
   """
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   tuned = any(name.startswith("MALLOC_") for name in os.environ)
@@ -38,6 +41,30 @@ def keep_pages() -> None:
     mallopt(m_arena_max, 1)
     mallopt(m_top_pad, 64 << 20)  # which grows in large steps
     mallopt(m_trim_threshold, -1)  # and never shrinks.
+
+
+def bound_memory(results: Sequence[Any]) -> None:
+  """Limits the memory that a loop of steps takes; to be called after each step.
+
+  Waits for all steps but the last `AHEAD`: each that is enqueued has buffers.
+  And if the process has more memory than is left, malloc returns what it keeps:
+  small blocks that live long split large ones, so its heap grows to several
+  times what a step needs.
+
+  Args:
+    results: of the steps so far, arrays.
+  """
+  if len(results) > AHEAD:
+    jax.block_until_ready(results[-1 - AHEAD])
+  try:
+    _, resident, *_ = Path("/proc/self/statm").read_text("utf-8").split()
+    meminfo = Path("/proc/meminfo").read_text("utf-8")
+  except OSError:  # Not Linux.
+    return
+  left = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
+  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+  if trim is not None and int(resident) * os.sysconf("SC_PAGE_SIZE") > left:
+    trim(0)
 
 
 def keep_compiled() -> None:

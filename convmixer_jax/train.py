@@ -26,8 +26,6 @@ from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
 
-AHEAD = 2  # Steps that the host may enqueue before the device has done them.
-
 
 def train_and_evaluate(
   config: ml_collections.ConfigDict,
@@ -141,8 +139,8 @@ def train_and_evaluate(
     learning_rate = jax.jit(lambda step: recipe.schedule(step - 1))
 
     # --- 4. The loop. Step n means n updates done. Logging and saving wait for
-    # the device. Other steps wait for the one that is AHEAD steps earlier, so
-    # that the device always has work.
+    # the device. Other steps let the host go on, so that the device always has
+    # work.
     received = stack.enter_context(runtime.stop_signals())
     stopped = lambda: bool(received)
     # A run that was stopped during an evaluation repeats it now.
@@ -160,8 +158,7 @@ def train_and_evaluate(
       state, scalars = train_step(seed, state, batch)
       step += 1
       pending.append(scalars)
-      if len(pending) > AHEAD:
-        pending[-1 - AHEAD]["loss"].block_until_ready()
+      runtime.bound_memory(pending)
       if recipe.is_due(step, config.log_every):
         _check_finite(recipe, workdir, checkpointer, step, pending)
         logger.log_train(

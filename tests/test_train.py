@@ -728,3 +728,59 @@ def test_cifar10_learns(tmp_path):
   last = records(tmp_path)[-1]
   assert last["count"] == 1000
   assert last["top1"] > 35
+
+
+def test_steps_ahead_are_few():
+  waited = []
+  step = lambda i: types.SimpleNamespace(
+    block_until_ready=lambda: waited.append(i)
+  )
+  results = []
+  for i in range(5):
+    results.append({"loss": step(i)})
+    runtime.bound_memory(results)
+  assert waited == [*range(5 - runtime.AHEAD)]
+
+
+FREED_MEMORY = """
+from pathlib import Path
+import numpy as np
+from convmixer_jax import runtime
+
+def resident():
+  return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+def bounded(available):
+  read_text = Path.read_text
+  fake = lambda self, encoding: (
+    f"MemTotal: 9 kB\\nMemAvailable: {available >> 10} kB\\n"
+    if str(self) == "/proc/meminfo" else read_text(self, encoding)
+  )
+  Path.read_text = fake
+  runtime.bound_memory([])
+  Path.read_text = read_text
+  return resident()
+
+runtime.keep_pages()
+start = resident()
+array = np.ones(2**26)
+after = np.ones(2**20)  # Keeps the heap from shrinking.
+del array
+print(start, resident(), bounded(2**40), bounded(2**20))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
+def test_kept_memory_is_returned_when_little_is_left():
+  out = subprocess.run(
+    [sys.executable, "-c", FREED_MEMORY],
+    cwd=common.ROOT,
+    capture_output=True,
+    text=True,
+    check=True,
+  ).stdout
+  start, kept, roomy, tight = map(int, out.split())
+  size = 8 * 2**26
+  assert kept - start > size  # Faster steps.
+  assert roomy - start > size
+  assert tight - start < size / 2
