@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import benchmarks
+from benchmarks import layers
 from benchmarks import work
 from convmixer_jax import cli
 from convmixer_jax import models
@@ -37,6 +38,7 @@ WAYS = ("contiguous", "channels_last", "contiguous compiled",
         "channels_last compiled")  # fmt: skip
 _WARMUP = 3  # Rounds that are not counted, while allocators settle.
 _PAUSE = 0.3  # Seconds in which the threads of the other side go to sleep.
+_MOST_LAYERS = 40  # In the output of --profile.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 _FLAGS = cli.Flags()
@@ -64,7 +66,7 @@ _JSON = benchmarks.define_json(_FLAGS)
 _PROFILE = _FLAGS.string(
   "profile",
   "Folder for a trace of three more runs, for TensorBoard or Perfetto:"
-  " --profile /tmp/trace.",
+  " --profile /tmp/trace. Also prints the layers that take longest.",
 )
 
 
@@ -90,11 +92,6 @@ def main() -> None:
       first = timed(timers, 1, warmup=0)
       timers = {way: timers[way] for way in _fast_enough(first)}
     times = timed(timers, _REPEATS.value, warmup=_WARMUP)
-  if _PROFILE.value:
-    with jax.profiler.trace(_PROFILE.value):
-      for _ in range(3):
-        jax.block_until_ready(run())
-
   rows = {
     way: {
       "seconds": benchmarks.summary(values),
@@ -121,6 +118,11 @@ def main() -> None:
     record["faster_way"] = best
     record["ratio"] = benchmarks.digits(ratio)
     record["ratio_of_each_repeat"] = benchmarks.summary(ratios)
+  if _PROFILE.value:
+    ms = layers.milliseconds(run, _PROFILE.value)
+    record["milliseconds_of_layers"] = {
+      name: benchmarks.digits(ms[name]) for name in [*ms][:_MOST_LAYERS]
+    }
   record |= benchmarks.provenance() | versions
   if _JSON.value:
     print(json.dumps(record, indent=2))
@@ -219,6 +221,8 @@ def _print_table(record):
       f"ours over PyTorch's {record['faster_way']}: {record['ratio']:.3g}"
       f" ({spread['least']:.3g} to {spread['greatest']:.3g})"
     )
+  for name, ms in record.get("milliseconds_of_layers", {}).items():
+    print(f"{ms:10.4g} ms  {name}")
 
 
 if __name__ == "__main__":

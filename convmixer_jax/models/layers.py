@@ -136,23 +136,24 @@ def _conv(strides, padding, x, kernel, *, implementation=None):
 class PointwiseConv(nn.Module):
   """A 1 x 1 convolution with `nn.Dense`'s attributes, parameters and shapes.
 
-  Weights start as PyTorch's do.
-
   Attributes:
     features: output channels.
     use_bias: False has no bias.
+    kernel_init: None: weights start as PyTorch's do, as the bias does.
     dtype: of the computation; parameters are float32.
   """
 
   features: int
   use_bias: bool = True
+  kernel_init: nn.initializers.Initializer | None = None
   dtype: Any = jnp.float32
 
   @nn.compact
   def operands(self, x: jax.Array) -> Operands:
     """Returns operation, x, kernel and bias; see `ops.Convolution`."""
     init = torch_uniform(x.shape[-1])
-    kernel = self.param("kernel", init, (x.shape[-1], self.features))
+    shape = x.shape[-1], self.features
+    kernel = self.param("kernel", self.kernel_init or init, shape)
     bias = _bias(self, init)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
     return ops.pointwise_conv, x, kernel, bias

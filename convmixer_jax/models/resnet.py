@@ -28,6 +28,7 @@ from convmixer_jax.errors import UserError
 from convmixer_jax.models import layers
 
 EXPANSION = 4  # Width of a block's result over that of its 3 x 3 convolution.
+INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
 class Block(nn.Module):
@@ -36,23 +37,24 @@ class Block(nn.Module):
   width: int
   strides: int
   conv: Any
+  pointwise_conv: Any
   norm: Any
 
   @nn.compact
   def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-    conv, norm = self.conv, self.norm
+    norm, s = self.norm, self.strides
     out = EXPANSION * self.width
-    y = conv(self.width, 1, name="conv1")(x)
-    y = nn.relu(norm(name="norm1")(y, train))
-    y = conv(self.width, 3, self.strides, name="conv2")(y)
+    conv = self.pointwise_conv(self.width, name="conv1")
+    y = nn.relu(norm(name="norm1")(x, train, conv=conv))
+    y = self.conv(self.width, 3, s, name="conv2")(y)
     y = nn.relu(norm(name="norm2")(y, train))
-    y = conv(out, 1, name="conv3")(y)
+    if s > 1 or x.shape[-1] != out:
+      conv = self.pointwise_conv(out, name="shortcut")
+      x = norm(name="shortcut_norm")(x[:, ::s, ::s], train, conv=conv)
     # A block starts as the identity.
-    y = norm(scale_init=nn.initializers.zeros, name="norm3")(y, train)
-    if self.strides > 1 or x.shape[-1] != out:
-      x = conv(out, 1, self.strides, name="shortcut")(x)
-      x = norm(name="shortcut_norm")(x, train)
-    return nn.relu(x + y)
+    conv = self.pointwise_conv(out, name="conv3")
+    norm = norm(scale_init=nn.initializers.zeros, name="norm3")
+    return nn.relu(norm(y, train, conv=conv, residual=x))
 
 
 class ResNet(nn.Module):
@@ -90,6 +92,9 @@ class ResNet(nn.Module):
   ) -> jax.Array:
     """Returns logits [B, num_classes], or features; see `ConvMixer`."""
     conv = functools.partial(_conv, dtype=self.dtype)
+    pointwise_conv = functools.partial(
+      layers.PointwiseConv, use_bias=False, kernel_init=INIT, dtype=self.dtype
+    )
     norm = functools.partial(
       ops.BatchNorm, self.bn_group_size, implementation=self.implementation
     )
@@ -100,7 +105,7 @@ class ResNet(nn.Module):
     x = conv(64, *shape, name="stem")(images)
     x = nn.relu(norm(name="stem_norm")(x, train))
     if p is None:
-      x = nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+      x = _max_pool(_max_pool(x, 1), 2)
     elif self.pooled_stem:
       x = nn.avg_pool(x, (p, p), (p, p))
     blocks = [
@@ -111,7 +116,7 @@ class ResNet(nn.Module):
     for stage, block, strides in itertools.islice(blocks, num_blocks):
       name = f"stage_{stage}_block_{block}"
       width = self.widths[stage - 1]
-      x = Block(width, strides, conv, norm, name=name)(x, train)
+      x = Block(width, strides, conv, pointwise_conv, norm, name=name)(x, train)
     if return_features:
       return x
     x = x.astype(jnp.float32).mean((1, 2))
@@ -129,6 +134,18 @@ class ResNet(nn.Module):
     layers.check_patch(self.patch_size or 1, image_size)
 
 
+def _max_pool(x, axis):
+  """Window 3, stride 2, padding 1, along one axis of x >= 0.
+
+  nn.max_pool's gradient takes several times as long on CPUs. It differs where
+  values of a window are equal: after ReLU these are zeros, whose gradient is 0.
+  """
+  windows = (x.shape[axis] + 1) // 2
+  x = jnp.pad(x, [2 * (int(axis == i),) for i in range(x.ndim)])
+  part = lambda i: jax.lax.slice_in_dim(x, i, i + 2 * windows - 1, 2, axis)
+  return jnp.maximum(jnp.maximum(part(0), part(1)), part(2))
+
+
 def _conv(features, size, strides=1, padding=None, **kwargs):
   """Pads by (size - 1) / 2 on both sides, as PyTorch's ResNet does.
 
@@ -140,7 +157,7 @@ def _conv(features, size, strides=1, padding=None, **kwargs):
     strides,
     padding=padding or (size - 1) // 2,
     use_bias=False,
-    kernel_init=nn.initializers.variance_scaling(2.0, "fan_out", "normal"),
+    kernel_init=INIT,
     **kwargs,
   )
 
@@ -168,9 +185,11 @@ _BLOCK = "layer{i}.{j}", "stage_{i}_block_{j}"
 TORCH_NAMES = (
   ("conv1", "stem", "conv"),
   ("bn1", "stem_norm", "norm"),
-  (f"{_BLOCK[0]}.conv{{k}}", f"{_BLOCK[1]}/conv{{k}}", "conv"),
+  (f"{_BLOCK[0]}.conv1", f"{_BLOCK[1]}/conv1", "pointwise"),
+  (f"{_BLOCK[0]}.conv2", f"{_BLOCK[1]}/conv2", "conv"),
+  (f"{_BLOCK[0]}.conv3", f"{_BLOCK[1]}/conv3", "pointwise"),
   (f"{_BLOCK[0]}.bn{{k}}", f"{_BLOCK[1]}/norm{{k}}", "norm"),
-  (f"{_BLOCK[0]}.downsample.0", f"{_BLOCK[1]}/shortcut", "conv"),
+  (f"{_BLOCK[0]}.downsample.0", f"{_BLOCK[1]}/shortcut", "pointwise"),
   (f"{_BLOCK[0]}.downsample.1", f"{_BLOCK[1]}/shortcut_norm", "norm"),
   ("fc", "head", "linear"),
 )

@@ -56,13 +56,13 @@ class Block(nn.Module):
 def _attention(qkv):
   """Softmax attention of each head: [B, N, 3, heads, C] -> [B, N, heads, C].
 
-  As jax.nn.dot_product_attention, whose layout of the products makes a training
-  step on CPU slower by a sixth.
+  As jax.nn.dot_product_attention; but all products have the layout of a matrix
+  product, which XLA computes faster on CPUs.
   """
-  q, k, v = jnp.einsum("bnihc->ibhnc", qkv)
-  weights = jnp.einsum("bhnc,bhmc->bhnm", q, k).astype(jnp.float32)
+  q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, N, C]
+  weights = (q @ k.swapaxes(2, 3)).astype(jnp.float32)
   weights = nn.softmax(weights / math.sqrt(q.shape[-1])).astype(v.dtype)
-  return jnp.einsum("bhnm,bhmc->bnhc", weights, v)
+  return (weights @ v).transpose(0, 2, 1, 3)
 
 
 class ViT(nn.Module):
