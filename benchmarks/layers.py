@@ -1,7 +1,7 @@
 """Where the time of jitted functions goes, by layer of the model."""
 
-from collections.abc import Callable
 import collections
+from collections.abc import Callable
 import gzip
 import json
 from pathlib import Path
@@ -22,9 +22,10 @@ def milliseconds(run: Callable[[], Any], folder: str) -> dict[str, float]:
 
   Returns:
     Milliseconds a run, the largest first, of names such as 'backward
-    block/mlp/fc2/dot_general': the pass, the layer, and jax's operation. Layers
+    block/mlp/fc/dot_general': the pass, the layer, and jax's operation. Layers
     whose names differ in numbers alone are summed. What XLA fuses has the name
-    of the last operation. Operations that run at the same time are all counted.
+    of the last operation; what it rewrites may have only XLA's name. Operations
+    that run at the same time are all counted.
   """
   with jax.profiler.trace(folder, create_perfetto_trace=True):
     for _ in range(RUNS):
@@ -45,7 +46,7 @@ def milliseconds(run: Callable[[], Any], folder: str) -> dict[str, float]:
 
 
 def _names() -> dict[tuple[str, str], str]:
-  """(module, operation) of all compiled programs -> what `milliseconds` says."""
+  """(module, operation) of all compiled programs -> `milliseconds`' names."""
   names = {}
   for executable in jax.devices()[0].client.live_executables():
     for module in executable.hlo_modules():

@@ -2,6 +2,7 @@
 
 import json
 
+import flax.linen as nn
 import jax
 from jax import export as jax_export
 from jax import flatten_util
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors import numpy as safetensors
 
+from benchmarks import layers
 from convmixer_jax import checkpoint
 from convmixer_jax import config as config_lib
 from convmixer_jax import export
@@ -20,6 +22,7 @@ from convmixer_jax import sharding
 from convmixer_jax import weights
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
+from convmixer_jax.models import resnet
 from tests import common
 
 TINY = {"dim": 24, "depth": 2, "patch_size": 8}
@@ -242,3 +245,30 @@ def test_one_device_equals_eight_scanned_and_resumed(name, portable, tmp_path):
                     for s in (state, other))  # fmt: skip
   common.assert_close(others, params, 1e-4)
   assert (state.batch_stats != {}) == (name in ("resnet50", ISOTROPIC))
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (2, 5), (7, 8)])
+def test_max_pool(shape):
+  rng = np.random.default_rng(0)
+  x = jnp.asarray(rng.normal(size=(2, *shape, 3)), jnp.float32)
+  window = (3, 3), (2, 2), ((1, 1), (1, 1))
+  wanted, wanted_vjp = jax.vjp(lambda x: nn.max_pool(nn.relu(x), *window), x)
+  pool = lambda x: resnet.max_pool(resnet.max_pool(nn.relu(x), 1), 2)
+  found, vjp = jax.vjp(pool, x)
+  np.testing.assert_array_equal(found, wanted)
+  grad = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
+  common.assert_close(vjp(grad)[0], wanted_vjp(grad)[0], 1e-6)
+
+
+def test_layers_of_a_profile(tmp_path):
+  model = models.create_model("mixer_s32_224", dim=8, depth=2)
+  x = jnp.ones((2, 64, 64, 3))
+  variables = model.init(jax.random.key(0), x, train=False)
+  loss = lambda v: model.apply(v, x, train=False).sum()
+  grad = jax.jit(jax.grad(loss))
+  jax.block_until_ready(grad(variables))
+  ms = layers.milliseconds(lambda: grad(variables), str(tmp_path))
+  assert [*ms.values()] == sorted(ms.values(), reverse=True)
+  for name in ("forward", "backward"):
+    assert any(f"{name} block/token_mlp/fc" in layer for layer in ms), ms
+  assert 0 < sum(ms.values()) < 10_000

@@ -105,7 +105,7 @@ class ResNet(nn.Module):
     x = conv(64, *shape, name="stem")(images)
     x = nn.relu(norm(name="stem_norm")(x, train))
     if p is None:
-      x = _max_pool(_max_pool(x, 1), 2)
+      x = max_pool(max_pool(x, 1), 2)
     elif self.pooled_stem:
       x = nn.avg_pool(x, (p, p), (p, p))
     blocks = [
@@ -134,7 +134,7 @@ class ResNet(nn.Module):
     layers.check_patch(self.patch_size or 1, image_size)
 
 
-def _max_pool(x, axis):
+def max_pool(x: jax.Array, axis: int) -> jax.Array:
   """Window 3, stride 2, padding 1, along one axis of x >= 0.
 
   nn.max_pool's gradient takes several times as long on CPUs. It differs where
