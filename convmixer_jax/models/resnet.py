@@ -194,8 +194,6 @@ TORCH_NAMES = (
   ("fc", "head", "linear"),
 )
 timm_module = str
-
-
 num_patches = layers.any_number
 at_resolution = layers.any_resolution
 
