@@ -18,6 +18,7 @@ from typing import Any
 from typing import TextIO
 
 import jax
+import psutil
 
 from convmixer_jax.ops import build
 
@@ -44,26 +45,22 @@ def keep_pages() -> None:
 
 
 def bound_memory(results: Sequence[Any]) -> None:
-  """Limits the memory that a loop of steps takes; to be called after each step.
+  """Limits the memory that a loop of steps takes. Call it after each step.
 
-  Waits for all steps but the last `AHEAD`: each that is enqueued has buffers.
-  And if the process has more memory than is left, malloc returns what it keeps:
-  small blocks that live long split large ones, so its heap grows to several
-  times what a step needs.
+  Each enqueued step has buffers, so this waits for all but the last `AHEAD`.
+  And it makes malloc return what `keep_pages` keeps if the process holds more
+  memory than the machine has left. Small blocks that live long split large
+  ones, so the heap would grow to several times what a step needs.
 
   Args:
-    results: of the steps so far, arrays.
+    results: of the steps so far: trees of arrays, the oldest first.
   """
   if len(results) > AHEAD:
     jax.block_until_ready(results[-1 - AHEAD])
-  try:
-    _, resident, *_ = Path("/proc/self/statm").read_text("utf-8").split()
-    meminfo = Path("/proc/meminfo").read_text("utf-8")
-  except OSError:  # Not Linux.
-    return
-  left = 1024 * int(meminfo.split("MemAvailable:")[1].split()[0])
-  trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-  if trim is not None and int(resident) * os.sysconf("SC_PAGE_SIZE") > left:
+  holds = psutil.Process().memory_info().rss
+  if holds > psutil.virtual_memory().available and (
+    trim := getattr(ctypes.CDLL(None), "malloc_trim", None)
+  ):
     trim(0)
 
 

@@ -183,6 +183,19 @@ def run_main(
   )
 
 
+def run_python(code, *args, environment=None):
+  """Runs `python -c CODE ARGS` in a new process, which must exit with 0."""
+  process = subprocess.run(
+    [sys.executable, "-c", code, *args],
+    cwd=ROOT,
+    env=os.environ | (environment or {}),
+    capture_output=True,
+    text=True,
+  )
+  assert process.returncode == 0, process.stderr
+  return process
+
+
 def call(module, *args, stdin=""):
   """`python -m MODULE` in this process: (exit code, output, errors).
 

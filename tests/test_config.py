@@ -362,13 +362,7 @@ def test_the_model_and_the_step_need_no_data_library():
     " convmixer_jax.augment, convmixer_jax.optim, convmixer_jax.sharding\n"
     f"print([m for m in {heavy.split()} if m in sys.modules])"
   )
-  out = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=common.ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert out.stdout.strip() == "[]", out.stdout + out.stderr
+  assert common.run_python(code).stdout.strip() == "[]"
 
 
 # --- The compilation cache.

@@ -819,15 +819,8 @@ def test_without_a_compiler(command, tmp_path):
     "  y = ops.pointwise_conv(y, np.ones((2, 3), 'f4'), implementation=i)\n"
     "  print(float(y.sum()))\n"
   )
-  env = os.environ | {"CXX": command, "XDG_CACHE_HOME": str(tmp_path)}
-  process = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=common.ROOT,
-    env=env,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
+  env = {"CXX": command, "XDG_CACHE_HOME": str(tmp_path)}
+  process = common.run_python(code, environment=env)
   x = np.arange(24, dtype="f4").reshape(1, 3, 4, 2)
   total = 3 * exact(x, np.ones((2, 2, 2))).sum()
   assert [float(line) for line in process.stdout.split()] == [total] * 3

@@ -268,13 +268,7 @@ assert len(sources.open_source("small", prepared, "train", 8)) == 24
 def test_it_works_without_tensorflow(tmp_path, tfds_dir):
   """Trains, writes TensorBoard events, and reads a prepared TFDS set."""
   root, _ = tfds_dir
-  process = subprocess.run(
-    [sys.executable, "-c", WITHOUT_TENSORFLOW, tmp_path / "run", root],
-    cwd=common.ROOT,
-    capture_output=True,
-    text=True,
-  )
-  assert process.returncode == 0, process.stderr
+  process = common.run_python(WITHOUT_TENSORFLOW, tmp_path / "run", root)
   assert "Total: 322 -- 1,288 bytes" in process.stdout  # clu's overview.
 
 
@@ -743,28 +737,24 @@ def test_steps_ahead_are_few():
 
 
 FREED_MEMORY = """
-from pathlib import Path
+import types
+from unittest import mock
 import numpy as np
+import psutil
 from convmixer_jax import runtime
 
-def resident():
-  return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+resident = lambda: psutil.Process().memory_info().rss
 
-def bounded(available):
-  read_text = Path.read_text
-  fake = lambda self, encoding: (
-    f"MemTotal: 9 kB\\nMemAvailable: {available >> 10} kB\\n"
-    if str(self) == "/proc/meminfo" else read_text(self, encoding)
-  )
-  Path.read_text = fake
-  runtime.bound_memory([])
-  Path.read_text = read_text
+def bounded(left):
+  memory = lambda: types.SimpleNamespace(available=left)
+  with mock.patch.object(psutil, "virtual_memory", memory):
+    runtime.bound_memory([])
   return resident()
 
 runtime.keep_pages()
 start = resident()
 array = np.ones(2**26)
-after = np.ones(2**20)  # Keeps the heap from shrinking.
+after = np.ones(2**20)  # The heap could not shrink by itself.
 del array
 print(start, resident(), bounded(2**40), bounded(2**20))
 """
@@ -772,13 +762,7 @@ print(start, resident(), bounded(2**40), bounded(2**20))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_kept_memory_is_returned_when_little_is_left():
-  out = subprocess.run(
-    [sys.executable, "-c", FREED_MEMORY],
-    cwd=common.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  ).stdout
+  out = common.run_python(FREED_MEMORY).stdout
   start, kept, roomy, tight = map(int, out.split())
   size = 8 * 2**26
   assert kept - start > size  # Faster steps.

@@ -514,14 +514,7 @@ def test_the_hubs_cache_is_read(run, tmp_path, monkeypatch):
 
 def test_torch_is_not_needed():
   code = "import sys, convmixer_jax.predict; print('torch' in sys.modules)"
-  out = subprocess.run(
-    [sys.executable, "-c", code],
-    cwd=common.ROOT,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  assert out.stdout.strip() == "False"
+  assert common.run_python(code).stdout.strip() == "False"
 
 
 @pytest.mark.parametrize(

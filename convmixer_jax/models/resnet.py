@@ -28,6 +28,7 @@ from convmixer_jax.errors import UserError
 from convmixer_jax.models import layers
 
 EXPANSION = 4  # Width of a block's result over that of its 3 x 3 convolution.
+# He et al.'s, of all convolutions; the head starts as PyTorch's layers do.
 INIT = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
 
 
@@ -36,7 +37,7 @@ class Block(nn.Module):
 
   width: int
   strides: int
-  conv: Any
+  conv: Any  # _conv and layers.PointwiseConv, without their features.
   pointwise_conv: Any
   norm: Any
 
@@ -53,8 +54,8 @@ class Block(nn.Module):
       x = norm(name="shortcut_norm")(x[:, ::s, ::s], train, conv=conv)
     # A block starts as the identity.
     conv = self.pointwise_conv(out, name="conv3")
-    norm = norm(scale_init=nn.initializers.zeros, name="norm3")
-    return nn.relu(norm(y, train, conv=conv, residual=x))
+    last = norm(scale_init=nn.initializers.zeros, name="norm3")
+    return nn.relu(last(y, train, conv=conv, residual=x))
 
 
 class ResNet(nn.Module):

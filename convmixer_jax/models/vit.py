@@ -56,8 +56,8 @@ class Block(nn.Module):
 def _attention(qkv):
   """Softmax attention of each head: [B, N, 3, heads, C] -> [B, N, heads, C].
 
-  As jax.nn.dot_product_attention; but all products have the layout of a matrix
-  product, which XLA computes faster on CPUs.
+  The same as jax.nn.dot_product_attention, in the order of dimensions whose
+  products XLA computes faster on CPUs.
   """
   q, k, v = qkv.transpose(2, 0, 3, 1, 4)  # [B, heads, N, C]
   weights = (q @ k.swapaxes(2, 3)).astype(jnp.float32)
