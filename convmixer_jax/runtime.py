@@ -8,12 +8,14 @@ import ctypes
 import hashlib
 import importlib.metadata
 import io
+import math
 import os
 from pathlib import Path
 import platform
 import signal
 import subprocess
 import threading
+import time
 from typing import Any
 from typing import TextIO
 
@@ -44,19 +46,27 @@ def keep_pages() -> None:
     mallopt(m_trim_threshold, -1)  # and never shrinks.
 
 
+_memory_checked = -math.inf  # As time.monotonic() says.
+
+
 def bound_memory(results: Sequence[Any]) -> None:
   """Limits the memory that a loop of steps takes. Call it after each step.
 
   Each enqueued step has buffers, so this waits for all but the last `AHEAD`.
   And it makes malloc return what `keep_pages` keeps if the process holds more
-  memory than the machine has left. Small blocks that live long split large
-  ones, so the heap would grow to several times what a step needs.
+  memory than the machine has left, which is looked at once a second. Small
+  blocks that live long split large ones, so the heap would grow to several
+  times what a step needs.
 
   Args:
     results: of the steps so far: trees of arrays, the oldest first.
   """
   if len(results) > AHEAD:
     jax.block_until_ready(results[-1 - AHEAD])
+  global _memory_checked  # It takes longer than a small model's step should.
+  if time.monotonic() < _memory_checked + 1:
+    return
+  _memory_checked = time.monotonic()
   holds = psutil.Process().memory_info().rss
   if holds > psutil.virtual_memory().available and (
     trim := getattr(ctypes.CDLL(None), "malloc_trim", None)

@@ -749,22 +749,25 @@ def bounded(left):
   memory = lambda: types.SimpleNamespace(available=left)
   with mock.patch.object(psutil, "virtual_memory", memory):
     runtime.bound_memory([])
-  return resident()
+    held = resident()
+    runtime._memory_checked = -9  # A second passes.
+    runtime.bound_memory([])
+  return held, resident()
 
 runtime.keep_pages()
 start = resident()
 array = np.ones(2**26)
 after = np.ones(2**20)  # The heap could not shrink by itself.
 del array
-print(start, resident(), bounded(2**40), bounded(2**20))
+print(start, resident(), *bounded(2**40), *bounded(2**20))
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_kept_memory_is_returned_when_little_is_left():
   out = common.run_python(FREED_MEMORY).stdout
-  start, kept, roomy, tight = map(int, out.split())
+  start, kept, *roomy, soon, tight = map(int, out.split())
   size = 8 * 2**26
   assert kept - start > size  # Faster steps.
-  assert roomy - start > size
+  assert min(*roomy, soon) - start > size
   assert tight - start < size / 2
