@@ -13,6 +13,7 @@ import sys
 import textwrap
 import threading
 from typing import Any
+import warnings
 
 from absl import app
 from absl import flags
@@ -225,11 +226,15 @@ def run(
   """
   logging.set_verbosity(logging.WARNING)
   # Reading a checkpoint stops at the first damaged array. The pending reads of
-  # the other arrays then find orbax's event loop closed.
+  # the other arrays, orbax's coroutines, then find their event loop closed, and
+  # complain again when Python deletes them.
   report = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (
-    "Event loop is closed" in str(unraisable.exc_value) or report(unraisable)
+    inspect.iscoroutine(unraisable.object)
+    or "Event loop is closed" in str(unraisable.exc_value)
+    or report(unraisable)
   )
+  warnings.filterwarnings("ignore", "coroutine .* was never awaited")
   # absl replaces the handlers that write to sys.stderr, so it comes first.
   logging.use_absl_handler()
   guard_output(only_prints)

@@ -13,7 +13,6 @@ from unittest import mock
 import jax
 import ml_collections
 import numpy as np
-import pytest
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
@@ -57,13 +56,6 @@ def variables(golden_file, prefix):
   return interop.from_torch(
     {k.removeprefix(f"{prefix}/"): golden_file[k] for k in names}
   )
-
-
-# What a damaged file or config leaves behind, which is said when it is deleted:
-# orbax's other reads or writes, or a coroutine that nobody awaits.
-leaves_things_behind = pytest.mark.filterwarnings(
-  "ignore::pytest.PytestUnraisableExceptionWarning"
-)
 
 
 def nhwc(images):

@@ -279,7 +279,6 @@ FILES = st.one_of(
 )  # fmt: skip
 
 
-@common.leaves_things_behind
 def test_config_files(begin, folder):
   path = folder / "config.py"
 
@@ -292,7 +291,6 @@ def test_config_files(begin, folder):
   run()
 
 
-@common.leaves_things_behind
 def test_every_odd_config(begin, folder):
   """Each value in one field or other, each statement, each result."""
   path = folder / "config.py"

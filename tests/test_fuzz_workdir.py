@@ -181,7 +181,6 @@ def test_every_odd_file_of_a_run(run, folder):
   assert not read(workdir, folder)
 
 
-@common.leaves_things_behind
 def test_damaged_workdirs_are_read_or_refused(run, folder):
   readable = []
 
@@ -196,7 +195,6 @@ def test_damaged_workdirs_are_read_or_refused(run, folder):
 
 
 @pytest.mark.slow
-@common.leaves_things_behind
 def test_damaged_workdirs_go_on_or_are_refused(folder, tmp_path):
   """By the trainer itself, which may set a damaged checkpoint aside."""
   run = tmp_path / "whole"
