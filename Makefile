@@ -26,7 +26,7 @@ lint: .venv/dev
 	$(RUN) ruff format --check .
 	$(RUN) pyright
 
-## bench: speed beside PyTorch's; half an hour on two idle cores
+## bench: speed beside PyTorch's; about an hour on two idle cores
 bench: .venv/dev
 	$(RUN) benchmarks.table --out benchmarks/results/throughput.json
 

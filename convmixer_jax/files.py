@@ -88,4 +88,8 @@ def damage(folder: Path, problem: Exception | str) -> str:
         f"{folder}: cannot be read: {text}. It need not be damaged, and nothing"
         " was moved; rerun the command when this is solved"
       ) from cause
-  return problem if isinstance(problem, str) else reason(problem)
+  if isinstance(problem, str):
+    return problem
+  while problem.__cause__:  # It says more than orbax, which wraps it.
+    problem = problem.__cause__
+  return reason(problem)

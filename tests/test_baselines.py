@@ -249,15 +249,17 @@ def test_one_device_equals_eight_scanned_and_resumed(name, portable, tmp_path):
 
 @pytest.mark.parametrize("shape", [(1, 1), (2, 5), (7, 8)])
 def test_max_pool(shape):
+  """Of small integers, so that many windows have equal values."""
   rng = np.random.default_rng(0)
-  x = jnp.asarray(rng.normal(size=(2, *shape, 3)), jnp.float32)
-  window = (3, 3), (2, 2), ((1, 1), (1, 1))
-  wanted, wanted_vjp = jax.vjp(lambda x: nn.max_pool(nn.relu(x), *window), x)
-  pool = lambda x: resnet.max_pool(resnet.max_pool(nn.relu(x), 1), 2)
-  found, vjp = jax.vjp(pool, x)
+  x = jnp.asarray(rng.integers(-1, 3, (2, *shape, 3)), jnp.float32)
+  pool = lambda x: nn.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+  wanted, wanted_vjp = jax.vjp(lambda x: pool(nn.relu(x)), x)
+  found, vjp = jax.vjp(lambda x: resnet.max_pool(nn.relu(x)), x)
   np.testing.assert_array_equal(found, wanted)
   grad = jnp.asarray(rng.normal(size=found.shape), jnp.float32)
   common.assert_close(vjp(grad)[0], wanted_vjp(grad)[0], 1e-6)
+  x = x.at[0, 0, -1, 0].set(jnp.nan)
+  np.testing.assert_array_equal(resnet.max_pool(x.clip(0)), pool(x.clip(0)))
 
 
 def test_layers_of_a_profile(tmp_path):

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from convmixer_jax import checkpoint
+from convmixer_jax import files
 from convmixer_jax import ops
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import replay
@@ -112,6 +113,12 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(
 def tenth_like(state):
   device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
   return jax.device_put(state, device)
+
+
+def test_damage_is_described_by_its_cause(tmp_path):
+  error = Exception("Encountered error while reading array index: (0, 1)")
+  error.__cause__ = ValueError("DATA_LOSS: CRC-32C checksum verification failed")
+  assert files.damage(tmp_path, error) == str(error.__cause__)
 
 
 def test_nothing_is_said_of_reads_that_were_left():

@@ -139,7 +139,7 @@ class PointwiseConv(nn.Module):
   Attributes:
     features: output channels.
     use_bias: False has no bias.
-    kernel_init: None: weights start as PyTorch's do, as the bias does.
+    kernel_init: of the weights; None: as PyTorch's. The bias is as PyTorch's.
     dtype: of the computation; parameters are float32.
   """
 
