@@ -225,9 +225,9 @@ def run(
   are an error. For `only_prints` see `guard_output`.
   """
   logging.set_verbosity(logging.WARNING)
-  # Reading a checkpoint stops at the first damaged array. orbax leaves its other
-  # reads: coroutines, which find their event loop closed, and of which Python
-  # warns when it deletes them.
+  # Reading a checkpoint stops at the first damaged array. orbax leaves the reads
+  # of the others: coroutines, which find their event loop closed, and of which
+  # Python warns when it deletes them.
   report = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (
     inspect.iscoroutine(unraisable.object)
