@@ -225,8 +225,8 @@ def run(
   are an error. For `only_prints` see `guard_output`.
   """
   logging.set_verbosity(logging.WARNING)
-  # Reading a checkpoint stops at the first damaged array. orbax leaves the reads
-  # of the others: coroutines, which find their event loop closed, and of which
+  # Reading a checkpoint stops at the first damaged array. orbax leaves reads of
+  # the others: coroutines, which find their event loop closed, and of which
   # Python warns when it deletes them.
   report = sys.unraisablehook
   sys.unraisablehook = lambda unraisable: (

@@ -52,7 +52,7 @@ def sync(*paths: Path) -> None:
         raise
 
 
-def damage(folder: Path, problem: Exception | str) -> str:
+def damage(folder: Path, problem: BaseException | str) -> str:
   """Says how the files in `folder` are damaged.
 
   Args:
