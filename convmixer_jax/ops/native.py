@@ -16,11 +16,11 @@ import threading
 from typing import Any
 
 import jax
-from jax.experimental import custom_partitioning
 import jax.numpy as jnp
 
 from convmixer_jax.ops import build
 from convmixer_jax.ops import derivative
+from convmixer_jax.ops import partition
 
 Op = Callable[..., Any]
 
@@ -30,10 +30,8 @@ _DTYPES = (jnp.float32, jnp.bfloat16)
 _LOCK = threading.Lock()
 _portable = contextvars.ContextVar("portable", default=False)
 
-# The dimensions of each op's arguments and results. Only n is sharded: images,
-# or parts [n, b] of a batch, each with the kernel's gradient of its own images.
-# No result is a sum over n, which would count what XLA pads a device's share
-# with. Without a residual, any array may stand in its place: the dimension e.
+# The dimensions of each op's arguments and results: see `partition`. Without a
+# residual, any array may stand in its place: the dimension e.
 _OPS = {
   "depthwise": "n h w c, k l c -> n h w c",
   "depthwise_norm": "n h w c, k l c, c, c, c, n h w c -> n h w c",
@@ -115,8 +113,7 @@ def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
   among the results have the first argument's dtype; other results are float32.
   The attributes are the op's integers and booleans.
   """
-  results = _op(name, tuple(attributes.items()))(*args)
-  return derivative.varying((args, results))[1]
+  return _op(name, tuple(attributes.items()))(*args)
 
 
 def dispatch(
@@ -208,7 +205,6 @@ def _op(name, attributes):
   split = lambda side: [dims.split() for dims in side.split(",")]
   takes, gives = map(split, _OPS[name].split("->"))
 
-  @custom_partitioning.custom_partitioning
   def op(*args):
     size = {}
     for dims, arg in zip(takes, args, strict=True):
@@ -234,48 +230,4 @@ def _op(name, attributes):
   def ffi_call(results, args):
     return jax.ffi.ffi_call(_target(name), results)(*args, **dict(attributes))
 
-  def partition(mesh, args, results):
-    # XLA may divide any dimension, also along a part of a mesh axis, which has
-    # no name. n stays divided as it is, and the others are not.
-    del results
-    hlo = args[0].sharding._to_xla_hlo_sharding(args[0].ndim)
-    count = 1 if hlo.is_replicated() else hlo.tile_assignment_dimensions()[0]
-    devices = hlo.tile_assignment_devices() or [0]
-    shape = count, len(devices) // count
-    shard = lambda dims: jax.NamedSharding(
-      jax.sharding.AbstractMesh(shape, ("n", "copies")),
-      jax.P("n" if dims[0] == "n" else None),
-      _logical_device_ids=tuple(devices),
-    )
-    return mesh, op.fun, [*map(shard, gives)], tuple(map(shard, takes))
-
-  not_sharded = dict.fromkeys(d for dims in takes for d in dims if d != "n")
-  op.def_partition(
-    partition,
-    sharding_rule=_OPS[name],
-    need_replication_factors=tuple(not_sharded),
-    decode_shardings=False,
-  )
-
-  @jax.custom_batching.custom_vmap
-  def with_vmap(*args):
-    return op(*args)
-
-  @with_vmap.def_vmap
-  def _(axis_size, is_batched, *args):
-    args = [
-      arg if batched else jnp.broadcast_to(arg, (axis_size, *arg.shape))
-      for arg, batched in zip(args, is_batched)
-    ]
-    if all(dims[-1] == "c" for dims in takes):
-      # Every channel is computed on its own, so that the mapped axis can become
-      # more channels: one call instead of `axis_size`.
-      merge = lambda x: jnp.moveaxis(x, 0, -2).reshape(*x.shape[1:-1], -1)
-      unmerge = lambda y: y.reshape(*y.shape[:-1], axis_size, -1)
-      results = with_vmap(*map(merge, args))
-      results = [jnp.moveaxis(unmerge(y), -2, 0) for y in results]
-    else:
-      results = jax.lax.map(lambda args: with_vmap(*args), args)
-    return results, [True] * len(results)
-
-  return with_vmap
+  return partition.over_images(_OPS[name], op)

@@ -1,0 +1,275 @@
+"""Depthwise convolution on a TPU's matrix units.
+
+The kernels compute `banded`'s products. They can also do what follows the
+convolution in a train step: the activation and the sums over images that
+BatchNorm needs, in both passes.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+from typing import NamedTuple
+
+import jax
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from convmixer_jax.ops import banded
+from convmixer_jax.ops import tpu_kernels
+
+_LANES, _WORD, Steps = tpu_kernels.LANES, tpu_kernels.WORD, tpu_kernels.Steps
+_VMEM = 120 * 2**20  # Of 128 MiB on v5e and v6e.
+
+
+def _layout(x, kernel, flipped=False):
+  at = banded.layout(x, kernel, flipped)
+  return Steps(*dataclasses.astuple(at), x.dtype)
+
+
+def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
+  """Whether `forward` and `backward`, or these with a norm, can run on x."""
+  if x.dtype not in (jnp.bfloat16, jnp.float32):
+    return False
+  at = _layout(x, kernel)
+  if at.pixels > _LANES:
+    return False
+  # The backward kernel has blocks of images, two of each, their words, the
+  # bands, and the sums of the kernel's gradient.
+  size = _LANES**2 * jnp.dtype(at.dtype).itemsize
+  blocks = (11 if norm else 8) * at.lanes * size
+  bands = at.window * (size + 4 * _LANES**2)
+  return blocks + bands < _VMEM
+
+
+def _steps(x, at: Steps):
+  """[B, H, W, C] -> [groups, rows, row, B, C], padded with zeros."""
+  batch, height, width, channels = x.shape
+  x = x.transpose(1, 2, 0, 3)  # As TPUs have the network's values in memory.
+  padding = [
+    (0, at.groups * at.rows - height),
+    (0, at.row - width),
+    (0, -batch % at.images),
+    (0, -channels % _LANES),
+  ]
+  if any(after for _, after in padding):
+    x = jnp.pad(x, padding)
+  return x.reshape(at.groups, at.rows, *x.shape[1:])
+
+
+def _images(y, at: Steps, shape):
+  """The inverse of `_steps`."""
+  batch, height, width, channels = shape
+  y = y.reshape(at.groups * at.rows, *y.shape[2:])
+  return y[:height, :width, :batch, :channels].transpose(2, 0, 1, 3)
+
+
+def _by_lane(values, at: Steps):
+  """[B, C] -> [steps, C, lanes]: an image's value at each of its groups."""
+  values = values.astype(jnp.float32).T
+  channels, batch = values.shape
+  values = jnp.pad(values, [(0, -channels % _LANES), (0, -batch % at.images)])
+  values = values.reshape(len(values), -1, 1, at.images)
+  values = jnp.broadcast_to(values, (*values.shape[:2], at.groups, at.images))
+  return values.reshape(*values.shape[:2], at.lanes).transpose(1, 0, 2)
+
+
+def _by_image(values, shape):
+  """The inverse of `_by_lane`."""
+  batch, _, _, channels = shape
+  return values.transpose(0, 2, 1).reshape(-1, values.shape[1])[
+    :batch, :channels
+  ]
+
+
+def _first_row(kernel, at: Steps):
+  """The first row of the bands, as words [C, pixels + window]."""
+  row = at.first_row(kernel)
+  row = jnp.pad(row, [(0, 0), (0, -row.shape[1] % _LANES)]).T
+  if at.per_word == 2:  # The second pixel's row is one lane further.
+    row = jnp.stack([row, jnp.roll(row, 1, 1)], -1)
+  return lax.bitcast_convert_type(row, _WORD)
+
+
+def _mask(at: Steps):
+  """is_tap as words, [words, window * 128]."""
+  bits = 32 // at.per_word
+  parts = [
+    np.where(at.is_tap[n :: at.per_word], (2**bits - 1) << n * bits, 0)
+    for n in range(at.per_word)
+  ]
+  return jnp.asarray(sum(parts).astype(np.uint32))
+
+
+def _specs(at: Steps):
+  """Blocks of images, of [C, n], of [steps, C, lanes], and of constants."""
+  shape = at.groups, at.rows, at.row, at.images, _LANES
+  images = pl.BlockSpec(shape, lambda c, b: (0, 0, 0, b, c))
+  rows = lambda n: pl.BlockSpec((_LANES, n), lambda c, b: (c, 0))
+  by_lane = pl.BlockSpec((None, _LANES, at.lanes), lambda c, b: (b, c, 0))
+  constant = lambda a: pl.BlockSpec(a.shape, lambda c, b: (0, 0))
+  return images, rows, by_lane, constant
+
+
+def _call(kernel, at: Steps, images, args, results, scratch, interpret):
+  """Runs a kernel; args and results are (array or shape, block) each."""
+  *_, batch, channels = images.shape
+  arrays, in_specs = zip(*args)
+  shapes, out_specs = zip(*results)
+  return pl.pallas_call(
+    kernel,
+    grid=(channels // _LANES, batch // at.images),
+    in_specs=in_specs,
+    out_specs=out_specs,
+    out_shape=shapes,
+    scratch_shapes=scratch,
+    compiler_params=pltpu.CompilerParams(
+      vmem_limit_bytes=_VMEM, dimension_semantics=("parallel", "arbitrary")
+    ),
+    interpret=interpret,
+  )(*arrays)
+
+
+def _scratch(at: Steps, arrays):
+  words = pltpu.VMEM((_LANES // 8, at.words * 8, at.lanes), _WORD)
+  bands = pltpu.VMEM((_LANES, at.words, at.window), _WORD)
+  return [words] * arrays + [bands]
+
+
+def _broadcast(bias, at: Steps):
+  bias = jnp.pad(bias.astype(jnp.float32), (0, -len(bias) % _LANES))
+  return jnp.broadcast_to(bias[:, None], (len(bias), at.lanes))
+
+
+def forward(
+  x: jax.Array,
+  kernel: jax.Array,
+  bias: jax.Array | None = None,
+  activation: str | None = None,
+  *,
+  interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+  """Depthwise convolution, and moments of what follows it.
+
+  Args:
+    x: [B, H, W, C], bfloat16 or float32; `layout` has kernels for it.
+    kernel: [k, k, C].
+    bias: [C].
+    activation: None: y alone.
+    interpret: on a CPU.
+
+  Returns:
+    y [B, H, W, C], and with an activation the mean of activation(y + bias) over
+    each image, and the sum of squared differences from it: float32 [B, C].
+  """
+  at = _layout(x, kernel)
+  images, rows, by_lane, constant = _specs(at)
+  steps, first_rows, mask = _steps(x, at), _first_row(kernel, at), _mask(at)
+  args = [
+    (first_rows, rows(first_rows.shape[1])),
+    (mask, constant(mask)),
+    (steps, images),
+  ]
+  results = [(jax.ShapeDtypeStruct(steps.shape, x.dtype), images)]
+  *_, batch, channels = steps.shape
+  values = jax.ShapeDtypeStruct(
+    (batch // at.images, channels, at.lanes), jnp.float32
+  )
+  if activation:
+    args += [(_broadcast(bias, at), rows(at.lanes)), *_inside(at, constant)]
+    results += [(values, by_lane)] * 2
+  body = functools.partial(tpu_kernels.forward, at=at, activation=activation)
+  y, *moments = _call(
+    body, at, steps, args, results, _scratch(at, 1), interpret
+  )
+  by_image = [_by_image(m[..., : at.images], x.shape) for m in moments]
+  return _images(y, at, x.shape), *by_image
+
+
+def _inside(at: Steps, constant):
+  inside = at.is_pixel
+  if inside is None:
+    return []
+  inside = jnp.asarray(inside, jnp.float32)
+  return [(inside, constant(inside))]
+
+
+class Norm(NamedTuple):
+  """What follows the convolution: see `batch_norm._input_grad`."""
+
+  y: jax.Array  # The convolution's result.
+  bias: jax.Array  # [C]
+  p: jax.Array  # [B, C], like q and r.
+  q: jax.Array
+  r: jax.Array
+
+
+def backward(
+  x: jax.Array,
+  kernel: jax.Array,
+  grad: jax.Array,
+  norm: Norm | None = None,
+  activation: str | None = None,
+  *,
+  residual: bool = False,
+  interpret: bool = False,
+) -> tuple[jax.Array, ...]:
+  """Gradients of a convolution, and of the activation and norm after it.
+
+  Args:
+    x: see `forward`.
+    kernel: see `forward`.
+    grad: of y; with `norm`, of the norm's result. [B, H, W, C].
+    norm: None: the convolution alone.
+    activation: with `norm`.
+    residual: x was added to the norm's result; its gradient is included.
+    interpret: on a CPU.
+
+  Returns:
+    The gradients of x, and of the kernel in float32; with `norm`, of the bias
+    too, by image: float32 [B, C].
+  """
+  at = _layout(x, kernel, flipped=True)
+  images, rows, by_lane, constant = _specs(at)
+  first_rows, mask = _first_row(kernel[::-1, ::-1], at), _mask(at)
+  reversed_mask = jnp.asarray(at.is_tap[::-1], jnp.float32)
+  steps = _steps(x, at)
+  args = [
+    (first_rows, rows(first_rows.shape[1])),
+    (mask, constant(mask)),
+    (reversed_mask, constant(reversed_mask)),
+    (steps, images),
+    (_steps(grad, at), images),
+  ]
+  *_, batch, channels = steps.shape
+  results = [
+    (jax.ShapeDtypeStruct(steps.shape, x.dtype), images),
+    (
+      jax.ShapeDtypeStruct(first_rows.shape[:2], jnp.float32),
+      rows(first_rows.shape[1]),
+    ),
+  ]
+  scratch = _scratch(at, 2)
+  scratch += [pltpu.VMEM((_LANES, _LANES, at.window), jnp.float32)]
+  if norm is not None:
+    args += [(_steps(norm.y, at), images)]
+    args += [(_broadcast(norm.bias, at), rows(at.lanes))]
+    args += [(_by_lane(v, at), by_lane) for v in (norm.p, norm.q, norm.r)]
+    args += _inside(at, constant)
+    shape = batch // at.images, channels, at.lanes
+    results += [(jax.ShapeDtypeStruct(shape, jnp.float32), by_lane)]
+    scratch += scratch[:1]
+  body = functools.partial(
+    tpu_kernels.backward, at=at, activation=activation, residual=residual
+  )
+  grad_x, grad_row, *grad_bias = _call(
+    body, at, steps, args, results, scratch, interpret
+  )
+  taps = grad_row.T[at.taps - 1, : x.shape[-1]]
+  return (
+    _images(grad_x, at, x.shape),
+    taps[::-1, ::-1],
+    *(_by_image(g[..., : at.images], x.shape) for g in grad_bias),
+  )
