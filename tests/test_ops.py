@@ -337,7 +337,7 @@ def test_a_batch_over_devices_in_a_way_without_a_name():
 def activated(implementation, activation, x):
   one, zero = jnp.ones((1, 1)), jnp.zeros((1, 1))
   how = implementation, activation
-  return ops.batch_norm._affine(how, x, zero[0], one, zero, None)
+  return ops.normalize.affine(how, x, zero[0], one, zero, None)
 
 
 # Half of a unit in the last place of 12 is 4.8e-7.

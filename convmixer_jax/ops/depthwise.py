@@ -1,4 +1,4 @@
-"""Depthwise convolution, with three implementations.
+"""Depthwise convolution, with several implementations.
 
 All of them compute the same function and take the same kernel, so that a model
 does not depend on which one runs.
@@ -10,8 +10,10 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from convmixer_jax.ops import banded
 from convmixer_jax.ops import derivative
 from convmixer_jax.ops import native
+from convmixer_jax.ops import tpu
 
 
 def depthwise_conv(
@@ -32,6 +34,10 @@ def depthwise_conv(
         code, and its grouped convolution to scalar code.
       'native': native.cc, for float32 and bfloat16 on CPUs; 'shift' if it
         cannot be compiled.
+      'banded': products with banded matrices; see `banded`.
+      'pallas': the same in kernels of their own for TPUs, where they have some
+        for the shape (see `tpu.supported`); otherwise, and on other platforms,
+        as 'auto'. `BatchNorm` then fuses more with them in training.
       'auto' or None: 'native' on CPUs, 'xla' on other platforms. The platform
         that the program is compiled for decides, never the shape:
         of 14 shapes, 'native' has the fastest gradients in all. Its forward
@@ -129,4 +135,23 @@ def _shift_vjp(x, kernel, grad):
   return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
-_depthwise = native.bilinear("depthwise", _xla, _shift, _shift_vjp)
+def _tpu(x, kernel):
+  if not tpu.supported(x, kernel):
+    return _xla(x, kernel)
+  return tpu.conv(x, kernel)
+
+
+def _tpu_vjp(x, kernel, grad):
+  if not tpu.supported(x, kernel):
+    return jax.vjp(_xla, x, kernel)[1](grad)
+  return tpu.conv_vjp(x, kernel, grad)
+
+
+_depthwise = native.bilinear(
+  "depthwise",
+  _xla,
+  _shift,
+  _shift_vjp,
+  banded=(banded.forward, banded.gradients),
+  tpu=(_tpu, _tpu_vjp),
+)

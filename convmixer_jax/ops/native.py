@@ -11,7 +11,6 @@ from collections.abc import Iterator
 import contextlib
 import contextvars
 import functools
-import math
 import threading
 from typing import Any
 
@@ -24,7 +23,7 @@ from convmixer_jax.ops import partition
 
 Op = Callable[..., Any]
 
-IMPLEMENTATIONS = ("auto", "xla", "shift", "native")
+IMPLEMENTATIONS = ("auto", "xla", "shift", "native", "banded", "pallas")
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _LOCK = threading.Lock()
@@ -77,26 +76,33 @@ def _target(name: str) -> str:
 
 
 def chosen(implementation: str | None, dtype: Any) -> str:
-  """What `dispatch` runs on the default backend: 'native', 'shift' or 'xla'.
+  """What `dispatch` runs on the default backend: one of its functions' names.
 
   For arrays of this dtype and an `implementation` as in `depthwise_conv`.
   """
-  if implementation not in (None, "auto", "native"):
+  platform = jax.default_backend()
+  if implementation in ("xla", "shift", "banded"):
     return implementation
-  if implementation != "native" and jax.default_backend() != "cpu":
+  if implementation == "pallas" and platform == "tpu":
+    return implementation
+  if implementation != "native" and platform != "cpu":
     return "xla"
   return "native" if available(jax.ShapeDtypeStruct((), dtype)) else "shift"
 
 
 @contextlib.contextmanager
-def portable() -> Iterator[None]:
+def portable(devices: int | None = None) -> Iterator[None]:
   """Within this context, programs are traced without native.cc.
 
   An exported program then runs on machines that do not have this library.
+
+  Args:
+    devices: how many there are where the program runs; None: as many as here.
   """
   token = _portable.set(True)
   try:
-    yield
+    with partition.for_devices(devices):
+      yield
   finally:
     _portable.reset(token)
 
@@ -117,9 +123,15 @@ def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
 
 
 def dispatch(
-  implementation: str, *args: jax.Array, native: Op, shift: Op, xla: Op
+  implementation: str,
+  *args: jax.Array,
+  native: Op,
+  shift: Op,
+  xla: Op,
+  banded: Op | None = None,
+  tpu: Op | None = None,
 ) -> Any:
-  """Calls one of three functions that compute the same result.
+  """Calls one of several functions that compute the same result.
 
   Args:
     implementation: see `depthwise_conv`.
@@ -127,6 +139,8 @@ def dispatch(
     native: for CPUs, in terms of `call`.
     shift: for CPUs where native.cc cannot be compiled.
     xla: for all other platforms.
+    banded: for 'banded'; None: `xla`.
+    tpu: for 'pallas' on TPUs; None: `xla`.
 
   Raises:
     ValueError: unknown implementation.
@@ -139,13 +153,22 @@ def dispatch(
   # be a wait for a library that only the CPU uses.
   if chosen(implementation, args[0].dtype) != "native":
     native = shift
-  if implementation == "auto":
-    return jax.lax.platform_dependent(*args, cpu=native, default=xla)
-  return {"native": native, "shift": shift, "xla": xla}[implementation](*args)
+  functions = {"native": native, "shift": shift, "banded": banded or xla}
+  if implementation in ("auto", "pallas"):
+    platforms = {"cpu": native}
+    if implementation == "pallas" and tpu is not None:
+      platforms["tpu"] = tpu
+    return jax.lax.platform_dependent(*args, **platforms, default=xla)
+  return functions.get(implementation, xla)(*args)
 
 
 def bilinear(
-  name: str, xla: Op, shift: Op | None = None, shift_vjp: Op | None = None
+  name: str,
+  xla: Op,
+  shift: Op | None = None,
+  shift_vjp: Op | None = None,
+  banded: tuple[Op, Op] | tuple[()] = (),
+  tpu: tuple[Op, Op] | tuple[()] = (),
 ) -> Op:
   """Makes an op of two arrays that is linear in each, differentiable in both.
 
@@ -155,6 +178,8 @@ def bilinear(
     shift: see `dispatch`; `xla` by default.
     shift_vjp: (x, kernel, gradient of y) -> gradients of x and kernel; JAX's
       derivative of `shift` by default.
+    banded: `dispatch`'s function, and its derivative as `shift_vjp`.
+    tpu: the same.
 
   Returns:
     (implementation, x, kernel) -> y; see `dispatch`.
@@ -163,11 +188,13 @@ def bilinear(
   plain_vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
   xla_vjp, shift_vjp = plain_vjp(xla), shift_vjp or plain_vjp(shift)
   call_op = lambda *args: call(name, *args)[0]
+  pairs = {"banded": banded, "tpu": tpu}
+  others, others_vjp = (
+    {key: pair[i] for key, pair in pairs.items() if pair} for i in range(2)
+  )
 
   def call_vjp(x, kernel, grad):
-    # Each device sums its own images, and XLA adds these sums.
-    parts = math.gcd(len(x), jax.device_count())
-    split = lambda a: a.reshape(parts, len(a) // parts, *a.shape[1:])
+    split = partition.by_device
     grad_x, sums = call(f"{name}_vjp", split(x), kernel, split(grad))
     return grad_x.reshape(x.shape), sums.sum(0).astype(kernel.dtype)
 
@@ -175,7 +202,7 @@ def bilinear(
   # <grad, op(x, kernel)>. So their derivatives are sums of themselves.
   op = derivative.differentiable(
     lambda static, *args: dispatch(
-      static, *args, native=call_op, shift=shift, xla=xla
+      static, *args, native=call_op, shift=shift, xla=xla, **others
     ),
     lambda static, args, dots: (
       op(static, dots[0], args[1]) + op(static, args[0], dots[1])
@@ -184,7 +211,7 @@ def bilinear(
   )
   vjp = derivative.differentiable(
     lambda static, *args: dispatch(
-      static, *args, native=call_vjp, shift=shift_vjp, xla=xla_vjp
+      static, *args, native=call_vjp, shift=shift_vjp, xla=xla_vjp, **others_vjp
     ),
     lambda static, args, dots: jax.tree.map(
       jnp.add,

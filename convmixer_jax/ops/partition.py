@@ -1,6 +1,10 @@
 """Operations on images that run on each device's share of a batch."""
 
 from collections.abc import Callable
+from collections.abc import Iterator
+import contextlib
+import contextvars
+import math
 from typing import Any
 
 import jax
@@ -8,6 +12,30 @@ from jax.experimental import custom_partitioning
 import jax.numpy as jnp
 
 from convmixer_jax.ops import derivative
+
+_devices = contextvars.ContextVar("devices", default=None)
+
+
+@contextlib.contextmanager
+def for_devices(count: int | None) -> Iterator[None]:
+  """Within this context, programs are traced for a number of devices.
+
+  None is the number of those that are here.
+  """
+  token = _devices.set(count)
+  try:
+    yield
+  finally:
+    _devices.reset(token)
+
+
+def by_device(x: jax.Array) -> jax.Array:
+  """[B, ...] -> [n, B / n, ...]: a part for each device, if B divides.
+
+  Each device sums its own images, and XLA adds the sums.
+  """
+  parts = math.gcd(len(x), _devices.get() or jax.device_count())
+  return x.reshape(parts, len(x) // parts, *x.shape[1:])
 
 
 def over_images(rule: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -15,12 +15,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-import numpy as np
 
 from convmixer_jax.ops import banded
+from convmixer_jax.ops import partition
 from convmixer_jax.ops import tpu_kernels
+from convmixer_jax.ops.tpu_kernels import Steps
 
-_LANES, _WORD, Steps = tpu_kernels.LANES, tpu_kernels.WORD, tpu_kernels.Steps
+_LANES, _WORD = tpu_kernels.LANES, tpu_kernels.WORD
 _VMEM = 120 * 2**20  # Of 128 MiB on v5e and v6e.
 
 
@@ -31,7 +32,7 @@ def _layout(x, kernel, flipped=False):
 
 def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
   """Whether `forward` and `backward`, or these with a norm, can run on x."""
-  if x.dtype not in (jnp.bfloat16, jnp.float32):
+  if x.dtype not in (jnp.bfloat16, jnp.float32) or 0 in x.shape:
     return False
   at = _layout(x, kernel)
   if at.pixels > _LANES:
@@ -94,13 +95,12 @@ def _first_row(kernel, at: Steps):
 
 
 def _mask(at: Steps):
-  """is_tap as words, [words, window * 128]."""
-  bits = 32 // at.per_word
-  parts = [
-    np.where(at.is_tap[n :: at.per_word], (2**bits - 1) << n * bits, 0)
-    for n in range(at.per_word)
-  ]
-  return jnp.asarray(sum(parts).astype(np.uint32))
+  """is_tap as words, [words, window]."""
+  bits, word = 32 // at.per_word, 0
+  is_tap = at.is_tap().astype(_WORD) * _WORD(2**bits - 1)
+  for n in range(at.per_word):
+    word |= is_tap[n :: at.per_word] << _WORD(n * bits)
+  return word
 
 
 def _specs(at: Steps):
@@ -154,7 +154,7 @@ def forward(
   """Depthwise convolution, and moments of what follows it.
 
   Args:
-    x: [B, H, W, C], bfloat16 or float32; `layout` has kernels for it.
+    x: [B, H, W, C], bfloat16 or float32; `supported` says which.
     kernel: [k, k, C].
     bias: [C].
     activation: None: y alone.
@@ -189,10 +189,9 @@ def forward(
 
 
 def _inside(at: Steps, constant):
-  inside = at.is_pixel
-  if inside is None:
+  if at.is_whole:
     return []
-  inside = jnp.asarray(inside, jnp.float32)
+  inside = at.is_pixel().astype(jnp.float32)
   return [(inside, constant(inside))]
 
 
@@ -234,7 +233,7 @@ def backward(
   at = _layout(x, kernel, flipped=True)
   images, rows, by_lane, constant = _specs(at)
   first_rows, mask = _first_row(kernel[::-1, ::-1], at), _mask(at)
-  reversed_mask = jnp.asarray(at.is_tap[::-1], jnp.float32)
+  reversed_mask = at.is_tap()[::-1].astype(jnp.float32)
   steps = _steps(x, at)
   args = [
     (first_rows, rows(first_rows.shape[1])),
@@ -267,9 +266,99 @@ def backward(
   grad_x, grad_row, *grad_bias = _call(
     body, at, steps, args, results, scratch, interpret
   )
-  taps = grad_row.T[at.taps - 1, : x.shape[-1]]
+  taps = at.taps(grad_row.T[:, : x.shape[-1]], before=1)
   return (
     _images(grad_x, at, x.shape),
     taps[::-1, ::-1],
     *(_by_image(g[..., : at.images], x.shape) for g in grad_bias),
   )
+
+
+# --- The same on each device's share of a batch. Gradients have the dtypes of
+# what they are of.
+
+
+def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`forward`'s y."""
+  return _forward_op(None)(x, kernel)[0]
+
+
+def conv_moments(
+  activation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array
+) -> tuple[jax.Array, ...]:
+  """`forward` with an activation."""
+  return (*_forward_op(activation)(x, kernel, bias),)
+
+
+def conv_vjp(
+  x: jax.Array, kernel: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, ...]:
+  """`backward` without a norm."""
+  return _sum_parts(_backward_op(None, False), x, kernel, grad)
+
+
+def conv_norm_vjp(
+  activation: str,
+  residual: bool,
+  x: jax.Array,
+  kernel: jax.Array,
+  grad: jax.Array,
+  *norm: jax.Array,
+) -> tuple[jax.Array, ...]:
+  """`backward` with `Norm`'s arrays."""
+  return _sum_parts(_backward_op(activation, residual), x, kernel, grad, *norm)
+
+
+@functools.cache
+def _forward_op(activation):
+  rule = "n h w c, k l c -> n h w c"
+  if activation:
+    rule = "n h w c, k l c, c -> n h w c, n c, n c"
+  return partition.over_images(
+    rule,
+    lambda x, kernel, *bias: (
+      [*forward(x, kernel, *bias, activation)]
+      if activation
+      else [*forward(x, kernel)]
+    ),
+  )
+
+
+@functools.cache
+def _backward_op(activation, residual):
+  images = "n b h w c"
+  rule = f"{images}, k l c, {images} -> {images}, n k l c"
+  if activation:
+    rule = (
+      f"{images}, k l c, {images}, {images}, c, n b c, n b c, n b c"
+      f" -> {images}, n k l c, n b c"
+    )
+
+  def op(x, kernel, grad, *norm):
+    # A device's parts are one batch for the kernel. Their sum stands with the
+    # first of them.
+    count = len(x)
+    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    if norm:
+      y, bias, *factors = norm
+      norm = Norm(flat(y), bias, *map(flat, factors))
+    grad_x, grad_kernel, *grad_bias = backward(
+      flat(x), kernel, flat(grad), norm or None, activation, residual=residual
+    )
+    rest = [(0, count - 1)] + [(0, 0)] * 3
+    parts = lambda a: a.reshape(count, -1, *a.shape[1:])
+    grad_kernel = jnp.pad(grad_kernel[None], rest)
+    return [parts(grad_x), grad_kernel, *map(parts, grad_bias)]
+
+  return partition.over_images(rule, op)
+
+
+def _sum_parts(op, x, kernel, grad, *norm):
+  split = partition.by_device
+  if norm:
+    y, bias, *factors = norm
+    norm = split(y), bias, *map(split, factors)
+  grad_x, sums, *grad_bias = op(split(x), kernel, split(grad), *norm)
+  whole = lambda a: a.reshape(-1, *a.shape[2:])
+  grad_kernel = sums.sum(0).astype(kernel.dtype)
+  return whole(grad_x), grad_kernel, *map(whole, grad_bias)

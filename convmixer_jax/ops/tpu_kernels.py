@@ -4,8 +4,8 @@ A step has 128 channels of a few images in the chip's memory, with channels in
 the lanes, as the network has them. It transposes each pixel's
 [(group, image), channel] to [channel, (group, image)], collects the pixels of a
 channel by loads with a stride, multiplies, and transposes the results back.
-bfloat16 is handled as words of two pixels. The bands are built once per channel,
-from a row that each next row repeats, shifted by a lane.
+bfloat16 is handled as words of two pixels. The bands are built once per
+channel, from a row that each next row repeats, shifted by a lane.
 """
 
 import dataclasses
@@ -18,7 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
-import numpy as np
 
 from convmixer_jax.ops import banded
 
@@ -53,12 +52,18 @@ class Steps(banded.Layout):
     return self.groups * self.images
 
   @property
-  def is_pixel(self) -> np.ndarray | None:
-    """Which pixels are of the map: [128, lanes], bool; None if all are."""
-    f, lane = np.ogrid[: self.pixels, : self.lanes]
+  def is_whole(self) -> bool:
+    """Whether the groups are full of pixels."""
+    full = self.groups * self.rows, self.row
+    return full == (self.height, self.width)
+
+  def is_pixel(self) -> jax.Array:
+    """Which pixels are of the map: [128, lanes], bool."""
+    shape = self.pixels, self.lanes
+    f = lax.broadcasted_iota(jnp.int32, shape, 0)
+    lane = lax.broadcasted_iota(jnp.int32, shape, 1)
     line = lane // self.images * self.rows + f // self.row
-    inside = (f % self.row < self.width) & (line < self.height)
-    return None if inside.all() else inside
+    return (f % self.row < self.width) & (line < self.height)
 
 
 # --- Parts of the kernels. `words` scratch is [16, words * 8, lanes]: channel
@@ -231,7 +236,7 @@ def forward(*refs, at: Steps, activation):
   first_rows, mask, x = take(3)
   (bias,) = take(1) if activation else (None,)
   inside = None
-  if activation and at.is_pixel is not None:
+  if activation and not at.is_whole:
     (inside,) = take(1)
   (y,) = take(1)
   mean, squares = take(2) if activation else (None, None)
@@ -271,7 +276,7 @@ def backward(*refs, at: Steps, activation, residual):
   first_rows, mask, reversed_mask, x, grad = take(5)
   y, bias, p, q, r = take(5) if activation else [None] * 5
   inside = None
-  if activation and at.is_pixel is not None:
+  if activation and not at.is_whole:
     (inside,) = take(1)
   grad_x, grad_row = take(2)
   (grad_bias,) = take(1) if activation else (None,)
