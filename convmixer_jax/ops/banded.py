@@ -105,21 +105,23 @@ class Layout:
     return row.reshape(k, self.row, -1)[:, :k]
 
 
-def layout(x: Any, kernel: Any, flipped: bool = False) -> Layout:
-  """Of x [B, H, W, C] and kernel [k, k, C].
+def layout(
+  height: int, width: int, kernel: Any, flipped: bool = False
+) -> Layout:
+  """Of maps [height, width] and a kernel [k, k, C].
 
   `flipped` is that of the input's gradient: the same operation with the kernel
   flipped, and the padding too.
   """
   k = len(kernel)
-  return Layout(*x.shape[1:3], k, k // 2 if flipped else (k - 1) // 2)
+  return Layout(height, width, k, k // 2 if flipped else (k - 1) // 2)
 
 
 def forward(
   x: jax.Array, kernel: jax.Array, *, flipped: bool = False
 ) -> jax.Array:
   """`depthwise_conv`; `flipped` as in `layout`."""
-  at = layout(x, kernel, flipped)
+  at = layout(*x.shape[1:3], kernel, flipped)
   # Flat, rows of length n + 1 that are all alike are rows of length n of which
   # each is the one before, shifted to the right by one.
   row = jnp.pad(at.first_row(kernel), [(0, 1), (0, 0)])
@@ -142,7 +144,7 @@ def gradients(
 ) -> tuple[jax.Array, jax.Array]:
   """Gradients of x and of the kernel."""
   grad_x = forward(grad, kernel[::-1, ::-1], flipped=True)
-  at = layout(x, kernel)
+  at = layout(*x.shape[1:3], kernel)
   grad = _group(grad, at)
   products = [
     _einsum("bgqc,bgfc->fqc", part, grad) for part in _window(_group(x, at), at)

@@ -29,13 +29,15 @@ def for_devices(count: int | None) -> Iterator[None]:
     _devices.reset(token)
 
 
-def by_device(x: jax.Array) -> jax.Array:
-  """[B, ...] -> [n, B / n, ...]: a part for each device, if B divides.
+def by_device(x: jax.Array, axis: int = 0) -> jax.Array:
+  """Cuts an axis of images [B] into [n, B / n]: a part for each device.
 
-  Each device sums its own images, and XLA adds the sums.
+  If B divides; otherwise parts for fewer. Each device sums its own images, and
+  XLA adds the sums.
   """
-  parts = math.gcd(len(x), _devices.get() or jax.device_count())
-  return x.reshape(parts, len(x) // parts, *x.shape[1:])
+  size = x.shape[axis]
+  parts = math.gcd(size, _devices.get() or jax.device_count())
+  return x.reshape(*x.shape[:axis], parts, size // parts, *x.shape[axis + 1 :])
 
 
 def over_images(rule: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,9 +47,9 @@ def over_images(rule: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
   Args:
     rule: the dimensions of arguments and results: 'n h w c, k l c -> n h w c'.
-      Only n is sharded: images, or parts [n, b] of a batch, each with the
-      kernel's gradient of its own images. No result is a sum over n, which
-      would count what XLA pads a device's share with.
+      Only n is sharded, the same dimension in all: images, or parts [n, b] of
+      a batch, each with the kernel's gradient of its own images. No result is
+      a sum over n, which would count what XLA pads a device's share with.
     function: arrays -> list of arrays.
   """
   split = lambda side: [dims.split() for dims in side.split(",")]
@@ -62,12 +64,14 @@ def over_images(rule: str, function: Callable[..., Any]) -> Callable[..., Any]:
     # no name. n stays divided as it is, and the others are not.
     del results
     hlo = args[0].sharding._to_xla_hlo_sharding(args[0].ndim)
-    count = 1 if hlo.is_replicated() else hlo.tile_assignment_dimensions()[0]
+    n, count = takes[0].index("n"), 1
+    if not hlo.is_replicated():
+      count = hlo.tile_assignment_dimensions()[n]
     devices = hlo.tile_assignment_devices() or [0]
     shape = count, len(devices) // count
     shard = lambda dims: jax.NamedSharding(
       jax.sharding.AbstractMesh(shape, ("n", "copies")),
-      jax.P("n" if dims[0] == "n" else None),
+      jax.P(*("n" if d == "n" else None for d in dims)),
       _logical_device_ids=tuple(devices),
     )
     return mesh, op.fun, [*map(shard, gives)], tuple(map(shard, takes))

@@ -26,15 +26,15 @@ _VMEM = 120 * 2**20  # Of 128 MiB on v5e and v6e.
 
 
 def _layout(x, kernel, flipped=False):
-  at = banded.layout(x, kernel, flipped)
+  at = banded.layout(*x.shape[:2], kernel, flipped)
   return Steps(*dataclasses.astuple(at), x.dtype)
 
 
 def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
-  """Whether `forward` and `backward`, or these with a norm, can run on x."""
+  """Whether `conv` and `conv_vjp`, or these with a norm, can run on x."""
   if x.dtype not in (jnp.bfloat16, jnp.float32) or 0 in x.shape:
     return False
-  at = _layout(x, kernel)
+  at = _layout(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), kernel)
   if at.pixels > _LANES:
     return False
   # The backward kernel has blocks of images, two of each, their words, the
@@ -45,26 +45,21 @@ def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
   return blocks + bands < _VMEM
 
 
-def _steps(x, at: Steps):
-  """[B, H, W, C] -> [groups, rows, row, B, C], padded with zeros."""
-  batch, height, width, channels = x.shape
-  x = x.transpose(1, 2, 0, 3)  # As TPUs have the network's values in memory.
+def _padded(x, at: Steps):
+  """[H, W, B, C] -> whole groups, steps and lanes of channels, with zeros."""
+  height, width, batch, channels = x.shape
   padding = [
     (0, at.groups * at.rows - height),
     (0, at.row - width),
     (0, -batch % at.images),
     (0, -channels % _LANES),
   ]
-  if any(after for _, after in padding):
-    x = jnp.pad(x, padding)
-  return x.reshape(at.groups, at.rows, *x.shape[1:])
+  return jnp.pad(x, padding) if any(after for _, after in padding) else x
 
 
-def _images(y, at: Steps, shape):
-  """The inverse of `_steps`."""
-  batch, height, width, channels = shape
-  y = y.reshape(at.groups * at.rows, *y.shape[2:])
-  return y[:height, :width, :batch, :channels].transpose(2, 0, 1, 3)
+def _cut(y, shape):
+  """The inverse of `_padded`."""
+  return y[tuple(map(slice, shape))]
 
 
 def _by_lane(values, at: Steps):
@@ -79,7 +74,7 @@ def _by_lane(values, at: Steps):
 
 def _by_image(values, shape):
   """The inverse of `_by_lane`."""
-  batch, _, _, channels = shape
+  _, _, batch, channels = shape
   return values.transpose(0, 2, 1).reshape(-1, values.shape[1])[
     :batch, :channels
   ]
@@ -105,8 +100,8 @@ def _mask(at: Steps):
 
 def _specs(at: Steps):
   """Blocks of images, of [C, n], of [steps, C, lanes], and of constants."""
-  shape = at.groups, at.rows, at.row, at.images, _LANES
-  images = pl.BlockSpec(shape, lambda c, b: (0, 0, 0, b, c))
+  shape = at.groups * at.rows, at.row, at.images, _LANES
+  images = pl.BlockSpec(shape, lambda c, b: (0, 0, b, c))
   rows = lambda n: pl.BlockSpec((_LANES, n), lambda c, b: (c, 0))
   by_lane = pl.BlockSpec((None, _LANES, at.lanes), lambda c, b: (b, c, 0))
   constant = lambda a: pl.BlockSpec(a.shape, lambda c, b: (0, 0))
@@ -154,19 +149,20 @@ def forward(
   """Depthwise convolution, and moments of what follows it.
 
   Args:
-    x: [B, H, W, C], bfloat16 or float32; `supported` says which.
+    x: [H, W, B, C], as TPUs have the network's values in memory; bfloat16 or
+      float32. `supported` says which.
     kernel: [k, k, C].
     bias: [C].
     activation: None: y alone.
     interpret: on a CPU.
 
   Returns:
-    y [B, H, W, C], and with an activation the mean of activation(y + bias) over
+    y [H, W, B, C], and with an activation the mean of activation(y + bias) over
     each image, and the sum of squared differences from it: float32 [B, C].
   """
   at = _layout(x, kernel)
   images, rows, by_lane, constant = _specs(at)
-  steps, first_rows, mask = _steps(x, at), _first_row(kernel, at), _mask(at)
+  steps, first_rows, mask = _padded(x, at), _first_row(kernel, at), _mask(at)
   args = [
     (first_rows, rows(first_rows.shape[1])),
     (mask, constant(mask)),
@@ -185,7 +181,7 @@ def forward(
     body, at, steps, args, results, _scratch(at, 1), interpret
   )
   by_image = [_by_image(m[..., : at.images], x.shape) for m in moments]
-  return _images(y, at, x.shape), *by_image
+  return _cut(y, x.shape), *by_image
 
 
 def _inside(at: Steps, constant):
@@ -220,7 +216,7 @@ def backward(
   Args:
     x: see `forward`.
     kernel: see `forward`.
-    grad: of y; with `norm`, of the norm's result. [B, H, W, C].
+    grad: of y; with `norm`, of the norm's result. [H, W, B, C].
     norm: None: the convolution alone.
     activation: with `norm`.
     residual: x was added to the norm's result; its gradient is included.
@@ -234,13 +230,13 @@ def backward(
   images, rows, by_lane, constant = _specs(at)
   first_rows, mask = _first_row(kernel[::-1, ::-1], at), _mask(at)
   reversed_mask = at.is_tap()[::-1].astype(jnp.float32)
-  steps = _steps(x, at)
+  steps = _padded(x, at)
   args = [
     (first_rows, rows(first_rows.shape[1])),
     (mask, constant(mask)),
     (reversed_mask, constant(reversed_mask)),
     (steps, images),
-    (_steps(grad, at), images),
+    (_padded(grad, at), images),
   ]
   *_, batch, channels = steps.shape
   results = [
@@ -253,7 +249,7 @@ def backward(
   scratch = _scratch(at, 2)
   scratch += [pltpu.VMEM((_LANES, _LANES, at.window), jnp.float32)]
   if norm is not None:
-    args += [(_steps(norm.y, at), images)]
+    args += [(_padded(norm.y, at), images)]
     args += [(_broadcast(norm.bias, at), rows(at.lanes))]
     args += [(_by_lane(v, at), by_lane) for v in (norm.p, norm.q, norm.r)]
     args += _inside(at, constant)
@@ -268,33 +264,35 @@ def backward(
   )
   taps = at.taps(grad_row.T[:, : x.shape[-1]], before=1)
   return (
-    _images(grad_x, at, x.shape),
+    _cut(grad_x, x.shape),
     taps[::-1, ::-1],
     *(_by_image(g[..., : at.images], x.shape) for g in grad_bias),
   )
 
 
-# --- The same on each device's share of a batch. Gradients have the dtypes of
-# what they are of.
+# --- The same on each device's share of a batch, of arrays [B, H, W, C].
+# Gradients have the dtypes of what they are of.
 
 
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
   """`forward`'s y."""
-  return _forward_op(None)(x, kernel)[0]
+  (y,) = _forward_op(None)(_maps(x), kernel)
+  return _batch(y)
 
 
 def conv_moments(
   activation: str, x: jax.Array, kernel: jax.Array, bias: jax.Array
 ) -> tuple[jax.Array, ...]:
   """`forward` with an activation."""
-  return (*_forward_op(activation)(x, kernel, bias),)
+  y, *moments = _forward_op(activation)(_maps(x), kernel, bias)
+  return _batch(y), *moments
 
 
 def conv_vjp(
   x: jax.Array, kernel: jax.Array, grad: jax.Array
 ) -> tuple[jax.Array, ...]:
   """`backward` without a norm."""
-  return _sum_parts(_backward_op(None, False), x, kernel, grad)
+  return _summed(_backward_op(None, False), x, kernel, grad)
 
 
 def conv_norm_vjp(
@@ -306,27 +304,31 @@ def conv_norm_vjp(
   *norm: jax.Array,
 ) -> tuple[jax.Array, ...]:
   """`backward` with `Norm`'s arrays."""
-  return _sum_parts(_backward_op(activation, residual), x, kernel, grad, *norm)
+  return _summed(_backward_op(activation, residual), x, kernel, grad, *norm)
+
+
+def _maps(x):
+  return x.transpose(1, 2, 0, 3)
+
+
+def _batch(y):
+  return y.transpose(2, 0, 1, 3)
 
 
 @functools.cache
 def _forward_op(activation):
-  rule = "n h w c, k l c -> n h w c"
-  if activation:
-    rule = "n h w c, k l c, c -> n h w c, n c, n c"
+  if activation is None:
+    rule = "h w n c, k l c -> h w n c"
+    return partition.over_images(rule, lambda *args: [*forward(*args)])
+  rule = "h w n c, k l c, c -> h w n c, n c, n c"
   return partition.over_images(
-    rule,
-    lambda x, kernel, *bias: (
-      [*forward(x, kernel, *bias, activation)]
-      if activation
-      else [*forward(x, kernel)]
-    ),
+    rule, lambda *args: [*forward(*args, activation)]
   )
 
 
 @functools.cache
 def _backward_op(activation, residual):
-  images = "n b h w c"
+  images = "h w n b c"
   rule = f"{images}, k l c, {images} -> {images}, n k l c"
   if activation:
     rule = (
@@ -337,28 +339,31 @@ def _backward_op(activation, residual):
   def op(x, kernel, grad, *norm):
     # A device's parts are one batch for the kernel. Their sum stands with the
     # first of them.
-    count = len(x)
-    flat = lambda a: a.reshape(-1, *a.shape[2:])
+    parts = x.shape[2]
+    flat = lambda a: a.reshape(*a.shape[:-3], -1, a.shape[-1])
     if norm:
       y, bias, *factors = norm
       norm = Norm(flat(y), bias, *map(flat, factors))
     grad_x, grad_kernel, *grad_bias = backward(
       flat(x), kernel, flat(grad), norm or None, activation, residual=residual
     )
-    rest = [(0, count - 1)] + [(0, 0)] * 3
-    parts = lambda a: a.reshape(count, -1, *a.shape[1:])
-    grad_kernel = jnp.pad(grad_kernel[None], rest)
-    return [parts(grad_x), grad_kernel, *map(parts, grad_bias)]
+    zeros = [(0, parts - 1), (0, 0), (0, 0), (0, 0)]
+    return [
+      grad_x.reshape(x.shape),
+      jnp.pad(grad_kernel[None], zeros),
+      *(g.reshape(parts, -1, g.shape[-1]) for g in grad_bias),
+    ]
 
   return partition.over_images(rule, op)
 
 
-def _sum_parts(op, x, kernel, grad, *norm):
-  split = partition.by_device
+def _summed(op, x, kernel, grad, *norm):
+  split = lambda a: partition.by_device(_maps(a), 2)
   if norm:
     y, bias, *factors = norm
-    norm = split(y), bias, *map(split, factors)
+    norm = split(y), bias, *map(partition.by_device, factors)
   grad_x, sums, *grad_bias = op(split(x), kernel, split(grad), *norm)
-  whole = lambda a: a.reshape(-1, *a.shape[2:])
+  grad_x = grad_x.reshape(*grad_x.shape[:2], -1, grad_x.shape[-1])
   grad_kernel = sums.sum(0).astype(kernel.dtype)
-  return whole(grad_x), grad_kernel, *map(whole, grad_bias)
+  grad_bias = (g.reshape(-1, g.shape[-1]) for g in grad_bias)
+  return _batch(grad_x), grad_kernel, *grad_bias

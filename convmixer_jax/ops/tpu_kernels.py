@@ -84,8 +84,13 @@ def _for(count, body, unroll):
   lax.fori_loop(0, count, lambda i, _: body(i), None, unroll=unroll)
 
 
+def _grouped(ref, at: Steps):
+  return ref.reshape(at.groups, at.rows, *ref.shape[1:])
+
+
 def _load(source, words, at: Steps, reverse=False):
   """Transposes images to channels; `reverse` reverses the pixels of a group."""
+  source = _grouped(source, at)
 
   def body(i):
     line, column = _place(i, at)
@@ -106,6 +111,8 @@ def _load(source, words, at: Steps, reverse=False):
 
 def _store(words, target, at: Steps, add=None):
   """Transposes channels to images, and adds `add`'s."""
+  target = _grouped(target, at)
+  add = None if add is None else _grouped(add, at)
 
   def body(i):
     line, column = _place(i, at)
