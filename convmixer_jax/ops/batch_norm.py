@@ -144,7 +144,8 @@ class BatchNorm(nn.Module):
       args = x, kernel, bias, scale, offset
       y, mean, var = normalize.conv_groups(static, *args)
     else:
-      args = x, bias, scale, offset, residual
+      center = running_mean.value if self.implementation == "pallas" else None
+      args = x, bias, scale, offset, residual, center
       y, mean, var = normalize.groups(static, *args)
     if not self.is_initializing():
       n = group * x.shape[1] * x.shape[2]

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jax import lax
 import jax.numpy as jnp
 
 from convmixer_jax.ops import derivative
@@ -24,7 +25,7 @@ def _gelu(x):
 
   linen's is written with erfc, which takes three times as long on a CPU.
   """
-  return 0.5 * x * (1 + jax.lax.erf(x * math.sqrt(0.5)))
+  return 0.5 * x * (1 + lax.erf(x * math.sqrt(0.5)))
 
 
 # Named scopes of what may need communication between devices: sums over groups
@@ -129,15 +130,15 @@ def _statistics(group, pixels, means, squares):
 
 def _normalized(static, x, bias, scale, offset, residual, mean, var):
   static, group, epsilon = static
-  inverse = jax.lax.rsqrt(var + epsilon)
+  inverse = lax.rsqrt(var + epsilon)
   by_image = lambda v: jnp.repeat(v, group, axis=0)
   factor = by_image(inverse * scale)
   shift = by_image(offset - mean * inverse * scale)
   return affine(static, x, bias, factor, shift, residual)
 
 
-def _groups_forward(static, x, bias, scale, offset, residual):
-  moments = _moments(static[0], x, bias)
+def _groups_forward(static, x, bias, scale, offset, residual, center):
+  moments = _moments(static[0], x, bias, center)
   pixels = x.shape[1] * x.shape[2]
   mean, var = _statistics(static[1], pixels, *moments)
   y = _normalized(static, x, bias, scale, offset, residual, mean, var)
@@ -149,23 +150,31 @@ def _groups_tangent(static, args, tangents):
 
 
 def _groups_backward(static, args, kept, grads):
-  x, bias, scale, _, residual = args
+  x, bias, scale, _, residual, center = args
+  # A TPU's kernel computes the gradient.
+  one_pass = static[0][0] == "pallas"
   p, q, r, grad_scale, grad_offset = _input_grad_factors(
-    static, x, bias, scale, kept, grads
+    static, x, bias, scale, kept, grads, one_pass
   )
   grad_x, grad_bias = _input_grad(static[0], x, bias, p, q, r, grads[0])
-  grad_residual = None if residual is None else grads[0]
-  return grad_x, grad_bias.sum(0), grad_scale, grad_offset, grad_residual
+  return (
+    grad_x,
+    grad_bias.sum(0),
+    grad_scale,
+    grad_offset,
+    None if residual is None else grads[0],
+    None if center is None else jnp.zeros_like(center),
+  )
 
 
-def _input_grad_factors(static, x, bias, scale, kept, grads):
+def _input_grad_factors(static, x, bias, scale, kept, grads, one_pass=False):
   """p, q and r of `_input_grad`, and the gradients of scale and offset."""
   static, group, epsilon = static
   mean, var = kept
   grad, grad_mean, grad_var = grads
-  inverse = jax.lax.rsqrt(var + epsilon)
+  inverse = lax.rsqrt(var + epsilon)
   by_image = lambda v: jnp.repeat(v, group, axis=0)
-  grad_sums = _grad_sums(static, x, bias, by_image(mean), grad)
+  grad_sums = _grad_sums(static, x, bias, by_image(mean), grad, one_pass)
   with jax.named_scope(STATISTICS):
     sums, products = (_by_group(v, group).sum(1) for v in grad_sums)
   # Of a = act(x + bias) and the normalised â = (a - mean) * inverse, with means
@@ -181,7 +190,8 @@ def _input_grad_factors(static, x, bias, scale, kept, grads):
   return p, q, r, (inverse * products).sum(0), sums.sum(0)
 
 
-# Returns y, and the groups' means and (biased) variances, [B / group, C].
+# Returns y, and the groups' means and (biased) variances, [B / group, C]. The
+# last argument is None or `center` of `_moments`.
 groups = derivative.differentiable(
   _groups_forward, _groups_tangent, _groups_backward, keep=lambda y: y[1:]
 )
@@ -194,7 +204,8 @@ groups = derivative.differentiable(
 def _conv_groups_plain(static, x, kernel, bias, scale, offset):
   static, residual = static
   y = depthwise_conv(x, kernel, implementation=static[0][0])
-  z, mean, var = groups(static, y, bias, scale, offset, x if residual else None)
+  args = y, bias, scale, offset, x if residual else None, None
+  z, mean, var = groups(static, *args)
   return z, mean, var, y
 
 
@@ -206,7 +217,7 @@ def _conv_groups_forward(static, x, kernel, bias, scale, offset):
     y = depthwise_conv(x, kernel)
     return y, *_moments(how, y, bias)
 
-  y, *moments = jax.lax.platform_dependent(
+  y, *moments = lax.platform_dependent(
     x,
     kernel,
     bias,
@@ -238,7 +249,7 @@ def _conv_groups_backward(static, args, kept, grads):
     grad_x, grad_kernel = jax.vjp(depthwise_conv, x, kernel)[1](grad_y)
     return grad_x + grad if residual else grad_x, grad_kernel, grad_bias
 
-  grad_x, grad_kernel, grad_bias = jax.lax.platform_dependent(
+  grad_x, grad_kernel, grad_bias = lax.platform_dependent(
     *(x, kernel, grads[0], y, bias, p, q, r),
     tpu=functools.partial(tpu.conv_norm_vjp, static[0][1], residual),
     default=plain,
@@ -276,23 +287,40 @@ def _dispatch(static, name, plain, *args, **attributes):
   )
 
 
-def _moments(static, x, bias):
-  """Mean and sum of squared differences from it of act(x + bias): [B, C]."""
+def _moments(static, x, bias, center=None):
+  """Mean and sum of squared differences from it of act(x + bias): [B, C].
+
+  With `center` [C], which should be near the means, XLA needs one pass instead
+  of two, and does it with the operation that computes x.
+  """
 
   def plain(act, x, bias):
     a = act(native.widened(x) + bias)
+    if center is not None:
+      a -= center
+      total, squares = a.sum((1, 2)), (a * a).sum((1, 2))
+      mean = total / (x.shape[1] * x.shape[2])
+      return mean + center, jnp.maximum(squares - total * mean, 0)
     mean = a.mean((1, 2), keepdims=True)
     return mean[:, 0, 0], jnp.square(a - mean).sum((1, 2))
 
   return _dispatch(static, "moments", plain, x, bias)
 
 
-def _grad_sums(static, x, bias, mean, grad):
-  """Sums of grad, and of grad * (act(x + bias) - mean): [B, C]."""
+def _grad_sums(static, x, bias, mean, grad, one_pass=False):
+  """Sums of grad, and of grad * (act(x + bias) - mean): [B, C].
+
+  XLA computes these with the operation that computes grad, if that is one of
+  its own. `one_pass` is for another: then XLA would make a pass for each sum.
+  """
 
   def plain(act, x, bias, mean, grad):
     grad = native.widened(grad)
     centred = act(native.widened(x) + bias) - mean[:, None, None]
+    if one_pass:
+      zeros = jnp.zeros((2,), grad.dtype)
+      add = lambda a, b: (a[0] + b[0], a[1] + b[1])
+      return lax.reduce((grad, grad * centred), (*zeros,), add, (1, 2))
     return grad.sum((1, 2)), (grad * centred).sum((1, 2))
 
   return _dispatch(static, "grad_sums", plain, x, bias, mean, grad)

@@ -321,9 +321,8 @@ def _forward_op(activation):
     rule = "h w n c, k l c -> h w n c"
     return partition.over_images(rule, lambda *args: [*forward(*args)])
   rule = "h w n c, k l c, c -> h w n c, n c, n c"
-  return partition.over_images(
-    rule, lambda *args: [*forward(*args, activation)]
-  )
+  op = lambda *args: [*forward(*args, activation)]
+  return partition.over_images(rule, op)
 
 
 @functools.cache
