@@ -75,6 +75,9 @@ FIELDS: dict[str, Field] = {
   "model.dtype": Field(None,
     rules.optional(rules.choice("float32", "bfloat16")),
     "Type of the computation. Parameters are float32."),
+  "model.implementation": Field(None,
+    rules.optional(rules.choice("auto", "xla", "shift", "banded", "pallas")),
+    "Of convolutions and BatchNorm; see ops.depthwise_conv. pallas: for TPUs."),
   "data.name": Field("cifar10", rules.TEXT,
     "A TFDS data set, or digits, or folder (DIR/SPLIT/CLASS/*.jpg)."),
   "data.dir": Field(None, rules.optional(rules.TEXT),
@@ -169,10 +172,11 @@ FIELDS: dict[str, Field] = {
 # fmt: on
 
 # Fields that may change when a run resumes. They do not change its numbers
-# (scan and remat: up to rounding).
+# (scan, remat and implementation: up to rounding).
 FREE_FIELDS = (
   "model.scan",
   "model.remat",
+  "model.implementation",
   "data.num_workers",
   "data.max_unreadable",
   "log_every",

@@ -116,7 +116,9 @@ def main() -> None:
       *where,
       timeout=_TIMEOUT.value,
       settings=settings,
-      operations=lambda: ops.chosen(None, config.model.dtype or "float32"),
+      operations=lambda: ops.chosen(
+        config.model.implementation, config.model.dtype or "float32"
+      ),
     )
   with session:
     if _MODE.value == "train":

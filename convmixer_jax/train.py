@@ -129,7 +129,9 @@ def train_and_evaluate(
       logger.print_parameters(recipe.shapes["params"])
     else:
       logger.say(f"resuming {workdir} from step {first_step}")
-    operations = ops.chosen(None, config.model.dtype or "float32")
+    operations = ops.chosen(
+      config.model.implementation, config.model.dtype or "float32"
+    )
     logger.say(f"convolutions and BatchNorm: {operations}")
     seed = recipe.seed
     train_step = recipe.train_step.lower(
