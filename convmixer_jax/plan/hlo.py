@@ -147,14 +147,18 @@ class Program:
     """Bytes that an instruction reads of its operand n."""
     whole = sum(_sizes(instruction.operands[n].shape))
     if instruction.opcode == "fusion":
-      fused = self.computations[instruction.find(r"\bcalls=%([\w.-]+)")]
-      parameters = {i.arguments: i for i in fused if i.opcode == "parameter"}
-      return min(whole, self._read_by_users(parameters[str(n)]))
+      return min(whole, self._read_by_users(self._parameter(instruction, n)))
     if n == 0 and instruction.opcode in ("dynamic-slice", "slice", "gather"):
       return min(whole, sum(_sizes(instruction.shape)))
     if n == 0 and instruction.opcode == "dynamic-update-slice":
       return 0
     return whole
+
+  def _parameter(self, fusion, n):
+    """The instruction in a fusion that stands for its operand n."""
+    fused = self.computations[fusion.find(r"\bcalls=%([\w.-]+)")]
+    parameters = {i.arguments: i for i in fused if i.opcode == "parameter"}
+    return parameters[str(n)]
 
   def _read_by_users(self, array):
     """Bytes that the users of an array in a fusion read of it."""
@@ -201,8 +205,37 @@ class Program:
       path = next((name for name in near if "/" in name), near[0])
       name, group_size = instruction.name, _group_size(instruction)
       for n, size in enumerate(map(max, inputs, outputs)):
-        op_name = paths.get(n) or path
-        yield Collective(match[1], op_name, size, runs, name, group_size)
+        # The compiler for GPUs joins arrays into one, and cuts it up again.
+        parts = self._joined(instruction.operands[n])
+        slices = dict(self._slices(instruction)) if parts else {}
+        begin = 0
+        for length, part in parts or [(0, size)]:
+          op_name = slices.get(begin) or paths.get(n) or path
+          yield Collective(match[1], op_name, part, runs, name, group_size)
+          begin += length
+
+  def _joined(self, array):
+    """The length and bytes of each vector that a fusion concatenates."""
+    if array.opcode != "fusion":
+      return []
+    root = self.roots[array.find(r"\bcalls=%([\w.-]+)")]
+    if root.opcode != "concatenate":
+      return []
+    shapes = [vector.shape for vector in root.operands]
+    lengths = [int(_SHAPE.match(shape)[2]) for shape in shapes]
+    return [(n, *_sizes(shape, True)) for n, shape in zip(lengths, shapes)]
+
+  def _slices(self, array):
+    """Yields where each slice of a vector begins, and its path."""
+    for user, n in array.users:
+      if user.opcode == "slice":
+        begin = int(user.find(r"\bslice=\{\[(\d+):"))
+        yield begin, _path(user)
+      elif user.opcode == "fusion":
+        for begin, path in self._slices(self._parameter(user, n)):
+          yield begin, path or _path(user)
+      else:
+        yield from self._slices(user)
 
   def cycles(self) -> int | None:
     """The TPU compiler's estimate for one run; None if the text has none."""
@@ -226,6 +259,12 @@ def _sizes(shape, on_chip=False):
     count = math.prod(int(n) for n in dims.split(",") if n)
     sizes.append(count * int(bits[0]) // 8 if counted else 0)
   return sizes
+
+
+def _path(instruction):
+  """Its op_name, or that of a user if it has none."""
+  near = [instruction, *(user for user, _ in instruction.users)]
+  return next((i.op_name for i in near if "/" in i.op_name), "")
 
 
 def _group_size(instruction):
