@@ -141,6 +141,8 @@ class Program:
     written = self._written(instruction)
     if instruction.opcode == "copy-start":  # Returns its operand, too.
       written = written[:1]
+    elif _COLLECTIVE.fullmatch(instruction.opcode):
+      written = _outputs(written, count)
     return read + sum(written)
 
   def _read(self, instruction, n):
@@ -189,14 +191,12 @@ class Program:
       if match is None:
         continue
       inputs = [sum(_sizes(x.shape, True)) for x in instruction.operands]
-      outputs = _sizes(instruction.shape, True)
-      if len(outputs) != len(inputs):  # -start returns inputs and outputs.
-        outputs = outputs[len(inputs) : 2 * len(inputs)]
+      outputs = _outputs(_sizes(instruction.shape, True), len(inputs))
       # If XLA merged several arrays into one exchange, the instructions that
       # take them apart after it keep the path of each.
-      users = [user for user, _ in instruction.users]
+      users = _users(instruction)
       paths = {
-        int(user.find(r"\bindex=(\d+)")): user.op_name
+        int(user.find(r"\bindex=(\d+)")): _path(user)
         for user in users
         if user.opcode == "get-tuple-element"
       }
@@ -205,36 +205,39 @@ class Program:
       path = next((name for name in near if "/" in name), near[0])
       name, group_size = instruction.name, _group_size(instruction)
       for n, size in enumerate(map(max, inputs, outputs)):
-        # The compiler for GPUs joins arrays into one, and cuts it up again.
-        parts = self._joined(instruction.operands[n])
-        slices = dict(self._slices(instruction)) if parts else {}
-        begin = 0
+        op_name, begin = paths.get(n) or path, 0
+        slices = dict(self._slices(instruction))
+        parts = self._joined(instruction.operands[n]) if slices else []
         for length, part in parts or [(0, size)]:
-          op_name = slices.get(begin) or paths.get(n) or path
-          yield Collective(match[1], op_name, part, runs, name, group_size)
+          cause = slices.get(begin) or op_name
+          yield Collective(match[1], cause, part, runs, name, group_size)
           begin += length
 
   def _joined(self, array):
-    """The length and bytes of each vector that a fusion concatenates."""
+    """The length and bytes of each vector, if a fusion concatenates vectors.
+
+    The compiler for GPUs joins arrays so before it exchanges them.
+    """
     if array.opcode != "fusion":
       return []
     root = self.roots[array.find(r"\bcalls=%([\w.-]+)")]
-    if root.opcode != "concatenate":
+    vectors = [_SHAPE.fullmatch(x.shape) for x in root.operands]
+    if root.opcode != "concatenate" or not all(
+      vector and vector[2].isdecimal() for vector in vectors
+    ):
       return []
-    shapes = [vector.shape for vector in root.operands]
-    lengths = [int(_SHAPE.match(shape)[2]) for shape in shapes]
-    return [(n, *_sizes(shape, True)) for n, shape in zip(lengths, shapes)]
+    return [(int(vector[2]), *_sizes(vector[0], True)) for vector in vectors]
 
   def _slices(self, array):
-    """Yields where each slice of a vector begins, and its path."""
+    """Yields where each slice of a vector begins, and the path of the slice."""
     for user, n in array.users:
       if user.opcode == "slice":
-        begin = int(user.find(r"\bslice=\{\[(\d+):"))
-        yield begin, _path(user)
+        begin = user.find(r"\bslice=\{\[(\d+):")
+        yield int(begin), _path(user)
       elif user.opcode == "fusion":
         for begin, path in self._slices(self._parameter(user, n)):
           yield begin, path or _path(user)
-      else:
+      elif user.opcode.endswith("-done") or user.opcode == "bitcast":
         yield from self._slices(user)
 
   def cycles(self) -> int | None:
@@ -259,6 +262,18 @@ def _sizes(shape, on_chip=False):
     count = math.prod(int(n) for n in dims.split(",") if n)
     sizes.append(count * int(bits[0]) // 8 if counted else 0)
   return sizes
+
+
+def _outputs(results, count):
+  """Those of a collective of `count` arrays; -start may return inputs first."""
+  return results if len(results) == count else results[count : 2 * count]
+
+
+def _users(collective):
+  """The instructions that read what a collective, or its -start, returns."""
+  users = [user for user, _ in collective.users]
+  done = [user for user in users if user.opcode.endswith("-done")]
+  return [user for user, _ in done[0].users] if done else users
 
 
 def _path(instruction):
