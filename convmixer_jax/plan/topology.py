@@ -23,15 +23,13 @@ class Chip:
   flops: float  # Peak bfloat16 FLOP/s, on TPUs also for float32 by default.
   bandwidth: float  # Of its memory, bytes/s.
   interconnect: float  # Bytes/s that it can send over all its links together.
-  memory: int  # Bytes available to a program, according to libtpu 0.0.42.1.
+  # Bytes: of a TPU, what libtpu 0.0.42.1 gives to a program; of a GPU, all.
+  memory: int
   # Hz: `flops` / the FLOPs of a TPU's matrix units in a cycle.
   clock: float | None = None
 
 
 _GIB = 2**30
-
-# JAX allocates this share of a GPU's memory at its start, and no more later.
-_GPU_MEMORY = 0.75
 
 # By JAX's device_kind. Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p and
 # /v6e in November 2026. Interconnect is half of their "bidirectional ICI
@@ -45,9 +43,7 @@ CHIPS = {
   "TPU v5": Chip(459e12, 2765e9, 600e9, int(95.74 * _GIB), 459e12 / 2**18),
   "TPU v6 lite": Chip(918e12, 1638e9, 400e9, int(31.25 * _GIB), 918e12 / 2**19),
 } | {
-  gpu.kind: Chip(
-    gpu.flops, gpu.bandwidth, gpu.link, int(_GPU_MEMORY * gpu.memory)
-  )
+  gpu.kind: Chip(gpu.flops, gpu.bandwidth, gpu.link, gpu.memory)
   for gpu in gpus.GPUS.values()
 }
 _KINDS = "v4", "v5e", "v5p", "v6e"  # libtpu's names for these chips.
@@ -70,9 +66,9 @@ def open_topology(name: str | None) -> Sequence[Any]:
   count = math.prod(map(int, re.findall(r"\d+", shape)))
   if not re.fullmatch(pattern, name) or count > 10_000:
     raise UserError(
-      f"--topology={name}: must be cpu:N, or a GPU ({', '.join(gpus.GPUS)}) and"
-      f" one number, as in h100:8, or a TPU ({', '.join(_KINDS)}) and the number"
-      " of chips along each axis, as in v5e:4x4; at most 10,000 devices"
+      f"--topology={name}: must be cpu:N, or a GPU ({', '.join(gpus.GPUS)})"
+      f" and one number, as in h100:8, or a TPU ({', '.join(_KINDS)}) and the"
+      " number of chips along each axis, as in v5e:4x4; at most 10,000 devices"
     )
   jax.config.update("jax_platforms", "cpu")
   if kind == "cpu":
@@ -107,9 +103,11 @@ def open_topology(name: str | None) -> Sequence[Any]:
 def available_memory(devices: Sequence[Any]) -> int | None:
   """Bytes available to each of `devices`, of one kind; None if unknown."""
   device = devices[0]
-  attached_gpu = device.platform == "gpu" and device in jax.devices()
-  if (chip := CHIPS.get(device.device_kind)) and not attached_gpu:
+  chip = CHIPS.get(device.device_kind)
+  if chip and device.platform == "tpu":
     return chip.memory
+  if chip and device not in jax.devices():  # A GPU that is not here.
+    return int(gpus.memory_share() * chip.memory)
   if device.platform == "cpu":  # They share the memory of the machine.
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return total // len(devices)
