@@ -270,10 +270,10 @@ def _outputs(results, count):
 
 
 def _users(collective):
-  """The instructions that read what a collective, or its -start, returns."""
+  """The instructions that read its result; after -start, -done comes first."""
   users = [user for user, _ in collective.users]
   done = [user for user in users if user.opcode.endswith("-done")]
-  return [user for user, _ in done[0].users] if done else users
+  return users + [user for end in done for user, _ in end.users]
 
 
 def _path(instruction):
