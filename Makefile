@@ -47,6 +47,10 @@ bench: .venv/dev
 	-$(PIP) --no-deps --upgrade --target .venv/libtpu \
 	  'libtpu==0.0.42.1; python_version < "3.12"' \
 	  'libtpu==0.0.50.1; python_version >= "3.12"'
+# XLA's compiler for GPUs, likewise.
+	-$(PIP) --no-deps --upgrade --target .venv/cuda \
+	  'jax-cuda12-pjrt==0.10.2; python_version < "3.12"' \
+	  'jax-cuda12-pjrt==0.12.0.1; python_version >= "3.12"'
 	@touch $@
 
 ## docs: writes docs/config.md from convmixer_jax/config.py

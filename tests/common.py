@@ -155,9 +155,11 @@ def run_main(
   *args, devices=1, module="convmixer_jax.main", environment=None, **popen
 ):
   """Starts `python -m convmixer_jax.main` as a user would."""
-  env = os.environ | (environment or {})
+  environment = environment or {}
+  env = os.environ | environment
+  path = str(ROOT), environment.get("PYTHONPATH", "")
   env |= {
-    "PYTHONPATH": str(ROOT),
+    "PYTHONPATH": os.pathsep.join(filter(None, path)),
     "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}"),
   }
   return subprocess.Popen(

@@ -1,11 +1,14 @@
+import importlib.metadata
 import importlib.util
 import json
 import os
 from pathlib import Path
 import subprocess
 import sys
+from unittest import mock
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 import pytest
 
@@ -169,12 +172,110 @@ ENTRY %main (p: f32[100]) -> f32[100] {{
   assert (collective.bytes, collective.group_size) == (400, 2)
 
 
+# As XLA compiles it for GPUs: gradients and a metric as one vector.
+GPU_PROGRAM = """
+%join (a: f32[64], b: f32[192], c: f32[1]) -> f32[257] {
+  %a = f32[64]{0} parameter(0)
+  %b = f32[192]{0} parameter(1)
+  %c = f32[1]{0} parameter(2)
+  ROOT %all = f32[257]{0} concatenate(%a, %b, /*index=2*/%c), dimensions={0}
+}
+
+%first (a: f32[257]) -> f32[64] {
+  %a.1 = f32[257]{0} parameter(0)
+  ROOT %cut = f32[64]{0} slice(%a.1), slice={[0:64]}
+}
+
+%double (a: f32[257]) -> (f32[1], f32[192]) {
+  %a.2 = f32[257]{0} parameter(0)
+  %cut.1 = f32[1]{0} slice(%a.2), slice={[256:257]}, metadata={op_name="j/m"}
+  %cut.2 = f32[192]{0} slice(%a.2), slice={[64:256]}, metadata={op_name="j/b"}
+  %twice = f32[192]{0} add(%cut.2, %cut.2)
+  ROOT %both = (f32[1]{0}, f32[192]{0}) tuple(%cut.1, %twice)
+}
+
+%product (x: bf16[32,64], y: bf16[64,64]) -> bf16[32,64] {
+  %x = bf16[32,64]{1,0} parameter(0)
+  %y = bf16[64,64]{1,0} parameter(1)
+  ROOT %dot = bf16[32,64]{1,0} dot(%x, %y), lhs_contracting_dims={1}
+}
+
+%gemm (x: bf16[32,64], y: bf16[64,64]) -> bf16[32,64] {
+  %x.1 = bf16[32,64]{1,0} parameter(0)
+  %y.1 = bf16[64,64]{1,0} parameter(1)
+  ROOT %inner = bf16[32,64]{1,0} fusion(%x.1, %y.1), calls=%product
+}
+
+ENTRY %main (p: f32[64], q: f32[192], r: f32[1]) -> f32[64] {
+  %p = f32[64]{0} parameter(0)
+  %q = f32[192]{0} parameter(1)
+  %r = f32[1]{0} parameter(2)
+  %x.2 = bf16[32,64]{1,0} parameter(3)
+  %w = bf16[64,64]{1,0} parameter(4)
+  %joined = f32[257]{0} fusion(%p, %q, /*index=2*/%r), kind=kLoop, calls=%join
+  %start = f32[257]{0} all-reduce-start(%joined), replica_groups={{0,1}}
+  %gemm.1 = bf16[32,64]{1,0} fusion(%x.2, %w), kind=kCustom, calls=%gemm
+  %conv = (bf16[32,64]{1,0}, u8[100]{0}) custom-call(%gemm.1, %w)
+  %done = f32[257]{0} all-reduce-done(%start)
+  %cut.3 = f32[64]{0} fusion(%done), kind=kLoop, calls=%first
+  %named = f32[8,8]{1,0} bitcast(%cut.3), metadata={op_name="j/a"}
+  %pair = (f32[1]{0}, f32[192]{0}) fusion(%done), kind=kLoop, calls=%double
+  %swap = ((f32[64]{0}), f32[64]{0}) all-to-all-start(%cut.3), dimensions={0}
+  ROOT %swapped = f32[64]{0} all-to-all-done(%swap), metadata={op_name="j/s"}
+}
+"""
+
+
+def test_arrays_that_gpus_exchange_as_one():
+  found = [
+    (c.kind, c.op_name, c.bytes, c.group_size, c.name)
+    for c in hlo.Program(GPU_PROGRAM).collectives()
+  ]
+  assert found == [
+    ("all-reduce", "j/a", 64 * 4, 2, "start"),
+    ("all-reduce", "j/b", 192 * 4, 2, "start"),
+    ("all-reduce", "j/m", 1 * 4, 2, "start"),
+    ("all-to-all", "j/s", 64 * 4, 0, "swap"),
+  ]
+
+
+def test_traffic_of_a_gpu_program():
+  vector, activations, weights = 257 * 4, 32 * 64 * 2, 64 * 64 * 2
+  assert hlo.Program(GPU_PROGRAM).bytes() == (
+    2 * vector  # Joined,
+    + 2 * vector  # summed,
+    + 2 * vector  # and cut up: the slices together are the vector.
+    + (activations + weights + activations)  # The product,
+    + (activations + weights + activations + 100)  # cuDNN and its workspace,
+    + 2 * 64 * 4  # and the swap.
+  )
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    ("concatenate(", "add("),
+    ("slice(", "reverse("),
+    ("f32[192]{0} parameter", "f32[2,96]{1,0} parameter"),
+  ],
+)
+def test_one_array_that_gpus_exchange(change):
+  """Not several, if nothing tells where one ends."""
+  program = hlo.Program(GPU_PROGRAM.replace(*change))
+  assert [c.bytes for c in program.collectives()] == [257 * 4, 64 * 4]
+
+
 @pytest.mark.parametrize(
   ("name", "error"),
   [
-    ("v9:2x2", "must be cpu:N, or one of v4, v5e, v5p, v6e"),
+    ("v9:2x2", r"a TPU \(v4, v5e, v5p, v6e\)"),
     ("v5e", "number of chips along each axis, as in v5e:4x4"),
     *((name, "must be") for name in ("v5e:", "v5e:0x4", "cpu:2x2", "cpu:0")),
+    *(
+      (name, r"a GPU \(a100, h100, h200, l4\) and one number, as in h100:8")
+      for name in ("h100", "h100:0", "h100:2x4", "l4:-1", "b200:8")
+    ),
+    ("a100:10001", "at most 10,000"),
     ("cpu:99999", "at most 10,000"),
     ("v5e:999x999", "at most 10,000"),
   ],
@@ -192,6 +293,44 @@ def test_without_libtpu(monkeypatch):
   with pytest.raises(UserError, match=r'pip install "jax\[tpu\]==') as e:
     topology.open_topology("v5e:2x4")
   assert "\n" not in str(e.value)
+
+
+def test_without_the_plugin_for_gpus(monkeypatch):
+  missing = mock.Mock(side_effect=NotImplementedError)
+  monkeypatch.setattr(topologies, "get_topology_desc", missing)
+  line = rf"^--topology=l4:2: .* --no-deps jax-cuda12-pjrt=={jax.__version__}$"
+  with pytest.raises(UserError, match=line):
+    topology.open_topology("l4:2")
+
+
+def test_a_plugin_that_refuses_a_gpu(monkeypatch, capfd):
+  def refuse(name, *, platform, target_config, topology):
+    os.write(2, b"GPU will not be used")
+    assert (platform, topology) == ("cuda", "1x1x3")
+    assert 'device_description_str: "NVIDIA H200"' in target_config
+    raise ValueError("unknown field\nnumber 7")
+
+  monkeypatch.setattr(topologies, "get_topology_desc", refuse)
+  with pytest.raises(UserError, match=r"^--topology=h200:3: unknown field$"):
+    topology.open_topology("h200:3")
+  os.write(2, b"shown again")
+  assert capfd.readouterr() == ("", "shown again")
+
+
+def test_memory_of_gpus(monkeypatch):
+  for name in ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION"):
+    monkeypatch.delenv(name, raising=False)
+  gpu = mock.Mock(platform="gpu", device_kind="NVIDIA L4")
+  gpu.memory_stats.return_value = {"bytes_limit": 12345}
+  assert topology.available_memory([gpu]) == 22 * 2**30 * 3 // 4
+  monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+  assert topology.available_memory([gpu]) == 11 * 2**30
+  for value in ("all", "1.1", "0", "nan"):
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", value)
+    with pytest.raises(UserError, match=f"^XLA_CLIENT_MEM_FRACTION={value}: "):
+      topology.available_memory([gpu])
+  monkeypatch.setattr(jax, "devices", lambda: [gpu])  # A GPU of this machine.
+  assert topology.available_memory([gpu]) == 12345
 
 
 def fake_plans(monkeypatch, activations, limit, available, known=10**9):
@@ -267,13 +406,14 @@ def test_size_and_classes_without_the_data(
   assert known.in_memory == in_memory
 
 
-def run_plan(*args):
+def run_plan(*args, environment=None):
   process = common.run_main(
     "--config=configs/digits.py",
     "--config.model.dim=8",
     "--config.model.depth=1",
     *args,
     module="convmixer_jax.plan",
+    environment=environment,
   )
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err
@@ -301,6 +441,10 @@ def test_the_report(grouped, synchronised):
   assert "memory a device: fits, 0.00 of" in text
   assert "  gradients                   2.024 kB, 22 arrays in " in text
   assert "BatchNorm statistics" in report.report(synchronised)
+  caveat = "choose their algorithms on the machine itself"
+  assert caveat in report.report(grouped | {"topology": "l4:1"})
+  for name in (None, "v5e:1x1"):
+    assert caveat not in report.report(grouped | {"topology": name})
 
 
 RESULTS = sorted((common.ROOT / "benchmarks/results").glob("plan_*.json"))
@@ -308,7 +452,7 @@ RESULTS = sorted((common.ROOT / "benchmarks/results").glob("plan_*.json"))
 
 @pytest.mark.parametrize("path", RESULTS, ids=[path.stem for path in RESULTS])
 def test_published_models(path):
-  """The plans for v5e in benchmarks/results are consistent."""
+  """The plans in benchmarks/results are consistent."""
   result = json.loads(path.read_text())
   assert result["fits"]
   assert result["batch_size"] == 64 * result["num_devices"]
@@ -424,3 +568,79 @@ assert not re.search("convmixer_(?!jax)", text)  # native.cc's functions.
     command, cwd=common.ROOT, capture_output=True, text=True, check=False
   )
   assert result.returncode == 0, result.stderr
+
+
+def cuda():
+  """Folder of JAX's plug-in for CUDA; outside site-packages, as libtpu."""
+  apart = Path(sys.prefix) / "cuda"
+  if (apart / "jax_plugins").exists():
+    return {"PYTHONPATH": str(apart)}
+  try:
+    importlib.metadata.version("jax-cuda12-pjrt")
+  except importlib.metadata.PackageNotFoundError:
+    return None
+  return {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
+
+
+gpu = pytest.mark.skipif(
+  cuda() is None, reason="NO JAX-CUDA12-PJRT: programs for GPUs are not checked"
+)
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("scan", ["false", "true"])
+def test_a_gpu_program(scan):
+  """Groups that fit on eight H100, and bounds of time."""
+  code, out, err = run_plan(
+    "--topology=h100:8",
+    "--config.batch_size=64",
+    "--config.model.bn_group_size=8",
+    "--config.model.depth=2",
+    f"--config.model.scan={scan}",
+    "--json",
+    environment=cuda(),
+  )
+  assert code == 0, err
+  assert not err
+  result = json.loads(out)
+  split = result["memory_split_bytes"]
+  assert result["device"] == "NVIDIA H100 80GB HBM3"
+  assert result["num_devices"] == 8
+  assert 59 < result["memory_available_bytes"] / 2**30 < 60  # 3/4 of 79.1.
+  assert "jax-cuda12-pjrt" in result["versions"]
+  assert bytes_by_cause(result) == {
+    "gradients": split["parameters"],
+    "BatchNorm running averages": split["batch_stats"],
+    "metrics": 8,
+  }
+  seconds = result["seconds"]
+  bounds = [seconds[k] for k in ("arithmetic", "memory", "interconnect")]
+  assert 0 < max(bounds) == seconds["at_best"]
+  assert "compiler_estimate" not in seconds
+
+
+@gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("name", topology.gpus.GPUS)
+def test_one_gpu_exchanges_nothing(name):
+  code, out, err = run_plan(f"--topology={name}:1", environment=cuda())
+  assert (code, err) == (0, "")
+  assert "  exchanged                   nothing" in out
+  assert "choose their algorithms on the machine itself" in out
+
+
+@gpu
+@pytest.mark.slow
+def test_a_gpu_program_that_does_not_fit():
+  code, out, err = run_plan(
+    "--topology=l4:1",
+    "--config.data.image_size=256",
+    "--config.model.dim=512",
+    "--config.model.scan=true",
+    environment=cuda(),
+  )
+  assert code == 1, err
+  assert "memory a device: does not fit, " in out
+  assert " of 16.50 GiB" in out
+  assert "unknown" not in out

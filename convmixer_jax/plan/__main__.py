@@ -5,18 +5,24 @@
       --config.batch_size=512 --topology v5e:2x4
   python -m convmixer_jax.plan --config configs/imagenet.py:768_32 \\
       --config.model.bn_group_size=0 --topology v5e:16x16 --find_batch --json
+  python -m convmixer_jax.plan --config configs/imagenet.py:1536_20 \\
+      --config.batch_size=512 --topology h100:8
 
 Compiles the run's train step for the topology, with that platform's compiler,
 and reports what the program needs: memory, FLOPs, memory traffic, and what the
 devices exchange and why. Nothing is computed or allocated. TPU topologies need
-libtpu: pip install "jax[tpu]". Times are lower bounds, not measurements: the
-step cannot be faster than its arithmetic at the peak rate, its memory traffic
-at full bandwidth, or its communication over all links.
+libtpu: pip install "jax[tpu]". GPU topologies need JAX's plug-in for CUDA of
+the same version as jax, and no GPU: pip install --no-deps jax-cuda12-pjrt==...
+Times are lower bounds, not measurements: the step cannot be faster than its
+arithmetic at the peak rate, its memory traffic at full bandwidth, or its
+communication over all links.
 
 The exit code is 0 if the run fits, and 1 if it does not.
 """
 
+import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import shlex
 import sys
@@ -37,7 +43,8 @@ _CONFIG = _FLAGS.define_config()
 _TOPOLOGY = _FLAGS.string(
   "topology",
   "Devices to plan for: --topology v5e:4x4, v4:2x2x4, v5p:2x2x2, v6e:2x4 (chips"
-  " along each axis), or cpu:8. Default: the devices of this machine.",
+  " along each axis), h100:8, a100:8, h200:8, l4:4 (GPUs), or cpu:8. Default:"
+  " the devices of this machine.",
 )
 _FIND_BATCH = _FLAGS.boolean(
   "find_batch",
@@ -86,6 +93,10 @@ def main() -> None:
   if devices[0].platform == "tpu":
     version = devices[0].client.platform_version
     result["versions"]["libtpu"] = version.splitlines()[-1]
+  for package in ("jax-cuda12-pjrt", "jax-cuda13-pjrt"):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+      if devices[0].platform == "gpu":
+        result["versions"][package] = importlib.metadata.version(package)
   print(json.dumps(result, indent=2) if _JSON.value else report.report(result))
   if not result["fits"]:
     sys.exit(1)

@@ -141,20 +141,26 @@ class Program:
     written = self._written(instruction)
     if instruction.opcode == "copy-start":  # Returns its operand, too.
       written = written[:1]
+    elif _COLLECTIVE.fullmatch(instruction.opcode):
+      written = _outputs(written, count)
     return read + sum(written)
 
   def _read(self, instruction, n):
     """Bytes that an instruction reads of its operand n."""
     whole = sum(_sizes(instruction.operands[n].shape))
     if instruction.opcode == "fusion":
-      fused = self.computations[instruction.find(r"\bcalls=%([\w.-]+)")]
-      parameters = {i.arguments: i for i in fused if i.opcode == "parameter"}
-      return min(whole, self._read_by_users(parameters[str(n)]))
+      return min(whole, self._read_by_users(self._parameter(instruction, n)))
     if n == 0 and instruction.opcode in ("dynamic-slice", "slice", "gather"):
       return min(whole, sum(_sizes(instruction.shape)))
     if n == 0 and instruction.opcode == "dynamic-update-slice":
       return 0
     return whole
+
+  def _parameter(self, fusion, n):
+    """The instruction in a fusion that stands for its operand n."""
+    fused = self.computations[fusion.find(r"\bcalls=%([\w.-]+)")]
+    parameters = {i.arguments: i for i in fused if i.opcode == "parameter"}
+    return parameters[str(n)]
 
   def _read_by_users(self, array):
     """Bytes that the users of an array in a fusion read of it."""
@@ -185,14 +191,12 @@ class Program:
       if match is None:
         continue
       inputs = [sum(_sizes(x.shape, True)) for x in instruction.operands]
-      outputs = _sizes(instruction.shape, True)
-      if len(outputs) != len(inputs):  # -start returns inputs and outputs.
-        outputs = outputs[len(inputs) : 2 * len(inputs)]
+      outputs = _outputs(_sizes(instruction.shape, True), len(inputs))
       # If XLA merged several arrays into one exchange, the instructions that
       # take them apart after it keep the path of each.
-      users = [user for user, _ in instruction.users]
+      users = _users(instruction)
       paths = {
-        int(user.find(r"\bindex=(\d+)")): user.op_name
+        int(user.find(r"\bindex=(\d+)")): _path(user)
         for user in users
         if user.opcode == "get-tuple-element"
       }
@@ -201,8 +205,40 @@ class Program:
       path = next((name for name in near if "/" in name), near[0])
       name, group_size = instruction.name, _group_size(instruction)
       for n, size in enumerate(map(max, inputs, outputs)):
-        op_name = paths.get(n) or path
-        yield Collective(match[1], op_name, size, runs, name, group_size)
+        op_name, begin = paths.get(n) or path, 0
+        slices = dict(self._slices(instruction))
+        parts = self._joined(instruction.operands[n]) if slices else []
+        for length, part in parts or [(0, size)]:
+          cause = slices.get(begin) or op_name
+          yield Collective(match[1], cause, part, runs, name, group_size)
+          begin += length
+
+  def _joined(self, array):
+    """The length and bytes of each vector, if a fusion concatenates vectors.
+
+    The compiler for GPUs joins arrays so before it exchanges them.
+    """
+    if array.opcode != "fusion":
+      return []
+    root = self.roots[array.find(r"\bcalls=%([\w.-]+)")]
+    vectors = [_SHAPE.fullmatch(x.shape) for x in root.operands]
+    if root.opcode != "concatenate" or not all(
+      vector and vector[2].isdecimal() for vector in vectors
+    ):
+      return []
+    return [(int(vector[2]), *_sizes(vector[0], True)) for vector in vectors]
+
+  def _slices(self, array):
+    """Yields where each slice of a vector begins, and the path of the slice."""
+    for user, n in array.users:
+      if user.opcode == "slice":
+        begin = user.find(r"\bslice=\{\[(\d+):")
+        yield int(begin), _path(user)
+      elif user.opcode == "fusion":
+        for begin, path in self._slices(self._parameter(user, n)):
+          yield begin, path or _path(user)
+      elif user.opcode.endswith("-done") or user.opcode == "bitcast":
+        yield from self._slices(user)
 
   def cycles(self) -> int | None:
     """The TPU compiler's estimate for one run; None if the text has none."""
@@ -226,6 +262,24 @@ def _sizes(shape, on_chip=False):
     count = math.prod(int(n) for n in dims.split(",") if n)
     sizes.append(count * int(bits[0]) // 8 if counted else 0)
   return sizes
+
+
+def _outputs(results, count):
+  """Those of a collective of `count` arrays; -start may return inputs first."""
+  return results if len(results) == count else results[count : 2 * count]
+
+
+def _users(collective):
+  """The instructions that read its result; after -start, -done comes first."""
+  users = [user for user, _ in collective.users]
+  done = [user for user in users if user.opcode.endswith("-done")]
+  return users + [user for end in done for user, _ in end.users]
+
+
+def _path(instruction):
+  """Its op_name, or that of a user if it has none."""
+  near = [instruction, *(user for user, _ in instruction.users)]
+  return next((i.op_name for i in near if "/" in i.op_name), "")
 
 
 def _group_size(instruction):

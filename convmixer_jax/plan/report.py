@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from convmixer_jax.plan import gpus
+
 _PARTS = {
   "parameters": "parameters",
   "batch_stats": "BatchNorm's averages",
@@ -52,6 +54,11 @@ def report(result: dict[str, Any]) -> str:
       row("exchanged", "nothing")
   run = f"{result['steps']:,} steps, {result['epochs']:,} epochs"
   seconds, hours = result["seconds"], result["hours"]
+  if (result.get("topology") or "").partition(":")[0] in gpus.GPUS:
+    lines.append(
+      "cuDNN, cuBLAS and Triton choose their algorithms on the machine itself:"
+      " their workspaces and times may differ"
+    )
   if seconds is None:
     return "\n".join([*lines, f"the run: {run}"])
   rate = result["batch_size"] / seconds["at_best"]

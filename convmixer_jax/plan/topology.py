@@ -13,17 +13,20 @@ from jax.experimental import topologies
 
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
+from convmixer_jax.plan import gpus
 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-  """A TPU chip, which JAX shows as one device."""
+  """A TPU chip or a GPU, which JAX shows as one device."""
 
-  flops: float  # Peak bfloat16 FLOP/s, also for float32 by default.
+  flops: float  # Peak bfloat16 FLOP/s, on TPUs also for float32 by default.
   bandwidth: float  # Of its memory, bytes/s.
   interconnect: float  # Bytes/s that it can send over all its links together.
-  memory: int  # Bytes available to a program, according to libtpu 0.0.42.1.
-  clock: float  # Hz: `flops` / the FLOPs of its matrix units in a cycle.
+  # Bytes: of a TPU, what libtpu 0.0.42.1 gives to a program; of a GPU, all.
+  memory: int
+  # Hz: `flops` / the FLOPs of a TPU's matrix units in a cycle.
+  clock: float | None = None
 
 
 _GIB = 2**30
@@ -39,31 +42,40 @@ CHIPS = {
   "TPU v5 lite": Chip(197e12, 819e9, 200e9, int(15.75 * _GIB), 197e12 / 2**17),
   "TPU v5": Chip(459e12, 2765e9, 600e9, int(95.74 * _GIB), 459e12 / 2**18),
   "TPU v6 lite": Chip(918e12, 1638e9, 400e9, int(31.25 * _GIB), 918e12 / 2**19),
+} | {
+  gpu.kind: Chip(gpu.flops, gpu.bandwidth, gpu.link, gpu.memory)
+  for gpu in gpus.GPUS.values()
 }
 _KINDS = "v4", "v5e", "v5p", "v6e"  # libtpu's names for these chips.
 
 
 def open_topology(name: str | None) -> Sequence[Any]:
-  """The devices of a topology such as 'v5e:4x4' or 'cpu:8'.
+  """The devices of a topology such as 'v5e:4x4', 'h100:8' or 'cpu:8'.
 
   None stands for this machine's devices. For any other name, JAX's own
   computation is restricted to the CPU; call this before anything else uses JAX.
-  Raises UserError if there is no such topology, or libtpu is missing.
+  Raises UserError if there is no such topology, or its compiler is missing.
   """
   if name is None:
     return jax.devices()
   kind, _, shape = name.partition(":")
-  pattern = rf"cpu:[1-9]\d*|({'|'.join(_KINDS)}):[1-9]\d*(x[1-9]\d*)*"
+  pattern = (
+    rf"({'|'.join(('cpu', *gpus.GPUS))}):[1-9]\d*"
+    rf"|({'|'.join(_KINDS)}):[1-9]\d*(x[1-9]\d*)*"
+  )
   count = math.prod(map(int, re.findall(r"\d+", shape)))
   if not re.fullmatch(pattern, name) or count > 10_000:
     raise UserError(
-      f"--topology={name}: must be cpu:N, or one of {', '.join(_KINDS)} and the"
+      f"--topology={name}: must be cpu:N, or a GPU ({', '.join(gpus.GPUS)})"
+      f" and one number, as in h100:8, or a TPU ({', '.join(_KINDS)}) and the"
       " number of chips along each axis, as in v5e:4x4; at most 10,000 devices"
     )
   jax.config.update("jax_platforms", "cpu")
   if kind == "cpu":
     jax.config.update("jax_num_cpu_devices", count)
     return jax.devices()
+  if kind in gpus.GPUS:
+    return gpus.open_gpus(kind, count)
   installed = importlib.util.find_spec("libtpu") is not None
   if not installed and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError(
@@ -91,8 +103,11 @@ def open_topology(name: str | None) -> Sequence[Any]:
 def available_memory(devices: Sequence[Any]) -> int | None:
   """Bytes available to each of `devices`, of one kind; None if unknown."""
   device = devices[0]
-  if chip := CHIPS.get(device.device_kind):
+  chip = CHIPS.get(device.device_kind)
+  if chip and device.platform == "tpu":
     return chip.memory
+  if chip and device not in jax.devices():  # A GPU that is not here.
+    return int(gpus.memory_share() * chip.memory)
   if device.platform == "cpu":  # They share the memory of the machine.
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return total // len(devices)
