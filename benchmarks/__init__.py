@@ -123,7 +123,7 @@ def saved(path: str | None, field: str) -> dict[str, Any]:
   return record if isinstance(record, dict) and field in record else {}
 
 
-def implementations() -> list[str]:
+def implementations_here() -> list[str]:
   """What `ops.depthwise_conv` accepts on this platform, without 'auto'."""
   here = jax.default_backend()
   return [

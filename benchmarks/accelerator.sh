@@ -169,6 +169,7 @@ describe() {
     ;;
   *)
     limit=100
+    [[ $part != 1536_20_train ]] || limit=140
     local model=convmixer_${part%_*}
     [[ $model != convmixer_1024_20 ]] || model+=_ks9_p14
     [[ -z $tiny ]] || model=convmixer_128_4
@@ -187,6 +188,8 @@ run() {
     return
   fi
   describe "$part"
+  # One that was stopped gets more time than at first.
+  [[ ! -e $file ]] || limit=$((2 * limit))
   local rest=$((seconds - SECONDS - GRACE - READ))
   ((limit <= rest)) || limit=$rest
   if ((limit < LEAST)); then

@@ -16,6 +16,7 @@ large product of matrices of bfloat16.
 from collections.abc import Callable
 import contextlib
 import functools
+import itertools
 import json
 import operator
 from typing import Any
@@ -74,27 +75,21 @@ def main() -> None:
     if name not in ("float32", "bfloat16"):
       raise UserError(f"--dtypes={name}: must be float32 or bfloat16")
   record = benchmarks.saved(_OUT.value, "rows")
-  rows = record.setdefault("rows", [])
-  known = [[row["shape"], row["k"], row["dtype"], row["work"]] for row in rows]
+  every = benchmarks.implementations_here()
+  rows = [row for row in record.get("rows", ()) if row.keys() >= {*every}]
+  known = [[row["dtype"], row["shape"], row["k"], row["work"]] for row in rows]
   largest = max(map(np.prod, (shape[:4] for shape in shapes)))
-  record |= {"unit": "microseconds"} | benchmarks.provenance()
+  record |= {"unit": "microseconds", "rows": rows} | benchmarks.provenance()
   record["rates"] = rates = record.get("rates") or _rates(int(largest))
   with contextlib.ExitStack() as stack:
     if peer := peer_lib.start(_AGAINST.value):
       stack.enter_context(peer)
       record |= peer.facts
-    for *image, k in shapes:
-      todo = [
-        (dtype, work)
-        for dtype in _DTYPES.value
-        for work in WORKS
-        if [image, k, dtype, work] not in known
-      ]
-      if not todo:
-        continue
-      arrays = _arrays(image, k)
+    for dtype, (*image, k) in itertools.product(_DTYPES.value, shapes):
+      todo = [w for w in WORKS if [dtype, image, k, w] not in known]
+      arrays = _arrays(image, k) if todo else {}
       fresh = True  # Whether PyTorch does not have these arrays yet.
-      for dtype, work in todo:
+      for work in todo:
         row = {"shape": image, "k": k, "dtype": dtype, "work": work}
         row["floors"] = _floors(image, k, dtype, work, rates)
         row |= _measured(arrays, dtype, work, peer, fresh)
@@ -179,7 +174,7 @@ def _measured(arrays, dtype, work, peer, fresh):
       runs.pop(name, None)
       found[name] = {"failed": first_line(e)[:300]}
 
-  for name in benchmarks.implementations():
+  for name in benchmarks.implementations_here():
     function = _function(name, work)
 
     def ours(function=function):

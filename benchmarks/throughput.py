@@ -153,7 +153,10 @@ def _implementations():
   names = _IMPLEMENTATION.value
   if names == ["all"]:
     auto = native.chosen("auto", jnp.float32)
-    names = ["auto", *(n for n in benchmarks.implementations() if n != auto)]
+    names = [
+      "auto",
+      *(n for n in benchmarks.implementations_here() if n != auto),
+    ]
   for name in names:
     if name not in native.IMPLEMENTATIONS:
       raise UserError(
