@@ -123,10 +123,9 @@ unpack() {
 set_environment() {
   find_python
   local packed=$root/runs/packed
-  PYTHONPATH=$root
-  # Only what this Python lacks is there.
-  [[ ! -d $packed/site ]] || PYTHONPATH+=:$packed/site
-  export PYTHONPATH
+  # In site is only what this Python lacks.
+  [[ ! -d $packed/site ]] || PYTHONPATH=$packed/site${PYTHONPATH:+:$PYTHONPATH}
+  export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
   if [[ -z ${TFDS_DATA_DIR:-} && -d $packed/tensorflow_datasets ]]; then
     export TFDS_DATA_DIR=$packed/tensorflow_datasets
   fi

@@ -80,6 +80,10 @@ class Joined(io.RawIOBase):
   def readable(self) -> bool:
     return True
 
+  def close(self) -> None:
+    self._file.close()
+    super().close()
+
   def readinto(self, buffer) -> int:
     while not (count := self._file.readinto(buffer)):
       if not self._paths:
@@ -206,9 +210,10 @@ def unpack(folder: Path, into: Path) -> None:
     paths = [(incoming if p in kept else folder) / p["name"] for p in parts]
     target = incoming / group if group == "packages" else into
     target.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(
-      fileobj=io.BufferedReader(Joined(paths), 1 << 20), mode="r|"
-    ) as archive:
+    with (
+      io.BufferedReader(Joined(paths), 1 << 20) as stream,
+      tarfile.open(fileobj=stream, mode="r|") as archive,
+    ):
       archive.extractall(target, filter="data")
     if group == "packages":
       install(target, into / "site")
