@@ -122,20 +122,24 @@ unpack() {
 
 set_environment() {
   find_python
-  local packed=$root/runs/packed
-  # In site is only what this Python lacks.
-  [[ ! -d $packed/site ]] || PYTHONPATH=$packed/site${PYTHONPATH:+:$PYTHONPATH}
   export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+  local packed=$root/runs/packed needed="jax flax optax ml_collections" site
+  site=$packed/site-$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
+    fail "$python: does not run"
+  if [[ -d $site && -n $(missing "$needed orbax tensorflow_datasets grain clu array_record") ]]; then
+    PYTHONPATH+=:$site
+  fi
   if [[ -z ${TFDS_DATA_DIR:-} && -d $packed/tensorflow_datasets ]]; then
     export TFDS_DATA_DIR=$packed/tensorflow_datasets
   fi
-  local missing
-  missing=$("$python" -c '
-import importlib.util
-names = "jax flax optax orbax ml_collections tensorflow_datasets grain clu array_record"
-print(*(name for name in names.split() if not importlib.util.find_spec(name)))
-') || fail "$python: does not run"
-  [[ -z $missing ]] || fail "$python lacks ${missing// /, }; make .venv, or see --help on --unpack"
+  needed=$(missing "$needed") # Only the parts that train need more.
+  [[ -z $needed ]] || fail "$python lacks ${needed// /, }; make .venv, or see --help on --unpack"
+}
+
+# Those of some modules that Python does not find.
+missing() {
+  "$python" -c 'import sys, importlib.util
+print(*(name for name in sys.argv[1].split() if not importlib.util.find_spec(name)))' "$1"
 }
 
 # Sets `command` and `limit`, in seconds, of a part.
@@ -233,4 +237,5 @@ say() {
   echo "$part: $1. Elapsed $SECONDS s, remaining $((seconds > SECONDS ? seconds - SECONDS : 0)) s"
 }
 
-main "$@"
+# On one line, so that changes of this file do not matter while it runs.
+main "$@"; exit

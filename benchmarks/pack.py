@@ -6,7 +6,7 @@
 DIR gets manifest.json and two groups of files of at most 60 MB. packages.tar.NN
 are wheels of what training needs beside jax, flax, optax, orbax and their like,
 in the versions of requirements.txt. cifar10.tar.NN are the data as TFDS
-prepared them. INTO gets site, for PYTHONPATH, with those packages that the
+prepared them. INTO gets site-3.12, for PYTHONPATH, with those packages that the
 Python that unpacks them lacks; and tensorflow_datasets, for TFDS_DATA_DIR. The
 parts may come a few at a time, each time with the manifest: --unpack keeps them
 until a group is complete. Needs nothing but Python and pip.
@@ -216,7 +216,7 @@ def unpack(folder: Path, into: Path) -> None:
     ):
       archive.extractall(target, filter="data")
     if group == "packages":
-      install(target, into / "site")
+      install(target, into / f"site-{here}")
     for part in kept:
       (incoming / part["name"]).unlink()
     done.write_text(json.dumps(parts), "utf-8")
