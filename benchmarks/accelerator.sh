@@ -98,6 +98,7 @@ fail() {
 }
 
 # Ctrl-C: the part saves what it has, and nothing else is started.
+# shellcheck disable=SC2317,SC2329  # The trap calls it.
 stop() {
   trap '' INT TERM HUP
   if [[ -n $child ]]; then
