@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import json
 import os
+from pathlib import Path
 import platform
 import sys
 import time
@@ -19,7 +21,9 @@ import tqdm
 from convmixer_jax import cli
 from convmixer_jax import models
 from convmixer_jax import runtime
+from convmixer_jax import workdir
 from convmixer_jax.errors import UserError
+from convmixer_jax.ops import native
 
 
 def define_model(
@@ -84,6 +88,49 @@ def define_json(flag_values: cli.Flags) -> flags.FlagHolder:
   """Defines --json."""
   text = "Print a JSON object instead of a table: --json."
   return flag_values.boolean("json", text)
+
+
+def define_out(flag_values: cli.Flags) -> flags.FlagHolder:
+  """Defines --out, the file of `save`."""
+  return flag_values.string(
+    "out",
+    "A JSON file that is written as soon as there are results, and is complete"
+    " when its field 'complete' is true: --out result.json.",
+  )
+
+
+def save(
+  record: Mapping[str, Any], path: str | None, complete: bool = True
+) -> None:
+  """Replaces the file at `path`, if that is not None."""
+  if path is None:
+    return
+  try:
+    text = json.dumps({**record, "complete": complete}, indent=2) + "\n"
+    workdir.write_whole(Path(path), text)
+  except OSError as e:
+    raise UserError(f"--out={path}: {e.strerror}") from e
+
+
+def saved(path: str | None, field: str) -> dict[str, Any]:
+  """What `save` wrote earlier, if it has that field; else {}."""
+  try:
+    record = json.loads(Path(path or os.devnull).read_text("utf-8"))
+  except (FileNotFoundError, json.JSONDecodeError):
+    return {}
+  except OSError as e:
+    raise UserError(f"--out={path}: {e.strerror}") from e
+  return record if isinstance(record, dict) and field in record else {}
+
+
+def implementations_here() -> list[str]:
+  """What `ops.depthwise_conv` accepts on this platform, without 'auto'."""
+  here = jax.default_backend()
+  return [
+    name
+    for name in native.IMPLEMENTATIONS
+    if name != "auto" and (here == "cpu" or name not in ("native", "shift"))
+  ]
 
 
 def title(model: nn.Module) -> str:

@@ -11,17 +11,15 @@ AdamW and BatchNorm's update, without augmentation. With --against torch,
 PyTorch does the same work on the same arrays in the same rounds: both memory
 formats, eager and under torch.compile. Of these, the ways that take twice as
 long as the best in the first round are dropped. Models other than ConvMixer are
-timm's. The benchmark fails if the results of both sides do not agree.
+timm's. In bfloat16, PyTorch's models run under autocast or with weights of
+bfloat16, whichever is faster when it is not compiled. The benchmark fails if
+the results of both sides do not agree.
 """
 
 import contextlib
 import functools
 import json
 import operator
-from pathlib import Path
-import subprocess
-import sys
-import tempfile
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +27,17 @@ import numpy as np
 
 import benchmarks
 from benchmarks import layers
+from benchmarks import peer as peer_lib
 from benchmarks import work
 from convmixer_jax import cli
 from convmixer_jax import models
+from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
+from convmixer_jax.ops import native
 
-WAYS = ("contiguous", "channels_last", "contiguous compiled",
-        "channels_last compiled")  # fmt: skip
+_OURS = "ours"  # The row of the first of --implementation.
 _WARMUP = 3  # Rounds that are not counted, while allocators settle.
-_PAUSE = 0.3  # Seconds in which the threads of the other side go to sleep.
+_LEAST = 0.1  # Seconds; on accelerators shorter work is timed several times.
 _MOST_LAYERS = 40  # In the output of --profile.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
@@ -51,18 +51,18 @@ _MODE = _FLAGS.enum(
   "train",
   enum_values=work.MODES,
 )
-_IMPLEMENTATION = _FLAGS.enum(
+_IMPLEMENTATION = _FLAGS.words(
   "implementation",
-  "Implementation of our operations: --implementation xla is plain Flax.",
-  enum_values=["auto", "xla", "shift", "native"],
+  "Implementations of our operations, of which the first is compared with"
+  " PyTorch: --implementation auto,xla. Of"
+  f" {', '.join(native.IMPLEMENTATIONS)}; xla is plain Flax. --implementation"
+  " all is auto and all others that this platform has.",
+  "auto",
 )
-_AGAINST = _FLAGS.enum(
-  "against",
-  "--against torch also times PyTorch, alternating with ours.",
-  enum_values=["torch"],
-)
+_AGAINST = peer_lib.define_against(_FLAGS)
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)
+_OUT = benchmarks.define_out(_FLAGS)
 _PROFILE = _FLAGS.string(
   "profile",
   "Folder for a trace of three more runs, for TensorBoard or Perfetto:"
@@ -72,34 +72,14 @@ _PROFILE = _FLAGS.string(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  model, batch, size = _MODEL(implementation=_IMPLEMENTATION.value)
-  run, arrays, flops = work.make_work(_MODE.value, model, batch, size)
-  result = np.asarray(jax.tree.leaves(jax.block_until_ready(run()))[0])
-
-  timed = functools.partial(
-    benchmarks.by_turns, timer=operator.call, pause=_PAUSE
-  )
-  timers = {"ours": functools.partial(benchmarks.seconds, run)}
-  versions = {}
-  with contextlib.ExitStack() as stack:
-    if _AGAINST.value:
-      folder = stack.enter_context(tempfile.TemporaryDirectory())
-      peer = _start_peer(Path(folder), model, arrays, size)
-      stack.callback(peer.kill)
-      versions = json.loads(_answer(peer))
-      _check(Path(folder), result, TOLERANCE[jnp.dtype(model.dtype).name])
-      timers |= {way: lambda way=way: float(_answer(peer, way)) for way in WAYS}
-      first = timed(timers, 1, warmup=0)
-      timers = {way: timers[way] for way in _fast_enough(first)}
-    times = timed(timers, _REPEATS.value, warmup=_WARMUP)
-  rows = {
-    way: {
-      "seconds": benchmarks.summary(values),
-      "images_per_second": benchmarks.digits(batch / np.median(values)),
-      "gflop_per_second": benchmarks.digits(flops / np.median(values) / 1e9),
-    }
-    for way, values in times.items()
-  }
+  names = _implementations()
+  works = {}
+  for way, name in names.items():
+    own = None if name == "auto" else name  # None suits all families.
+    model, batch, size = _MODEL(implementation=own)
+    works[way] = work.make_work(_MODE.value, model, batch, size)
+  _, arrays, flops = works[_OURS]
+  rows = {}
   record = {
     "mode": _MODE.value,
     "model": benchmarks.title(model),
@@ -107,37 +87,127 @@ def main() -> None:
     "image_size": size,
     "repeats": _REPEATS.value,
     "rows": rows,
-  }
-  if _AGAINST.value:
-    best = min(
-      (way for way in times if way != "ours"),
-      key=lambda way: np.median(times[way]),
+  } | benchmarks.provenance()
+  timers, results = {}, {}
+
+  def add(way, make):
+    """Prepares one way to do the work; its speed so far goes to --out."""
+    try:
+      results[way], facts, timers[way] = make()
+      rows[way] = facts | {"difference": _difference(results, way)}
+      if _OUT.value:
+        times = [timers[way]() for _ in range(3)]
+        rows[way] |= _speed(times, batch, flops)
+    except Exception as e:  # Of a compiler, or out of memory.
+      if way == _OURS:
+        raise
+      timers.pop(way, None)
+      rows[way] = {"failed": first_line(e)[:300]}
+    benchmarks.save(record, _OUT.value, complete=False)
+
+  with contextlib.ExitStack() as stack:
+    for way, (run, *_) in works.items():
+      add(way, functools.partial(_make_ours, run))
+    if peer := peer_lib.start(_AGAINST.value):
+      stack.enter_context(peer)
+      record |= peer.facts
+      peer.load(*_work_of_peer(model, arrays, size))
+      for way in peer_lib.WAYS:
+        add(way, functools.partial(_make_theirs, peer, way))
+    timed = functools.partial(
+      benchmarks.by_turns, timer=operator.call, pause=peer_lib.pause(peer)
     )
-    ratios = np.divide(times[best], times["ours"])
-    ratio = np.median(times[best]) / np.median(times["ours"])
+    if peer:
+      kept = _fast_enough(timed(timers, 1, warmup=0))
+      for way in timers.keys() - kept:
+        rows[way]["dropped"] = True
+      timers = {way: timers[way] for way in kept}
+    times = timed(timers, _REPEATS.value, warmup=_WARMUP)
+  for way, values in times.items():
+    rows[way] |= _speed(values, batch, flops)
+  if best := min(
+    (way for way in times if way in peer_lib.WAYS),
+    key=lambda way: np.median(times[way]),
+    default=None,
+  ):
+    ratios = np.divide(times[best], times[_OURS])
+    ratio = np.median(times[best]) / np.median(times[_OURS])
     record["faster_way"] = best
     record["ratio"] = benchmarks.digits(ratio)
     record["ratio_of_each_repeat"] = benchmarks.summary(ratios)
   if _PROFILE.value:
-    ms = layers.milliseconds(run, _PROFILE.value)
+    ms = layers.milliseconds(works[_OURS][0], _PROFILE.value)
     record["milliseconds_of_layers"] = {
       name: benchmarks.digits(ms[name]) for name in [*ms][:_MOST_LAYERS]
     }
-  record |= benchmarks.provenance() | versions
+  benchmarks.save(record, _OUT.value)
   if _JSON.value:
     print(json.dumps(record, indent=2))
   else:
     _print_table(record)
+  _check(rows, TOLERANCE[jnp.dtype(model.dtype).name])
+
+
+def _implementations():
+  """Name of a row -> the implementation of our operations in it."""
+  names = _IMPLEMENTATION.value
+  if names == ["all"]:
+    auto = native.chosen("auto", jnp.float32)
+    names = [
+      "auto",
+      *(n for n in benchmarks.implementations_here() if n != auto),
+    ]
+  for name in names:
+    if name not in native.IMPLEMENTATIONS:
+      raise UserError(
+        f"--implementation={name}: must be all, or of"
+        f" {', '.join(native.IMPLEMENTATIONS)}"
+      )
+  return {_OURS: names[0], **{f"{_OURS}, {name}": name for name in names[1:]}}
+
+
+def _make_ours(run):
+  """The first result, what to record, and a function that times a call."""
+  result = np.asarray(jax.tree.leaves(jax.block_until_ready(run()))[0])
+  calls = _calls(lambda: benchmarks.seconds(run))
+  return result, {}, lambda: benchmarks.seconds(run, calls)
+
+
+def _make_theirs(peer, way):
+  answer, results = peer.make(way)
+  if "error" in answer:
+    raise RuntimeError(answer["error"])
+  calls = _calls(lambda: peer.seconds(way))
+  return results[0], answer, lambda: peer.seconds(way, calls)
+
+
+def _calls(timer):
+  """How many calls to time at once, so that Python's part does not count."""
+  if jax.default_backend() == "cpu":
+    return 1
+  return max(1, int(_LEAST / timer()))
+
+
+def _speed(times, batch, flops):
+  return {
+    "seconds": benchmarks.summary(times),
+    "images_per_second": benchmarks.digits(batch / np.median(times)),
+    "gflop_per_second": benchmarks.digits(flops / np.median(times) / 1e9),
+  }
 
 
 def _fast_enough(times):
   """Ours, and PyTorch's ways that take less than twice the time of its best."""
-  best = min(times[way] for way in WAYS)
-  return [way for way in times if way == "ours" or times[way] < 2 * best]
+  theirs = [times[way] for way in times if way in peer_lib.WAYS]
+  return [
+    way
+    for way in times
+    if way not in peer_lib.WAYS or times[way] < 2 * min(theirs)
+  ]
 
 
-def _start_peer(folder, model, arrays, image_size):
-  """Starts `torch_peer` on the same arrays."""
+def _work_of_peer(model, arrays, image_size):
+  """The arguments of `Peer.load`."""
   # Imported here, since it needs safetensors, which not every machine has.
   from convmixer_jax import interop
 
@@ -145,26 +215,14 @@ def _start_peer(folder, model, arrays, image_size):
   if variables := arrays.pop("variables", None):
     weights = interop.to_torch(variables)
     arrays |= {f"w.{name}": value for name, value in weights.items()}
-  settings = {
-    "mode": _MODE.value,
-    "dtype": jnp.dtype(model.dtype).name,
-    "ways": WAYS,
-  }
+  settings = {"mode": _MODE.value, "dtype": jnp.dtype(model.dtype).name}
   if isinstance(model, models.ConvMixer):
     settings["activation"] = model.activation
     settings["sizes"] = [model.dim, model.depth, model.patch_size,
                          model.kernel_size, model.num_classes]  # fmt: skip
   else:
     settings["timm"] = _timm_model(model, image_size)
-  (folder / "work.json").write_text(json.dumps(settings), "utf-8")
-  np.savez(folder / "work.npz", **arrays)
-  return subprocess.Popen(
-    # By path: as a module it would import this package, and with it jax.
-    [sys.executable, "-P", Path(__file__).with_name("torch_peer.py"), folder],
-    stdin=subprocess.PIPE,
-    stdout=subprocess.PIPE,
-    text=True,
-  )
+  return settings, arrays
 
 
 def _timm_model(model, image_size):
@@ -186,24 +244,20 @@ def _timm_model(model, image_size):
   return name, options
 
 
-def _answer(peer, way=None):
-  if way is not None:
-    print(way, file=peer.stdin, flush=True)
-  if line := peer.stdout.readline():
-    return line
-  raise UserError(
-    "--against=torch: PyTorch's process failed; see its messages above"
-  )
+def _difference(results, way):
+  """From our result, relative to its largest value."""
+  ours = results[_OURS].astype(np.float32)
+  difference = np.abs(results[way].astype(np.float32) - ours).max()
+  return benchmarks.digits(difference / np.abs(ours).max())
 
 
-def _check(folder, ours, tolerance):
-  for way in WAYS:
-    theirs = np.load(folder / f"{way}.npy")
-    error = np.abs(ours - theirs).max() / np.abs(theirs).max()
-    if not error <= tolerance:
+def _check(rows, tolerance):
+  """Raises RuntimeError unless all ways gave the same result."""
+  for way, row in rows.items():
+    if not row.get("difference", 0) <= tolerance:
       raise RuntimeError(
-        f"PyTorch, {way}: results differ by {error:.1e} of the largest value;"
-        f" at most {tolerance:.0e} is expected"
+        f"{way}: the result differs from ours by {row['difference']:.1e} of the"
+        f" largest value; at most {tolerance:.0e} is expected"
       )
 
 
@@ -212,6 +266,10 @@ def _print_table(record):
   columns = ("images/s", "ms", "min", "max", "GFLOP/s")
   print(" " * 24 + "".join(f"{column:>10}" for column in columns))
   for way, row in record["rows"].items():
+    if "seconds" not in row:
+      if "failed" in row:
+        print(f"{way:24}  failed: {row['failed']}")
+      continue
     ms = [1e3 * value for value in row["seconds"].values()]
     values = (row["images_per_second"], *ms, row["gflop_per_second"])
     print(f"{way:24}" + "".join(f"{value:10.4g}" for value in values))

@@ -132,7 +132,11 @@ def test_a_failure_of_a_worker_is_the_script_s(pod):
 def test_shellcheck():
   if not shutil.which("shellcheck"):
     pytest.skip("NO SHELLCHECK: apt-get install shellcheck")
-  scripts = [TPU_POD, common.ROOT / ".ci" / "run"]
+  scripts = [
+    TPU_POD,
+    common.ROOT / ".ci" / "run",
+    common.ROOT / "benchmarks" / "accelerator.sh",
+  ]
   done = subprocess.run(
     ["shellcheck", *scripts], capture_output=True, text=True, check=False
   )
