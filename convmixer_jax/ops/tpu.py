@@ -109,7 +109,12 @@ def _specs(at: Steps):
 
 
 def _call(kernel, at: Steps, images, args, results, scratch, interpret):
-  """Runs a kernel; args and results are (array or shape, block) each."""
+  """Runs a kernel; args and results are (array or shape, block) each.
+
+  `plan` knows the kernels by their names.
+  """
+  activation = kernel.keywords["activation"]
+  name = kernel.func.__name__ + (f"_{activation}" if activation else "")
   *_, batch, channels = images.shape
   arrays, in_specs = zip(*args)
   shapes, out_specs = zip(*results)
@@ -123,6 +128,7 @@ def _call(kernel, at: Steps, images, args, results, scratch, interpret):
     compiler_params=pltpu.CompilerParams(
       vmem_limit_bytes=_VMEM, dimension_semantics=("parallel", "arbitrary")
     ),
+    name=f"depthwise_{name}",
     interpret=interpret,
   )(*arrays)
 

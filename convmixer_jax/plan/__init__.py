@@ -71,8 +71,9 @@ def plan(
     traffic = program.bytes()
     collectives = cost.by_cause(program.collectives())
     if chip is not None:
+      kernels = cost.kernel_cycles(traced.jaxpr.jaxpr, count)
       seconds = cost.step_seconds(
-        chip, flops, traffic, collectives, program.cycles()
+        chip, flops, traffic, collectives, program.cycles(), kernels
       )
       hours = {
         name: seconds[name] * recipe.total_steps / 3600

@@ -21,30 +21,78 @@ _CAUSES = (
 )
 
 
+# Of ops.tpu's kernels, VLIW bundles that libtpu 0.0.42.1 schedules for a v5e: of
+# a step, and once for each 128 channels. A core issues one a cycle, in order.
+# They are those of 128 lanes and a window of 384 pixels, as all of the paper's
+# models have. Source: python -m benchmarks.tpu_kernels.
+_BUNDLES = {
+  "depthwise_forward": (17_736, 10_128),
+  "depthwise_forward_relu": (20_345, 10_080),
+  "depthwise_forward_gelu": (30_143, 10_080),
+  "depthwise_backward": (32_410, 25_472),
+  "depthwise_backward_relu": (38_042, 25_648),
+  "depthwise_backward_gelu": (46_445, 24_080),
+}
+
+
 def flops(jaxpr: core.Jaxpr) -> int:
   """FLOPs of all products and convolutions, on all devices together.
 
   A multiply-add is two. Loops count as often as they run.
   """
-  total, used = 0, {v for v in jaxpr.outvars if isinstance(v, core.Var)}
-  for eqn in reversed(jaxpr.eqns):
-    if used.isdisjoint(eqn.outvars):
-      continue  # jax.vjp leaves unused operations, which XLA drops too.
-    used.update(v for v in eqn.invars if isinstance(v, core.Var))
+
+  def count(eqn):
     if eqn.primitive.name == "dot_general":
       (contracted, _), _ = eqn.params["dimension_numbers"]
-      total += _multiply_adds(eqn.outvars[0], eqn.invars[0], contracted)
-    elif eqn.primitive.name == "conv_general_dilated":
+      return _multiply_adds(eqn.outvars[0], eqn.invars[0], contracted)
+    if eqn.primitive.name == "conv_general_dilated":
       _, *contracted = eqn.params["dimension_numbers"].rhs_spec
-      total += _multiply_adds(eqn.outvars[0], eqn.invars[1], contracted)
+      return _multiply_adds(eqn.outvars[0], eqn.invars[1], contracted)
+    return None
+
+  return _total(jaxpr, count)
+
+
+def kernel_cycles(jaxpr: core.Jaxpr, devices: int) -> float:
+  """Cycles of ops.tpu's kernels on each of the devices; see `_BUNDLES`.
+
+  Other chips are assumed to need as many.
+  """
+
+  def count(eqn):
+    if eqn.primitive.name != "pallas_call":
+      return None
+    name = eqn.params["name"].replace("identity", "relu")
+    step, once = _BUNDLES[name]
+    channels, steps = eqn.params["grid_mapping"].grid
+    return channels * (steps / devices * step + once)
+
+  return _total(jaxpr, count)
+
+
+def _total(jaxpr, count):
+  """Sums count(equation) over a program.
+
+  Where that is None, it is the sum of what the equation calls.
+  """
+  total, used = 0, {v for v in jaxpr.outvars if isinstance(v, core.Var)}
+  for eqn in reversed(jaxpr.eqns):
+    if used.isdisjoint(eqn.outvars) and not eqn.effects:
+      continue  # jax.vjp leaves unused operations, which XLA drops too.
+    used.update(v for v in eqn.invars if isinstance(v, core.Var))
+    own = count(eqn)
+    if own is not None:
+      total += own
+      continue
+    inner = [_total(j, count) for j in core.jaxprs_in_params(eqn.params)]
+    if eqn.primitive.name == "cond":
+      # The branches are one operation, written for several platforms. Where a
+      # branch calls C++, its FLOPs are not visible.
+      total += max(inner)
+    elif eqn.primitive.name == "pallas_call":
+      total += math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
     else:
-      inner = [flops(j) for j in core.jaxprs_in_params(eqn.params)]
-      if eqn.primitive.name == "cond":
-        # The branches are one operation, written for several platforms. Where
-        # a branch calls C++, its FLOPs are not visible.
-        total += max(inner)
-      else:
-        total += eqn.params.get("length", 1) * sum(inner)
+      total += eqn.params.get("length", 1) * sum(inner)
   return total
 
 
@@ -80,12 +128,14 @@ def step_seconds(
   num_bytes: int,
   collectives: Iterable[dict[str, Any]],
   cycles: int | None,
+  kernel_cycles: float = 0.0,
 ) -> dict[str, float]:
   """Lower bounds of a step's time by resource, and `at_best`, the largest.
 
   FLOPs, bytes of memory traffic and `collectives` (see `by_cause`) are of one
-  device. `cycles` is the compiler's estimate, which leaves out exchanges; if it
-  is not None, the result has `compiler_estimate` too.
+  device. `cycles` is the compiler's estimate, which leaves out exchanges and
+  kernels; if it is not None, the result has `compiler_estimate` too, and
+  `kernels`, the part of it that is theirs.
   """
   sent = sum(row["sent_bytes"] for row in collectives)
   seconds = {
@@ -95,7 +145,9 @@ def step_seconds(
   }
   seconds["at_best"] = max(seconds.values())
   if cycles:
-    seconds["compiler_estimate"] = cycles / chip.clock + seconds["interconnect"]
+    seconds["kernels"] = kernel_cycles / chip.clock
+    estimate = cycles / chip.clock + seconds["kernels"]
+    seconds["compiler_estimate"] = estimate + seconds["interconnect"]
   return seconds
 
 

@@ -74,6 +74,8 @@ def report(result: dict[str, Any]) -> str:
       f" {_duration(seconds['compiler_estimate'])} a step; the run:"
       f" {hours['compiler_estimate']:.1f} hours"
     )
+    if seconds.get("kernels"):
+      row("of it our kernels, by their schedule", _duration(seconds["kernels"]))
   return "\n".join(lines)
 
 

@@ -1,0 +1,156 @@
+"""What the TPU compiler schedules for the kernels of ops.tpu, without a TPU.
+
+  python -m benchmarks.tpu_kernels --kind v5e --json
+
+A TPU's core issues one VLIW bundle a cycle, in order. So the bundles of a step,
+times the steps, over the clock rate, is the time of a kernel's arithmetic if it
+does not wait for memory. Beside it stand the times of its bytes at the memory's
+full bandwidth and of its products at the peak rate; it needs the largest of the
+three. These are estimates: nothing runs. Needs libtpu, and no TPU.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+import re
+import tempfile
+
+import jax
+from jax.experimental import topologies
+import jax.numpy as jnp
+
+import benchmarks
+from convmixer_jax import cli
+from convmixer_jax.ops import tpu
+from convmixer_jax.plan import cost
+from convmixer_jax.plan import topology
+
+SHAPES = [  # B, H, W, C, k, activation
+  (64, 32, 32, 1536, 9, "gelu"),
+  (64, 32, 32, 768, 7, "relu"),
+  (64, 16, 16, 256, 5, "gelu"),
+]
+KERNELS = ("forward", "backward")
+
+_FLAGS = cli.Flags()
+_KIND = _FLAGS.string("kind", "v5e or v6e: --kind v6e.", "v5e")
+_JSON = benchmarks.define_json(_FLAGS)
+
+
+def main() -> None:
+  """Compiles each kernel for one chip and reads its schedule."""
+  with tempfile.TemporaryDirectory() as folder:
+    os.environ["LIBTPU_INIT_ARGS"] = (
+      f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    )
+    devices = topology.open_topology(f"{_KIND.value}:1x1")
+    jax.config.update("jax_enable_compilation_cache", False)
+    rows = [
+      _row(Path(folder), devices, shape, name, fused)
+      for shape in SHAPES
+      for name in KERNELS
+      for fused in (False, True)
+    ]
+  if _JSON.value:
+    print(json.dumps({"rows": rows} | benchmarks.provenance(), indent=2))
+    return
+  print(f"{'kernel':26}{'shape':26}k  bundles: step, once     ms: "
+        "schedule  bytes  products")  # fmt: skip
+  for row in rows:
+    print(
+      f"{row['kernel']:26}{row['shape']!s:26}{row['k']}"
+      f" {row['step']:12,.0f} {row['once']:9,.0f}"
+      f" {row['schedule_ms']:16.3f} {row['bytes_ms']:6.3f}"
+      f" {row['products_ms']:9.3f}"
+    )
+
+
+def _row(folder, devices, shape, name, fused):
+  *image, k, activation = shape
+  batch, height, width, channels = image
+  sharding = jax.sharding.SingleDeviceSharding(devices[0])
+  array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
+    shape, dtype, sharding=sharding
+  )
+  maps, kernel = array(height, width, batch, channels), array(k, k, channels)
+  bias = array(channels, dtype=jnp.float32)
+  by_image = array(batch, channels, dtype=jnp.float32)
+  if name == "forward":
+    args = (maps, kernel, bias) if fused else (maps, kernel)
+    function = tpu.forward
+    if fused:
+      function = functools.partial(function, activation=activation)
+  else:
+    args, function = (maps, kernel, maps), tpu.backward
+    if fused:
+      norm = tpu.Norm(maps, bias, by_image, by_image, by_image)
+      args = *args, norm
+      function = functools.partial(
+        function, activation=activation, residual=True
+      )
+  for path in folder.glob("*"):
+    path.unlink()
+  traced = jax.jit(function).trace(*args)
+  text = traced.lower().compile().as_text()
+  call = next(x for x in text.splitlines() if "tpu_custom_call" in x)
+  called = re.search(r"%([\w.-]+) = ", call)[1]
+  step, once = _bundles(folder, called)
+  chip = topology.CHIPS[devices[0].device_kind]
+  blocks, steps = channels // 128, _steps(traced)
+  moved = sum(_bytes(a) for a in jax.tree.leaves((args, traced.out_info)))
+  return {
+    "kernel": name + (f", {activation}, BatchNorm" if fused else ""),
+    "shape": image,
+    "k": k,
+    "step": step,
+    "once": once,
+    "schedule_ms": 1e3 * blocks * (steps * step + once) / chip.clock,
+    "bytes_ms": 1e3 * moved / chip.bandwidth,
+    "products_ms": 1e3 * cost.flops(traced.jaxpr.jaxpr) / chip.flops,
+  }
+
+
+def _bytes(array):
+  return array.size * array.dtype.itemsize
+
+
+def _steps(traced):
+  """Steps of the kernel for each block of channels."""
+  grid = re.search(r"grid=\((\d+), (\d+)\)", str(traced.jaxpr))
+  return int(grid[2])
+
+
+def _bundles(folder, name):
+  """Bundles of a step, and of what is done once for a block of channels.
+
+  The kernel's loops are, in the order of the code: the bands; the arrays that
+  are read; the channels; the array that is written; and in the backward kernel
+  the sums of the kernel's gradient. See tpu_kernels for their unrolling.
+  """
+  (path,) = (
+    path
+    for path in folder.glob(f"*-{name}-*final_bundles.txt")
+    if "analysis" not in path.name
+  )
+  loops, begin, total = [], None, 0
+  for line in path.read_text().splitlines():
+    bundle = re.match(r" *(0x[0-9a-f]+|0) *(LB)? *: (>*)", line)
+    if bundle is None:
+      continue
+    total = int(bundle[1], 16) + 1
+    if bundle[2] and len(bundle[3]) == 2:
+      begin = total - 1
+    elif begin is not None and re.search(r"sbr.rel \(!%p", line):
+      loops.append(total + 4 - begin)  # And four that follow the branch.
+      begin = None
+  bands, *reads_and_channels = loops
+  backward = name.startswith("backward") or len(loops) > 4
+  sums = reads_and_channels.pop() if backward else 0
+  *reads, channels, write = reads_and_channels
+  step = 4 * (sum(reads) + write) + 8 * channels + total - sum(loops)
+  return step, 16 * (bands + sums)
+
+
+if __name__ == "__main__":
+  cli.run(main, _FLAGS, only_prints=True)
