@@ -126,10 +126,9 @@ def saved(path: str | None, field: str) -> dict[str, Any]:
 def implementations_here() -> list[str]:
   """What `ops.depthwise_conv` accepts on this platform, without 'auto'."""
   here = jax.default_backend()
+  platforms = {"auto": None, "native": "cpu", "shift": "cpu", "pallas": "tpu"}
   return [
-    name
-    for name in native.IMPLEMENTATIONS
-    if name != "auto" and (here == "cpu" or name not in ("native", "shift"))
+    name for name in native.IMPLEMENTATIONS if here == platforms.get(name, here)
   ]
 
 

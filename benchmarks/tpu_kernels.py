@@ -17,7 +17,6 @@ import re
 import tempfile
 
 import jax
-from jax.experimental import topologies
 import jax.numpy as jnp
 
 import benchmarks

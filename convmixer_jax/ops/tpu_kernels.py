@@ -74,29 +74,26 @@ def _bits(x):
   return pltpu.bitcast(x.astype(jnp.float32), WORD)
 
 
-def _place(i, at: Steps):
-  """Row and column within a group of word i's first pixel."""
+def _places(i, at: Steps):
+  """Row and column of each pixel of word i, in every group."""
   i = i * at.per_word
-  return lax.shift_right_logical(i, at.row.bit_length() - 1), i & (at.row - 1)
+  line = lax.shift_right_logical(i, at.row.bit_length() - 1)
+  column = i & (at.row - 1)
+  lines = [group * at.rows + line for group in range(at.groups)]
+  return [[(y, column + n) for y in lines] for n in range(at.per_word)]
 
 
 def _for(count, body, unroll):
   lax.fori_loop(0, count, lambda i, _: body(i), None, unroll=unroll)
 
 
-def _grouped(ref, at: Steps):
-  return ref.reshape(at.groups, at.rows, *ref.shape[1:])
-
-
 def _load(source, words, at: Steps, reverse=False):
   """Transposes images to channels; `reverse` reverses the pixels of a group."""
-  source = _grouped(source, at)
 
   def body(i):
-    line, column = _place(i, at)
     pixels = [
-      _bits(source[:, line, column + n].reshape(at.lanes, LANES))
-      for n in range(at.per_word)
+      _bits(jnp.concatenate([source[place] for place in places]))
+      for places in _places(i, at)
     ]
     if reverse:
       pixels, i = pixels[::-1], at.words - 1 - i
@@ -111,22 +108,21 @@ def _load(source, words, at: Steps, reverse=False):
 
 def _store(words, target, at: Steps, add=None):
   """Transposes channels to images, and adds `add`'s."""
-  target = _grouped(target, at)
-  add = None if add is None else _grouped(add, at)
 
   def body(i):
-    line, column = _place(i, at)
     rows = pl.ds(pl.multiple_of(8 * i, 8), 8)
     word = words[:, rows, :].reshape(LANES, at.lanes).T
-    for n in range(at.per_word):
-      pixel = word & WORD(0xFFFF0000) if n or at.per_word == 1 else word << 16
-      if at.per_word == 1:
-        pixel = word
+    pixels = (
+      [word] if at.per_word == 1 else [word << 16, word & WORD(0xFFFF0000)]
+    )
+    for pixel, places in zip(pixels, _places(i, at)):
       pixel = pltpu.bitcast(pixel, jnp.float32)
       pixel = pixel.reshape(at.groups, at.images, LANES)
-      if add is not None:
-        pixel += add[:, line, column + n].astype(jnp.float32)
-      target[:, line, column + n] = pixel.astype(at.dtype)
+      for group, place in enumerate(places):
+        value = pixel[group]
+        if add is not None:
+          value += add[place].astype(jnp.float32)
+        target[place] = value.astype(at.dtype)
 
   _for(at.words, body, 16)
 

@@ -21,17 +21,17 @@ _CAUSES = (
 )
 
 
-# Of ops.tpu's kernels, VLIW bundles that libtpu 0.0.42.1 schedules for a v5e: of
+# Of ops.tpu's kernels, the bundles that libtpu 0.0.42.1 schedules for a v5e: of
 # a step, and once for each 128 channels. A core issues one a cycle, in order.
 # They are those of 128 lanes and a window of 384 pixels, as all of the paper's
 # models have. Source: python -m benchmarks.tpu_kernels.
 _BUNDLES = {
-  "depthwise_forward": (17_736, 10_128),
-  "depthwise_forward_relu": (20_345, 10_080),
-  "depthwise_forward_gelu": (30_143, 10_080),
-  "depthwise_backward": (32_410, 25_472),
-  "depthwise_backward_relu": (38_042, 25_648),
-  "depthwise_backward_gelu": (46_445, 24_080),
+  "depthwise_forward": (17_896, 10_128),
+  "depthwise_forward_relu": (20_505, 10_080),
+  "depthwise_forward_gelu": (30_303, 10_080),
+  "depthwise_backward": (32_510, 25_472),
+  "depthwise_backward_relu": (38_298, 25_648),
+  "depthwise_backward_gelu": (46_701, 24_416),
 }
 
 
