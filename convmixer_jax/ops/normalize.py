@@ -63,7 +63,7 @@ def _affine_backward(static, args, _, grad):
   x, bias, scale, _, residual = args
   zeros = jnp.zeros_like(scale)
   grad_offset, grad_scale = _grad_sums(static, x, bias, zeros, grad)
-  grad_x, grad_bias = _input_grad(static, x, bias, scale, zeros, zeros, grad)
+  grad_x, grad_bias = input_grad(static, x, bias, scale, zeros, zeros, grad)
   grad_residual = None if residual is None else grad
   return grad_x, grad_bias.sum(0), grad_scale, grad_offset, grad_residual
 
@@ -138,9 +138,9 @@ def _normalized(static, x, bias, scale, offset, residual, mean, var):
 
 
 def _groups_forward(static, x, bias, scale, offset, residual, center):
-  moments = _moments(static[0], x, bias, center)
+  of_images = moments(static[0], x, bias, center)
   pixels = x.shape[1] * x.shape[2]
-  mean, var = _statistics(static[1], pixels, *moments)
+  mean, var = _statistics(static[1], pixels, *of_images)
   y = _normalized(static, x, bias, scale, offset, residual, mean, var)
   return y, mean, var
 
@@ -156,7 +156,7 @@ def _groups_backward(static, args, kept, grads):
   p, q, r, grad_scale, grad_offset = _input_grad_factors(
     static, x, bias, scale, kept, grads, one_pass
   )
-  grad_x, grad_bias = _input_grad(static[0], x, bias, p, q, r, grads[0])
+  grad_x, grad_bias = input_grad(static[0], x, bias, p, q, r, grads[0])
   return (
     grad_x,
     grad_bias.sum(0),
@@ -168,7 +168,7 @@ def _groups_backward(static, args, kept, grads):
 
 
 def _input_grad_factors(static, x, bias, scale, kept, grads, one_pass=False):
-  """p, q and r of `_input_grad`, and the gradients of scale and offset."""
+  """p, q and r of `input_grad`, and the gradients of scale and offset."""
   static, group, epsilon = static
   mean, var = kept
   grad, grad_mean, grad_var = grads
@@ -191,7 +191,7 @@ def _input_grad_factors(static, x, bias, scale, kept, grads, one_pass=False):
 
 
 # Returns y, and the groups' means and (biased) variances, [B / group, C]. The
-# last argument is None or `center` of `_moments`.
+# last argument is None or `center` of `moments`.
 groups = derivative.differentiable(
   _groups_forward, _groups_tangent, _groups_backward, keep=lambda y: y[1:]
 )
@@ -215,16 +215,16 @@ def _conv_groups_forward(static, x, kernel, bias, scale, offset):
 
   def plain(x, kernel, bias):
     y = depthwise_conv(x, kernel)
-    return y, *_moments(how, y, bias)
+    return y, *moments(how, y, bias)
 
-  y, *moments = lax.platform_dependent(
+  y, *of_images = lax.platform_dependent(
     x,
     kernel,
     bias,
     tpu=functools.partial(tpu.conv_moments, how[1]),
     default=plain,
   )
-  mean, var = _statistics(group, x.shape[1] * x.shape[2], *moments)
+  mean, var = _statistics(group, x.shape[1] * x.shape[2], *of_images)
   residual = x if residual else None
   z = _normalized(static, y, bias, scale, offset, residual, mean, var)
   return z, mean, var, y
@@ -245,7 +245,7 @@ def _conv_groups_backward(static, args, kept, grads):
   )
 
   def plain(x, kernel, grad, y, bias, p, q, r):
-    grad_y, grad_bias = _input_grad(static[0], y, bias, p, q, r, grad)
+    grad_y, grad_bias = input_grad(static[0], y, bias, p, q, r, grad)
     grad_x, grad_kernel = jax.vjp(depthwise_conv, x, kernel)[1](grad_y)
     return grad_x + grad if residual else grad_x, grad_kernel, grad_bias
 
@@ -287,7 +287,7 @@ def _dispatch(static, name, plain, *args, **attributes):
   )
 
 
-def _moments(static, x, bias, center=None):
+def moments(static, x, bias, center=None):
   """Mean and sum of squared differences from it of act(x + bias): [B, C].
 
   With `center` [C], which should be near the means, XLA needs one pass instead
@@ -326,7 +326,7 @@ def _grad_sums(static, x, bias, mean, grad, one_pass=False):
   return _dispatch(static, "grad_sums", plain, x, bias, mean, grad)
 
 
-def _input_grad(static, x, bias, p, q, r, grad):
+def input_grad(static, x, bias, p, q, r, grad):
   """(p * grad + q * act(x + bias) + r) * act'(x + bias), and sums: [B, C]."""
 
   def plain(act, x, bias, p, q, r, grad):

@@ -198,7 +198,7 @@ def _inside(at: Steps, constant):
 
 
 class Norm(NamedTuple):
-  """What follows the convolution: see `batch_norm._input_grad`."""
+  """What follows the convolution: see `normalize.input_grad`."""
 
   y: jax.Array  # The convolution's result.
   bias: jax.Array  # [C]

@@ -271,7 +271,7 @@ def backward(*refs, at: Steps, activation, residual):
   """Gradients of x and of the kernel, laid out as `at`, flipped.
 
   With an activation, grad is that of what BatchNorm made of y; see
-  `batch_norm._input_grad` for p, q and r. With `residual`, it is added to x's
+  `normalize.input_grad` for p, q and r. With `residual`, it is added to x's
   gradient.
   """
   refs = iter(refs)

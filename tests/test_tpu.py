@@ -1,0 +1,243 @@
+"""Kernels for TPUs: interpreted, against float64; and compiled by libtpu."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convmixer_jax import ops
+from convmixer_jax.ops import banded
+from convmixer_jax.ops import normalize
+from convmixer_jax.ops import tpu
+from convmixer_jax.plan import cost
+from tests import common
+from tests import test_ops
+from tests import test_plan
+
+
+def maps(x):
+  """[B, H, W, C] <-> [H, W, B, C]."""
+  return jnp.transpose(x, (1, 2, 0, 3))
+
+
+def images(x):
+  return np.transpose(np.asarray(x, np.float64), (2, 0, 1, 3))
+
+
+def inputs(shape, dtype):
+  *image, k = shape
+  x, grad = (test_ops.normal(i, *image, dtype=dtype) for i in range(2))
+  return x, test_ops.normal(2, k, k, image[-1], dtype=dtype), grad
+
+
+# B, H, W, C, k: even and odd k; maps that fill groups of rows, and do not, and
+# are smaller than the kernel; windows of one, two, three and more groups.
+SHAPES = [
+  (3, 5, 9, 5, 4),
+  (2, 32, 32, 2, 9),
+  (9, 3, 3, 130, 5),
+  (2, 9, 40, 3, 8),
+  (20, 16, 16, 3, 1),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", SHAPES)
+def test_kernels_against_float64(shape):
+  x, kernel, grad = inputs(shape, jnp.float32)
+  (y,) = tpu.forward(maps(x), kernel, interpret=True)
+  grads = tpu.backward(maps(x), kernel, maps(grad), interpret=True)
+  expected = test_ops.exact_vjp(x, kernel, grad)
+  common.assert_close(images(y), test_ops.exact(x, kernel), 1e-6)
+  common.assert_close(images(grads[0]), expected[0], 2e-6)
+  common.assert_close(np.float64(grads[1]), expected[1], 2e-6)
+
+
+def check_with_norm(shape, activation, dtype, tolerance):
+  """Against the composition of the convolution and BatchNorm's functions."""
+  x, kernel, grad = inputs(shape, dtype)
+  batch, channels = len(x), x.shape[-1]
+  bias = test_ops.normal(3, channels)
+  p, q, r = (test_ops.normal(i, batch, channels) for i in (4, 5, 6))
+  y, *moments = tpu.forward(maps(x), kernel, bias, activation, interpret=True)
+  norm = tpu.Norm(y, bias, p, q, r)
+  ours = tpu.backward(
+    maps(x),
+    kernel,
+    maps(grad),
+    norm,
+    activation,
+    residual=True,
+    interpret=True,
+  )
+
+  y = jnp.transpose(y, (2, 0, 1, 3))
+  common.assert_close(
+    np.float64(y), test_ops.exact(x, kernel), max(tolerance, 1e-6)
+  )
+  how = "xla", activation
+  for mine, golden in zip(moments, normalize.moments(how, y, bias)):
+    common.assert_close(mine, golden, 2e-5)
+  grad_y, grad_bias = normalize.input_grad(how, y, bias, p, q, r, grad)
+  grad_x, grad_kernel = test_ops.exact_vjp(x, kernel, grad_y)
+  common.assert_close(images(ours[0]), grad_x + np.float64(grad), tolerance)
+  common.assert_close(np.float64(ours[1]), grad_kernel, tolerance)
+  common.assert_close(ours[2], grad_bias, 2e-5)
+
+
+# The interpreter's reciprocal has 8 bits, of which a step of Newton's method
+# makes 16; a TPU's has more.
+def test_kernels_with_a_norm():
+  check_with_norm((17, 5, 8, 3, 4), "gelu", jnp.bfloat16, 1e-2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("activation", ["gelu", "relu", "identity"])
+def test_kernels_with_a_norm_in_float32(activation):
+  check_with_norm((3, 5, 9, 5, 4), activation, jnp.float32, 2e-5)
+
+
+@pytest.mark.parametrize(
+  ("shape", "dtype", "norm", "expected"),
+  [
+    ((64, 32, 32, 1536, 9), jnp.bfloat16, True, True),
+    ((64, 16, 16, 256, 5), jnp.bfloat16, True, True),
+    ((64, 32, 32, 1536, 9), jnp.float32, False, True),
+    ((64, 32, 32, 1536, 9), jnp.float32, True, False),  # Of memory.
+    ((1, 7, 5, 3, 4), jnp.bfloat16, True, True),
+    ((1, 256, 256, 3, 4), jnp.bfloat16, False, False),
+    ((1, 8, 8, 3, 4), jnp.float16, False, False),
+    ((0, 8, 8, 3, 4), jnp.bfloat16, False, False),
+  ],
+)
+def test_what_has_kernels(shape, dtype, norm, expected):
+  *image, k = shape
+  x = jax.ShapeDtypeStruct(image, dtype)
+  kernel = jax.ShapeDtypeStruct((k, k, image[-1]), dtype)
+  kernel = jnp.zeros(kernel.shape, dtype)
+  assert tpu.supported(x, kernel, norm) == expected
+
+
+def train_step(implementation, x, kernel, args):
+  """A residual block's first half: its value, averages and gradients."""
+  module = ops.BatchNorm(
+    group_size=2, activation="gelu", implementation=implementation
+  )
+  variables = module.init(jax.random.key(0), x, False)
+
+  def loss(x, kernel, bias, params):
+    conv = ops.Convolution(ops.depthwise_conv, kernel, bias)
+    y, new = module.apply(
+      variables | {"params": params},
+      x,
+      True,
+      conv=conv,
+      residual=x,
+      mutable=["batch_stats"],
+    )
+    return jnp.sin(y).sum(), new
+
+  args = x, kernel, args[0], {"scale": args[1], "bias": args[2]}
+  grad = jax.value_and_grad(loss, range(4), has_aux=True)
+  return grad(*args), jax.jvp(lambda *a: loss(*a)[0], args, args)
+
+
+def test_a_fused_train_step_where_there_is_no_tpu(monkeypatch):
+  """By the same derivatives around it, with XLA's or native.cc's operations."""
+  monkeypatch.setattr(tpu, "supported", lambda *args, **kwargs: True)
+  x, kernel, _ = inputs((4, 5, 6, 3, 3), jnp.float32)
+  args = [test_ops.normal(i, 3) for i in range(4, 7)]
+  ours = jax.jit(train_step, static_argnums=0)("pallas", x, kernel, args)
+  expected = train_step("xla", x, kernel, args)
+  assert common.tree_error(ours, expected) < 5e-6
+
+
+def test_one_pass_statistics_far_from_the_center():
+  """Of values around 30 with a spread of 1: 1000 times its square is lost."""
+  x = test_ops.normal(0, 4, 6, 5, 3) + 30
+  how, bias = ("pallas", "identity"), jnp.zeros(3)
+  x64 = np.float64(x)
+  for center, tolerance in ((0, 2e-4), (29, 2e-6)):
+    with ops.portable():
+      mean, squares = normalize.moments(how, x, bias, jnp.full(3, center))
+    common.assert_close(mean, x64.mean((1, 2)), 1e-6)
+    exact = np.square(x64 - x64.mean((1, 2), keepdims=True)).sum((1, 2))
+    common.assert_close(squares, exact, tolerance)
+
+
+def test_products_are_counted():
+  """Of every loop and step of the kernels, and their schedules."""
+  x = jax.ShapeDtypeStruct((64, 32, 32, 256), jnp.bfloat16)
+  kernel = jax.ShapeDtypeStruct((9, 9, 256), jnp.bfloat16)
+  op = lambda *args: ops.depthwise_conv(*args, implementation="pallas")
+  both = lambda x, kernel: jax.vjp(op, x, kernel)[1](x)
+  product = 2 * 64 * 32 * 32 * 256 * 384
+  for function, products in ((op, 1), (both, 2)):
+    jaxpr = jax.jit(function).trace(x, kernel).jaxpr.jaxpr
+    assert cost.flops(jaxpr) == products * product
+    one, four = (cost.kernel_cycles(jaxpr, n) for n in (1, 4))
+    assert one / 4 < four < one
+
+
+def test_wide_maps_are_banded_too():
+  x, kernel, grad = inputs((1, 2, 200, 2, 3), jnp.float32)
+  common.assert_close(
+    banded.forward(x, kernel), test_ops.exact(x, kernel), 1e-6
+  )
+  for ours, golden in zip(
+    banded.gradients(x, kernel, grad), test_ops.exact_vjp(x, kernel, grad)
+  ):
+    common.assert_close(np.float64(ours), golden, 2e-6)
+
+
+SCRIPT = """
+import json, os, sys
+from convmixer_jax.plan import topology
+kind, norm = sys.argv[1:]
+devices = topology.open_topology(kind)
+import jax, jax.numpy as jnp, numpy as np
+from convmixer_jax import ops
+from tests import test_tpu
+jax.config.update("jax_enable_compilation_cache", False)
+mesh = jax.sharding.Mesh(np.array(devices), "n")
+spec = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
+x = jax.ShapeDtypeStruct((16 * len(devices), 8, 12, 130), jnp.bfloat16,
+                         sharding=spec("n"))
+kernel = jax.ShapeDtypeStruct((5, 5, 130), jnp.bfloat16, sharding=spec())
+args = [jax.ShapeDtypeStruct((130,), jnp.float32, sharding=spec())] * 3
+step = lambda x, kernel, args: test_tpu.train_step("pallas", x, kernel, args)[0]
+if norm == "False":
+  op = lambda *a: ops.depthwise_conv(*a, implementation="pallas")
+  step = lambda x, kernel, args: jax.vjp(op, x, kernel)[1](x)
+with ops.portable(len(devices)):
+  text = jax.jit(step).lower(x, kernel, args).compile().as_text()
+kernels = text.count('"tpu_custom_call"')
+print(json.dumps([kernels, test_tpu.test_ops.exchanges(text)]))
+"""
+
+
+@test_plan.tpu
+@pytest.mark.slow
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("kind", ["v5e:1x1", "v5e:2x4", "v6e:1x1"])
+def test_programs_for_tpus(kind, norm, monkeypatch):
+  """The kernels compile; a sharded batch is not gathered."""
+  if test_plan.libtpu():
+    monkeypatch.setenv("TPU_LIBRARY_PATH", test_plan.libtpu())
+  process = subprocess.run(
+    [sys.executable, "-c", SCRIPT, kind, str(norm)],
+    cwd=common.ROOT,
+    env=os.environ,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 0, process.stderr[-2000:]
+  kernels, exchanges = json.loads(process.stdout.splitlines()[-1])
+  assert kernels == (2 if norm else 1)  # Without a norm: the gradients' alone.
+  assert exchanges == ([] if kind.endswith("1x1") else ["all-reduce"])
