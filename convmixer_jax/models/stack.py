@@ -10,8 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# The names in jax.checkpoint_policies that a model's `remat` accepts.
-REMAT_POLICIES = ("nothing_saveable",)
+from convmixer_jax import ops
+
+# What a block keeps for its backward pass, by the values of a model's `remat`:
+# nothing but its input; or the results of its convolutions too.
+REMAT_POLICIES = {
+  "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
+  "convolutions": jax.checkpoint_policies.save_only_these_names(
+    ops.CONVOLUTIONS
+  ),
+}
 
 
 def apply_blocks(
@@ -49,7 +57,7 @@ def apply_blocks(
     make_block = functools.partial(
       nn.remat(
         make_block.func,
-        policy=getattr(jax.checkpoint_policies, module.remat),
+        policy=REMAT_POLICIES[module.remat],
         prevent_cse=not module.scan,
         static_argnums=(2,),
       ),
