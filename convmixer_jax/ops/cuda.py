@@ -1,0 +1,289 @@
+"""Depthwise convolution on NVIDIA GPUs: depthwise.cu, called from JAX arrays.
+
+NVRTC, which JAX's CUDA packages install, compiles depthwise.cu to PTX, for one
+shape at a time. The PTX is kept in the user's cache folder and is part of the
+XLA program; the GPU's driver compiles it for the card. `forward` and
+`gradients` can be jitted, also within `jax.shard_map`, but not differentiated,
+vmapped, or partitioned by XLA.
+"""
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+import re
+import tempfile
+from typing import NamedTuple
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from convmixer_jax.ops import build
+from convmixer_jax.ops import derivative
+
+MAX_KERNEL_SIZE = 15
+
+_SOURCE = Path(__file__).with_name("depthwise.cu")
+# The oldest card with bfloat16 products. PTX for it runs on all later ones.
+_FLAGS = ("-std=c++17", "-arch=compute_80")
+# The first version of PTX with these products, so that older drivers take it.
+_PTX_VERSION = ".version 7.0"
+_THREADS = 256
+# The most shared memory of a block of threads, on the smallest of these cards.
+_MAX_BYTES = 99 * 1024
+_MAX_GRID = 65535
+_TILE_ROWS = 32
+# Blocks of threads for a kernel's gradient: three for each place on an H100,
+# which holds two for each of its 132 cores.
+_NUM_BLOCKS = 792
+
+
+class Kernel(NamedTuple):
+  """A kernel of depthwise.cu for one shape, and how to launch it."""
+
+  name: str
+  macros: tuple[tuple[str, int], ...]  # See depthwise.cu.
+  grid: tuple[int, int, int]
+  num_bytes: int  # Of shared memory.
+
+
+@functools.cache
+def available() -> bool:
+  """Whether NVRTC and GPUs of compute capability 8.0 or later are there.
+
+  Programs can be compiled for GPUs that are not there, so no GPU will do too.
+  A warning says why depthwise.cu cannot be compiled.
+  """
+  if jax.default_backend() == "gpu":
+    capability = lambda device: float(getattr(device, "compute_capability", 0))
+    if min(map(capability, jax.local_devices())) < 8:
+      return False
+  try:
+    ptx(convolve_kernel((1, 4, 4, 8), 1, flip=False))
+    return True
+  except (OSError, RuntimeError) as e:
+    lines = str(e).strip().splitlines() or [type(e).__name__]
+    logging.warning(
+      "ops/depthwise.cu could not be compiled (%s). Depthwise convolutions run"
+      " in plain XLA, which is slower. Install NVRTC, for example with"
+      " `pip install nvidia-cuda-nvrtc`.",
+      next((line for line in lines if "error" in line), lines[0]),
+    )
+    return False
+
+
+def supported(
+  x: jax.Array | jax.ShapeDtypeStruct, kernel: jax.Array | jax.ShapeDtypeStruct
+) -> bool:
+  """Whether `forward` and `gradients` take these types and shapes.
+
+  Args:
+    x: [B, H, W, C]: bfloat16, C a multiple of 8.
+    kernel: [k, k, C]: bfloat16, k at most MAX_KERNEL_SIZE.
+  """
+  k, shape = kernel.shape[0], x.shape
+  if (
+    x.dtype != jnp.bfloat16
+    or kernel.dtype != jnp.bfloat16
+    or not k <= MAX_KERNEL_SIZE
+    or 0 in shape
+    or shape[3] % 8
+  ):
+    return False
+  kernels = convolve_kernel(shape, k, flip=False), grad_kernel(shape, k)
+  return all(
+    max(kernel.grid[1:]) <= _MAX_GRID and kernel.num_bytes <= _MAX_BYTES
+    for kernel in kernels
+  )
+
+
+def forward(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`depthwise_conv`, of arrays that are `supported`.
+
+  Sums are in float32. An infinity or NaN in x may spread to outputs up to three
+  pixels farther than the kernel reaches.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: [k, k, C].
+
+  Returns:
+    [B, H, W, C].
+  """
+  return _convolve(x, kernel, flip=False)
+
+
+def gradients(
+  x: jax.Array, kernel: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """The gradients of <grad, forward(x, kernel)>; equal in every run.
+
+  Args:
+    x: [B, H, W, C].
+    kernel: [k, k, C].
+    grad: [B, H, W, C].
+
+  Returns:
+    The gradients of x and of kernel.
+  """
+  k = kernel.shape[0]
+  call = grad_kernel(x.shape, k)
+  parts = jax.ShapeDtypeStruct((call.grid[1], *kernel.shape), jnp.float32)
+  sums = _launch(call, parts, x, grad).sum(0).astype(kernel.dtype)
+  return _convolve(grad, kernel, flip=True), sums
+
+
+def _convolve(x, kernel, flip):
+  call = convolve_kernel(x.shape, kernel.shape[0], flip)
+  return _launch(call, jax.ShapeDtypeStruct(x.shape, x.dtype), x, kernel)
+
+
+def _launch(kernel, result, *args):
+  launch = {"name": kernel.name, "kernel_type": "ptx"}
+  launch["kernel_data"] = ptx(kernel)
+  for axis, size, threads in zip("xyz", kernel.grid, (_THREADS, 1, 1)):
+    launch[f"grid_{axis}"] = np.int32(size)
+    launch[f"block_{axis}"] = np.int32(threads)
+  launch["shared_mem_bytes"] = np.int32(kernel.num_bytes)
+  result = jax.ffi.ffi_call("__gpu$xla.gpu.ptx", result)(*args, **launch)
+  return derivative.varying((args, result))[1]
+
+
+def convolve_kernel(shape: tuple[int, ...], k: int, flip: bool) -> Kernel:
+  """The kernel `convolve` for x of this shape; `flip` for its gradient."""
+  pieces = -(-(k + 3) // 4)
+
+  def num_bytes(rows, blocks, images, octets):
+    stride = (images * (blocks + pieces - 1) * 4 + 15) // 32 * 32 + 16
+    plane = (rows + 4 * pieces - 4) * stride
+    taps = (4 * pieces + 3) * (4 * pieces + 6)
+    return 2 * octets * (8 * (plane + taps) + 32)
+
+  macros, tiles, images, channels = _tiles(shape, k, 2, num_bytes)
+  macros |= {"LOW": k // 2 if flip else (k - 1) // 2, "FLIP": int(flip)}
+  num_bytes = macros["BYTES"]
+  return Kernel(
+    "convolve", (*macros.items(),), (channels, tiles, images), num_bytes
+  )
+
+
+def grad_kernel(shape: tuple[int, ...], k: int) -> Kernel:
+  """The kernel `kernel_grad` for x of this shape and a k x k kernel."""
+  pairs, pieces = (k + 2) // 2, (k + 10) // 8
+
+  def num_bytes(rows, blocks, images, octets):
+    row = images * (blocks + -(-(k + 3) // 4) - 1) * 4
+    plane = (rows // 2 + 2 * pairs - 2) * row + rows // 2 * 32
+    sums = _THREADS // 32 * pairs * pieces * 16 * 8
+    return 4 * max(octets * (8 * plane + 16), sums)
+
+  # With 16 channels, each of 8 warps has two channels' sums in its registers.
+  octets = 2 if k < 10 else 1
+  macros, tiles, images, channels = _tiles(shape, k, octets, num_bytes)
+  parts = min(tiles * images, -(-_NUM_BLOCKS // channels))
+  macros |= {"LOW": (k - 1) // 2, "PARTS": parts}
+  num_bytes = macros["BYTES"]
+  return Kernel(
+    "kernel_grad", (*macros.items(),), (channels, parts, 1), num_bytes
+  )
+
+
+def _tiles(shape, k, octets, num_bytes):
+  """Macros, and the numbers of tiles, groups of images and of channels."""
+  batch, height, width, channels = shape
+  ceil = lambda a, b: -(-a // b)
+  octets = min(octets, channels // 8)
+  blocks = min(8, ceil(width, 4))
+  images = min(8 // blocks, batch)
+  # Tiles of about equal height, as high as shared memory allows.
+  for most in range(_TILE_ROWS, 0, -4):
+    rows = ceil(ceil(height, ceil(height, most)), 4) * 4
+    if num_bytes(rows, blocks, images, octets) <= _MAX_BYTES:
+      break
+  macros = dict(BATCH=batch, HEIGHT=height, WIDTH=width, CHANNELS=channels, K=k)
+  macros |= dict(ROWS=rows, BLOCKS=blocks, IMAGES=images, OCTETS=octets)
+  macros["BYTES"] = num_bytes(rows, blocks, images, octets)
+  tiles = ceil(height, rows) * ceil(width, 4 * blocks)
+  return macros, tiles, ceil(batch, images), ceil(channels, 8 * octets)
+
+
+@functools.cache
+def ptx(kernel: Kernel) -> str:
+  """Compiles a kernel to PTX, or reads it from the cache.
+
+  Raises:
+    OSError: NVRTC is not installed.
+    RuntimeError: NVRTC could not compile it; with the compiler's messages.
+  """
+  source = _SOURCE.read_text("utf-8")
+  flags = [*_FLAGS, *(f"-D{name}={value}" for name, value in kernel.macros)]
+  library = _nvrtc()
+  major, minor = ctypes.c_int(), ctypes.c_int()
+  library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
+  version = f"{major.value}.{minor.value} {_PTX_VERSION}"
+  key = build.digest("\0".join([source, version, *flags]).encode())
+
+  def make(folder):
+    path = Path(folder) / "depthwise.ptx"
+    path.write_text(_compile(library, source, flags), "utf-8")
+    return path
+
+  if (cache := build.cache_folder()) is not None:
+    try:
+      return build.cached(cache, f"depthwise-{key}", make).read_text("utf-8")
+    except OSError:  # The cache may be full.
+      pass
+  with tempfile.TemporaryDirectory(prefix="convmixer_jax_") as folder:
+    return make(folder).read_text("utf-8")
+
+
+def _compile(library, source, flags):
+  program = ctypes.c_void_p()
+
+  def check(code):
+    if code:
+      library.nvrtcGetErrorString.restype = ctypes.c_char_p
+      raise RuntimeError(library.nvrtcGetErrorString(code).decode())
+
+  def text(name):
+    size = ctypes.c_size_t()
+    check(library[f"nvrtcGet{name}Size"](program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    check(library[f"nvrtcGet{name}"](program, buffer))
+    return buffer.value.decode(errors="replace")
+
+  create = library.nvrtcCreateProgram
+  check(create(ctypes.byref(program), source.encode(), b"depthwise.cu",
+               0, None, None))  # fmt: skip
+  try:
+    options = (ctypes.c_char_p * len(flags))(*(f.encode() for f in flags))
+    if library.nvrtcCompileProgram(program, len(flags), options):
+      raise RuntimeError(text("ProgramLog"))
+    return re.sub(r"(?m)^\.version .*$", _PTX_VERSION, text("PTX"), count=1)
+  finally:
+    library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+@functools.cache
+def _nvrtc():
+  """Loads NVRTC from its Python package or from the loader's path."""
+  spec = importlib.util.find_spec("nvidia")
+  folders = map(Path, spec.submodule_search_locations or ()) if spec else ()
+  found = {
+    path for f in folders for path in f.glob("*/lib/libnvrtc*.so.1[0-9]*")
+  }
+  found = {path for path in found if ".alt." not in path.name}
+  # NVRTC does not find its builtins in its own folder, unless they are loaded.
+  builtins = {path for path in found if "builtins" in path.name}
+  names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
+  for path in [*sorted(found - builtins, reverse=True), *names]:
+    try:
+      for builtin in builtins:
+        if builtin.parent == Path(path).parent:
+          ctypes.CDLL(str(builtin))
+      return ctypes.CDLL(str(path))
+    except OSError:
+      continue
+  raise OSError("libnvrtc.so is not installed")
