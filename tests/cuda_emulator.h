@@ -105,6 +105,8 @@ static unsigned pack(float low, float high) {
   return emulator::narrow(low) | emulator::narrow(high) << 16;
 }
 
+static void prefetch(const void*) {}
+
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, as the PTX manual says
 // which thread has which elements.
 static void mma(float (&d)[4], const unsigned (&a)[4], unsigned b0,

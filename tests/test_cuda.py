@@ -223,7 +223,7 @@ print(jax.jit(step).lower(x, kernel).compile().as_text())
 
 
 def test_lowers_for_a_gpu():
-  if not importlib.util.find_spec("jax_plugins.xla_cuda12"):
+  if not importlib.util.find_spec("jax_cuda12_plugin"):
     pytest.skip("jax-cuda12-plugin is not installed: nothing is lowered")
   needs_nvrtc()
   env = dict(

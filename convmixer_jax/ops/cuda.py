@@ -35,9 +35,8 @@ _THREADS = 256
 _MAX_BYTES = 99 * 1024
 _MAX_GRID = 65535
 _TILE_ROWS = 32
-# Blocks of threads for a kernel's gradient: three for each place on an H100,
-# which holds two for each of its 132 cores.
-_NUM_BLOCKS = 792
+# Blocks of threads that an H100 runs at a time: two on each of 132 cores.
+_NUM_BLOCKS = 264
 
 
 class Kernel(NamedTuple):
@@ -182,7 +181,10 @@ def grad_kernel(shape: tuple[int, ...], k: int) -> Kernel:
   # With 16 channels, each of 8 warps has two channels' sums in its registers.
   octets = 2 if k < 10 else 1
   macros, tiles, images, channels = _tiles(shape, k, octets, num_bytes)
-  parts = min(tiles * images, -(-_NUM_BLOCKS // channels))
+  # As few rounds of tiles as possible, in up to three waves of blocks.
+  units, most = tiles * images, -(-3 * _NUM_BLOCKS // channels)
+  rounds = lambda p: -(-channels * p // _NUM_BLOCKS) * -(-units // p)
+  parts = min(range(1, min(units, most) + 1), key=rounds)
   macros |= {"LOW": (k - 1) // 2, "PARTS": parts}
   num_bytes = macros["BYTES"]
   return Kernel(

@@ -49,6 +49,11 @@ static __device__ unsigned pack(float low, float high) {
   return word;
 }
 
+// Brings a 32-byte sector to the L2 cache.
+static __device__ void prefetch(const uint4* address) {
+  asm volatile("prefetch.L2 [%0];" : : "l"(address));
+}
+
 #endif
 
 constexpr int THREADS = 256, WARPS = THREADS / 32;
@@ -114,7 +119,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q < 4   ? 3
                                                       : Q < 5 ? 2
                                                               : 1)
     convolve(const uint4* __restrict__ x,
-             const unsigned short* __restrict__ kernel, uint4* __restrict__ y) {
+             const uint4* __restrict__ kernel, uint4* __restrict__ y) {
   extern __shared__ uint4 shared[];
   unsigned short* planes = reinterpret_cast<unsigned short*>(shared);
   unsigned short* taps = planes + plane(CHANNELS_HERE);
@@ -123,30 +128,52 @@ extern "C" __global__ void __launch_bounds__(THREADS, Q < 4   ? 3
   const int left = blockIdx.y % TILES_X * (4 * BLOCKS);
   const int top = blockIdx.y / TILES_X * ROWS;
 
-  for (int i = thread; i < CHANNELS_HERE * TAPS; i += THREADS) {
-    const int c = i % CHANNELS_HERE, place = i / CHANNELS_HERE;
-    const int row = place / TAP_COLUMNS - 3, col = place % TAP_COLUMNS - 3;
-    const int global_c = first_octet * 8 + c;
-    unsigned short tap = 0;
-    if (0 <= row && row < K && 0 <= col && col < K && global_c < CHANNELS) {
-      const int from = row * K + col;
-      tap = kernel[(FLIP ? K * K - 1 - from : from) * CHANNELS + global_c];
+  // Loads come before stores, so that several are under way at a time.
+  constexpr int TAP_LOADS = (TAPS * OCTETS + THREADS - 1) / THREADS;
+  uint4 tap[TAP_LOADS];
+#pragma unroll
+  for (int n = 0; n < TAP_LOADS; n++) {
+    const int i = thread + n * THREADS, octet = first_octet + i % OCTETS;
+    const int row = i / OCTETS / TAP_COLUMNS - 3;
+    const int col = i / OCTETS % TAP_COLUMNS - 3, from = row * K + col;
+    tap[n] = make_uint4(0, 0, 0, 0);
+    if (0 <= row && row < K && 0 <= col && col < K && octet < C8) {
+      tap[n] = kernel[(FLIP ? K * K - 1 - from : from) * C8 + octet];
     }
-    taps[c * TAPS + place] = tap;
+  }
+#pragma unroll
+  for (int n = 0; n < TAP_LOADS; n++) {
+    const int i = thread + n * THREADS;
+    unsigned short* to = taps + i % OCTETS * 8 * TAPS + i / OCTETS;
+#pragma unroll
+    for (int j = 0; j < 8 && i < TAPS * OCTETS; j++) {
+      to[j * TAPS] = word(tap[n], j / 2) >> j % 2 * 16;
+    }
   }
 
-  // Inputs, transposed to one plane a channel.
+  // Inputs, transposed to one plane a channel; two groups of pixels at a time.
   constexpr int IN_ROW = IMAGES * GROUPS * OCTETS;
-  for (int i = thread; i < (ROWS + 4 * Q - 4) * IN_ROW; i += THREADS) {
-    const int row = i / IN_ROW, group = i % IN_ROW / OCTETS, octet = i % OCTETS;
-    uint4 pixels[4];
-    load(pixels, x, first_image + group / GROUPS, top + row - LOW,
-         left + group % GROUPS * 4 - LOW, first_octet + octet);
-    unsigned short* to = planes + row * STRIDE + group * 4;
+  constexpr int IN = (ROWS + 4 * Q - 4) * IN_ROW;
+  for (int first = thread; first < IN; first += 2 * THREADS) {
+    uint4 pixels[2][4];
 #pragma unroll
-    for (int j = 0; j < 8; j++) {
-      *reinterpret_cast<uint2*>(to + plane(octet * 8 + j)) = make_uint2(
-          channel(pixels[0], pixels[1], j), channel(pixels[2], pixels[3], j));
+    for (int n = 0; n < 2; n++) {
+      const int i = first + n * THREADS, group = i % IN_ROW / OCTETS;
+      load(pixels[n], x, i < IN ? first_image + group / GROUPS : BATCH,
+           top + i / IN_ROW - LOW, left + group % GROUPS * 4 - LOW,
+           first_octet + i % OCTETS);
+    }
+#pragma unroll
+    for (int n = 0; n < 2; n++) {
+      const int i = first + n * THREADS, group = i % IN_ROW / OCTETS;
+      if (i >= IN) break;
+      unsigned short* to = planes + i / IN_ROW * STRIDE + group * 4;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        *reinterpret_cast<uint2*>(to + plane(i % OCTETS * 8 + j)) =
+            make_uint2(channel(pixels[n][0], pixels[n][1], j),
+                       channel(pixels[n][2], pixels[n][3], j));
+      }
     }
   }
   __syncthreads();
@@ -303,6 +330,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, K < 14 ? 2 : 1)
             left + col % (4 * BLOCKS), first_octet + octet);
     }
     __syncthreads();
+
+    // The next tile comes from memory while this one is computed.
+    const int next = unit + PARTS;
+    for (int i = thread; i < ROWS * 4 * COLUMNS && next < UNITS; i += THREADS) {
+      const int tile = next % (TILES_X * TILES_Y), block = i / 4 % COLUMNS;
+      const int image = next / (TILES_X * TILES_Y) * IMAGES + block / BLOCKS;
+      const int h = tile / TILES_X * ROWS + i / 4 / COLUMNS;
+      const int w = (tile % TILES_X * BLOCKS + block % BLOCKS) * 4 + i % 4;
+      if (image < BATCH && h < HEIGHT && w < WIDTH) {
+        prefetch(x + offset(image, h, w, first_octet));
+        prefetch(grad + offset(image, h, w, first_octet));
+      }
+    }
 
 #pragma unroll
     for (int octet = 0; octet < OCTETS; octet++) {
