@@ -15,7 +15,7 @@
 #define __restrict__
 #define __launch_bounds__(...)
 
-struct uint2 {
+struct alignas(8) uint2 {
   unsigned x, y;
 };
 struct alignas(16) uint4 {
@@ -105,7 +105,7 @@ static unsigned pack(float low, float high) {
   return emulator::narrow(low) | emulator::narrow(high) << 16;
 }
 
-static void prefetch(const void*) {}
+static void prefetch(const uint4* address) { (void)*(volatile unsigned*)address; }
 
 // mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32, as the PTX manual says
 // which thread has which elements.
@@ -153,7 +153,8 @@ extern "C" void emulate(emulator::Kernel kernel, unsigned x, unsigned y,
     }
     for (bool running = true; running;) {
       running = false;
-      for (unsigned t = 0; t < threads; t++) {
+      for (unsigned n = 0; n < threads; n++) {
+        const unsigned t = i % 2 ? threads - 1 - n : n;  // No order is assumed.
         if (fibers[t].done) continue;
         running = true;
         threadIdx = {t, 0, 0};

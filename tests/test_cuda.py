@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import pytest
 
 from convmixer_jax.ops import build
 from convmixer_jax.ops import cuda
+from convmixer_jax.ops import nvrtc
 from tests import common
 
 EMULATOR = common.ROOT / "tests" / "cuda_emulator.h"
@@ -28,6 +30,14 @@ MAIN_SHAPES = [
 ]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+  """Keeps the tests' many kernels out of the user's cache."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+
+
 def needs_nvrtc():
   if not cuda.available():
     pytest.skip("NVRTC is not installed: depthwise.cu is not compiled")
@@ -38,6 +48,7 @@ def emulate(folder, kernel, result, *args):
   path = folder / f"{kernel.name}.so"
   flags = [f"-D{name}={value}" for name, value in kernel.macros]
   command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++"]
+  command += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover"]
   command += ["-include", EMULATOR, *flags, SOURCE, "-o", path]
   subprocess.run(command, check=True)
   library = ctypes.CDLL(str(path))
@@ -68,7 +79,7 @@ def reference(x, kernel, grad):
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 @pytest.mark.parametrize(
-  "shape, k",
+  ("shape", "k"),
   [
     ((2, 32, 32, 16), 9),  # As in the paper: one image a tile.
     ((3, 16, 16, 24), 7),  # Two images a tile; one and a half octets.
@@ -81,7 +92,9 @@ def reference(x, kernel, grad):
     ((1, 66, 3, 8), 8),
   ],
 )
-def test_results_on_the_cpu(tmp_path, shape, k):
+def test_results_on_the_cpu(tmp_path, monkeypatch, shape, k):
+  # So that a block of threads has several tiles for the kernel's gradient.
+  monkeypatch.setattr(cuda, "_NUM_BLOCKS", 2)
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
   x, kernel, grad = draw(*shape), draw(k, k, shape[-1]), draw(*shape)
@@ -117,7 +130,7 @@ def ptxas(kernel, architecture):
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
-@pytest.mark.parametrize("shape, k", MAIN_SHAPES)
+@pytest.mark.parametrize(("shape", "k"), MAIN_SHAPES)
 def test_compiles_without_spills(shape, k, architecture):
   needs_nvrtc()
   for kernel, blocks in [
@@ -159,7 +172,7 @@ def test_without_nvrtc_says_so_once(monkeypatch, caplog):
   def missing():
     raise OSError("libnvrtc.so is not installed")
 
-  monkeypatch.setattr(cuda, "_nvrtc", missing)
+  monkeypatch.setattr(nvrtc, "_library", missing)
   cuda.available.cache_clear()
   cuda.ptx.cache_clear()
   try:
@@ -170,6 +183,22 @@ def test_without_nvrtc_says_so_once(monkeypatch, caplog):
   (record,) = [r for r in caplog.records if "depthwise.cu" in r.message]
   assert "libnvrtc.so is not installed" in record.message
   assert "pip install" in record.message
+
+
+@pytest.mark.parametrize(
+  ("capability", "new"),
+  [("7.5", False), ("8.0", True), ("12.1", True), ("gfx942", False)],
+)
+def test_needs_compute_capability_8(monkeypatch, capability, new):
+  needs_nvrtc()
+  device = mock.Mock(compute_capability=capability)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  cuda.available.cache_clear()
+  try:
+    assert cuda.available() == new
+  finally:
+    cuda.available.cache_clear()
 
 
 def test_ptx_is_cached_and_damage_is_found(monkeypatch, tmp_path):

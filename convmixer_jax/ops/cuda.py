@@ -1,18 +1,14 @@
 """Depthwise convolution on NVIDIA GPUs: depthwise.cu, called from JAX arrays.
 
-NVRTC, which JAX's CUDA packages install, compiles depthwise.cu to PTX, for one
-shape at a time. The PTX is kept in the user's cache folder and is part of the
-XLA program; the GPU's driver compiles it for the card. `forward` and
+`nvrtc` compiles depthwise.cu to PTX, for one shape at a time. The PTX is part
+of the XLA program, and the GPU's driver compiles it for the card. `forward` and
 `gradients` can be jitted, also within `jax.shard_map`, but not differentiated,
 vmapped, or partitioned by XLA.
 """
 
-import ctypes
 import functools
-import importlib.util
 from pathlib import Path
 import re
-import tempfile
 from typing import NamedTuple
 
 from absl import logging
@@ -20,16 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convmixer_jax.ops import build
 from convmixer_jax.ops import derivative
+from convmixer_jax.ops import nvrtc
 
 MAX_KERNEL_SIZE = 15
 
 _SOURCE = Path(__file__).with_name("depthwise.cu")
-# The oldest card with bfloat16 products. PTX for it runs on all later ones.
-_FLAGS = ("-std=c++17", "-arch=compute_80")
-# The first version of PTX with these products, so that older drivers take it.
-_PTX_VERSION = ".version 7.0"
 _THREADS = 256
 # The most shared memory of a block of threads, on the smallest of these cards.
 _MAX_BYTES = 99 * 1024
@@ -56,9 +48,10 @@ def available() -> bool:
   A warning says why depthwise.cu cannot be compiled.
   """
   if jax.default_backend() == "gpu":
-    capability = lambda device: float(getattr(device, "compute_capability", 0))
-    if min(map(capability, jax.local_devices())) < 8:
-      return False
+    for device in jax.local_devices():
+      capability = str(getattr(device, "compute_capability", ""))
+      if not re.fullmatch(r"([89]|\d\d+)\.\d+", capability):
+        return False
   try:
     ptx(convolve_kernel((1, 4, 4, 8), 1, flip=False))
     return True
@@ -162,10 +155,7 @@ def convolve_kernel(shape: tuple[int, ...], k: int, flip: bool) -> Kernel:
 
   macros, tiles, images, channels = _tiles(shape, k, 2, num_bytes)
   macros |= {"LOW": k // 2 if flip else (k - 1) // 2, "FLIP": int(flip)}
-  num_bytes = macros["BYTES"]
-  return Kernel(
-    "convolve", (*macros.items(),), (channels, tiles, images), num_bytes
-  )
+  return _kernel("convolve", macros, (channels, tiles, images))
 
 
 def grad_kernel(shape: tuple[int, ...], k: int) -> Kernel:
@@ -186,10 +176,11 @@ def grad_kernel(shape: tuple[int, ...], k: int) -> Kernel:
   rounds = lambda p: -(-channels * p // _NUM_BLOCKS) * -(-units // p)
   parts = min(range(1, min(units, most) + 1), key=rounds)
   macros |= {"LOW": (k - 1) // 2, "PARTS": parts}
-  num_bytes = macros["BYTES"]
-  return Kernel(
-    "kernel_grad", (*macros.items(),), (channels, parts, 1), num_bytes
-  )
+  return _kernel("kernel_grad", macros, (channels, parts, 1))
+
+
+def _kernel(name, macros, grid):
+  return Kernel(name, (*macros.items(),), grid, macros["BYTES"])
 
 
 def _tiles(shape, k, octets, num_bytes):
@@ -213,79 +204,6 @@ def _tiles(shape, k, octets, num_bytes):
 
 @functools.cache
 def ptx(kernel: Kernel) -> str:
-  """Compiles a kernel to PTX, or reads it from the cache.
-
-  Raises:
-    OSError: NVRTC is not installed.
-    RuntimeError: NVRTC could not compile it; with the compiler's messages.
-  """
-  source = _SOURCE.read_text("utf-8")
-  flags = [*_FLAGS, *(f"-D{name}={value}" for name, value in kernel.macros)]
-  library = _nvrtc()
-  major, minor = ctypes.c_int(), ctypes.c_int()
-  library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-  version = f"{major.value}.{minor.value} {_PTX_VERSION}"
-  key = build.digest("\0".join([source, version, *flags]).encode())
-
-  def make(folder):
-    path = Path(folder) / "depthwise.ptx"
-    path.write_text(_compile(library, source, flags), "utf-8")
-    return path
-
-  if (cache := build.cache_folder()) is not None:
-    try:
-      return build.cached(cache, f"depthwise-{key}", make).read_text("utf-8")
-    except OSError:  # The cache may be full.
-      pass
-  with tempfile.TemporaryDirectory(prefix="convmixer_jax_") as folder:
-    return make(folder).read_text("utf-8")
-
-
-def _compile(library, source, flags):
-  program = ctypes.c_void_p()
-
-  def check(code):
-    if code:
-      library.nvrtcGetErrorString.restype = ctypes.c_char_p
-      raise RuntimeError(library.nvrtcGetErrorString(code).decode())
-
-  def text(name):
-    size = ctypes.c_size_t()
-    check(library[f"nvrtcGet{name}Size"](program, ctypes.byref(size)))
-    buffer = ctypes.create_string_buffer(size.value)
-    check(library[f"nvrtcGet{name}"](program, buffer))
-    return buffer.value.decode(errors="replace")
-
-  create = library.nvrtcCreateProgram
-  check(create(ctypes.byref(program), source.encode(), b"depthwise.cu",
-               0, None, None))  # fmt: skip
-  try:
-    options = (ctypes.c_char_p * len(flags))(*(f.encode() for f in flags))
-    if library.nvrtcCompileProgram(program, len(flags), options):
-      raise RuntimeError(text("ProgramLog"))
-    return re.sub(r"(?m)^\.version .*$", _PTX_VERSION, text("PTX"), count=1)
-  finally:
-    library.nvrtcDestroyProgram(ctypes.byref(program))
-
-
-@functools.cache
-def _nvrtc():
-  """Loads NVRTC from its Python package or from the loader's path."""
-  spec = importlib.util.find_spec("nvidia")
-  folders = map(Path, spec.submodule_search_locations or ()) if spec else ()
-  found = {
-    path for f in folders for path in f.glob("*/lib/libnvrtc*.so.1[0-9]*")
-  }
-  found = {path for path in found if ".alt." not in path.name}
-  # NVRTC does not find its builtins in its own folder, unless they are loaded.
-  builtins = {path for path in found if "builtins" in path.name}
-  names = ["libnvrtc.so.13", "libnvrtc.so.12", "libnvrtc.so"]
-  for path in [*sorted(found - builtins, reverse=True), *names]:
-    try:
-      for builtin in builtins:
-        if builtin.parent == Path(path).parent:
-          ctypes.CDLL(str(builtin))
-      return ctypes.CDLL(str(path))
-    except OSError:
-      continue
-  raise OSError("libnvrtc.so is not installed")
+  """A kernel's code; see `nvrtc.ptx`."""
+  macros = [f"-D{name}={value}" for name, value in kernel.macros]
+  return nvrtc.ptx(_SOURCE, macros)
