@@ -45,6 +45,8 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done;
+  bool waits;  // For the other warps of its block.
+  unsigned before;
 };
 using Kernel = void (*)(void*, void*, void*);
 
@@ -56,13 +58,31 @@ static Kernel kernel;
 static void* args[3];
 
 static void wait(Barrier& barrier) {
-  const unsigned before = barrier.passed;
+  Fiber& fiber = fibers[threadIdx.x];
+  const unsigned before = fiber.before = barrier.passed;
+  fiber.waits = &barrier == &block;
   if (++barrier.arrived == barrier.size) {
     barrier.arrived = 0;
     barrier.passed++;
   }
   while (barrier.passed == before) {
-    swapcontext(&fibers[threadIdx.x].context, &scheduler);
+    swapcontext(&fiber.context, &scheduler);
+  }
+  fiber.waits = false;
+}
+
+// Runs a warp until all its threads wait for other warps or are done, so that
+// warps are as far apart as the program allows.
+static void run_warp(unsigned first) {
+  for (bool running = true; running;) {
+    running = false;
+    for (unsigned t = first; t < first + 32; t++) {
+      const Fiber& fiber = fibers[t];
+      if (fiber.done || (fiber.waits && fiber.before == block.passed)) continue;
+      running = true;
+      threadIdx = {t, 0, 0};
+      swapcontext(&scheduler, &fibers[t].context);
+    }
   }
 }
 
@@ -144,7 +164,7 @@ extern "C" void emulate(emulator::Kernel kernel, unsigned x, unsigned y,
     block = {threads, 0, 0};
     for (Warp& warp : warps) warp.barrier = {32, 0, 0};
     for (Fiber& fiber : fibers) {
-      fiber.done = false;
+      fiber.done = fiber.waits = false;
       fiber.stack.resize(1 << 16);
       getcontext(&fiber.context);
       fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -152,14 +172,11 @@ extern "C" void emulate(emulator::Kernel kernel, unsigned x, unsigned y,
       makecontext(&fiber.context, run_thread, 0);
     }
     for (bool running = true; running;) {
-      running = false;
-      for (unsigned n = 0; n < threads; n++) {
-        const unsigned t = i % 2 ? threads - 1 - n : n;  // No order is assumed.
-        if (fibers[t].done) continue;
-        running = true;
-        threadIdx = {t, 0, 0};
-        swapcontext(&scheduler, &fibers[t].context);
+      for (unsigned n = 0; n < threads / 32; n++) {
+        run_warp((i % 2 ? threads / 32 - 1 - n : n) * 32);
       }
+      running = false;
+      for (const Fiber& fiber : fibers) running |= !fiber.done;
     }
   }
 }
