@@ -161,6 +161,7 @@ def test_supported():
   assert all(supported(shape, k) for shape, k in MAIN_SHAPES)
   assert supported((1024, 32, 32, 1536), 9)
   assert supported((1, 1000, 2, 8), 15)
+  assert supported((64, 40, 3, 64), 15)
   assert not supported((64, 32, 32, 1536), 9, jnp.float32)
   assert not supported((64, 32, 32, 1540), 9)
   assert not supported((64, 32, 32, 64), 16)

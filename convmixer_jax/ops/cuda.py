@@ -189,17 +189,19 @@ def _tiles(shape, k, octets, num_bytes):
   ceil = lambda a, b: -(-a // b)
   octets = min(octets, channels // 8)
   blocks = min(8, ceil(width, 4))
-  images = min(8 // blocks, batch)
-  # Tiles of about equal height, as high as shared memory allows.
-  for most in range(_TILE_ROWS, 0, -4):
-    rows = ceil(ceil(height, ceil(height, most)), 4) * 4
-    if num_bytes(rows, blocks, images, octets) <= _MAX_BYTES:
-      break
+  # Tiles of about equal height, as large as shared memory allows.
+  tiles = [
+    (ceil(ceil(height, ceil(height, most)), 4) * 4, images)
+    for images in range(min(8 // blocks, batch), 0, -1)
+    for most in range(_TILE_ROWS, 0, -4)
+  ]
+  fits = lambda t: num_bytes(t[0], blocks, t[1], octets) <= _MAX_BYTES
+  rows, images = next(filter(fits, tiles), tiles[-1])
   macros = dict(BATCH=batch, HEIGHT=height, WIDTH=width, CHANNELS=channels, K=k)
   macros |= dict(ROWS=rows, BLOCKS=blocks, IMAGES=images, OCTETS=octets)
   macros["BYTES"] = num_bytes(rows, blocks, images, octets)
-  tiles = ceil(height, rows) * ceil(width, 4 * blocks)
-  return macros, tiles, ceil(batch, images), ceil(channels, 8 * octets)
+  count = ceil(height, rows) * ceil(width, 4 * blocks)
+  return macros, count, ceil(batch, images), ceil(channels, 8 * octets)
 
 
 @functools.cache
