@@ -17,7 +17,7 @@
 // shared memory of an SM:
 //                      convolve           kernel_grad
 //   mma.m16n8k16       2.3 (15 cycles)    2.5 (16 cycles)
-//   issue slots        16                 23
+//   issue slots        20                 23
 //   shared memory      5.5 cycles         5.4 cycles
 // Scalar float32 multiply-adds would take 81 issue slots, plus conversions.
 //
