@@ -6,6 +6,7 @@ so that a change in any of them builds a new one. Without a compiler, a library
 of any compiler is used.
 """
 
+from collections.abc import Callable
 import contextlib
 import ctypes
 import functools
@@ -59,10 +60,11 @@ def key() -> str:
   """A hash of all but the compiler that the compiled library depends on."""
   parts = [_SOURCE.read_text("utf-8"), *_FLAGS, *itertools.chain(*_TUNING)]
   parts += [platform.machine(), cpu(), version.__version__]
-  return _digest("\0".join(parts).encode())
+  return digest("\0".join(parts).encode())
 
 
-def _digest(data: bytes) -> str:
+def digest(data: bytes) -> str:
+  """A hash of 16 letters and digits, for file names."""
   return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -100,17 +102,25 @@ def _cached(cache: Path) -> Path:
   try:
     result = _run([*_compiler(), "--version"])
     result.check_returncode()
-    compiler = _digest("\0".join([*_compiler(), result.stdout]).encode())
+    compiler = digest("\0".join([*_compiler(), result.stdout]).encode())
   except (OSError, ValueError, subprocess.SubprocessError):
     compiler = "*"  # It may have been removed after it built a library.
-  for path in cache.glob(f"native-{key()}-{compiler}-*.so"):
-    if path.stem.endswith(f"-{_digest(path.read_bytes())}"):
+  return cached(cache, f"native-{key()}-{compiler}", _build)
+
+
+def cached(cache: Path, name: str, make: Callable[[str], Path]) -> Path:
+  """The file that `make(folder)` builds, kept in `cache` as NAME-hash.suffix.
+
+  It is built if it is missing or damaged.
+  """
+  for path in cache.glob(f"{name}-*"):
+    if path.stem.endswith(f"-{digest(path.read_bytes())}"):
       return path
   # Other processes may build it at the same time. Each builds in a folder of
   # its own and renames the finished file, so that no one loads half of it.
   with tempfile.TemporaryDirectory(dir=cache) as folder:
-    built = _build(folder)
-    name = f"native-{key()}-{compiler}-{_digest(built.read_bytes())}.so"
+    built = make(folder)
+    name = f"{name}-{digest(built.read_bytes())}{built.suffix}"
     return built.replace(cache / name)
 
 

@@ -1,0 +1,270 @@
+"""depthwise.cu without a GPU: its results on the CPU, its code, its calls."""
+
+import ctypes
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from convmixer_jax.ops import build
+from convmixer_jax.ops import cuda
+from convmixer_jax.ops import nvrtc
+from tests import common
+
+EMULATOR = common.ROOT / "tests" / "cuda_emulator.h"
+SOURCE = common.ROOT / "convmixer_jax" / "ops" / "depthwise.cu"
+MAIN_SHAPES = [
+  ((64, 32, 32, 1536), 9),
+  ((64, 32, 32, 768), 7),
+  ((64, 16, 16, 256), 5),
+  ((64, 16, 16, 1024), 9),
+]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory):
+  """Keeps the tests' many kernels out of the user's cache."""
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+    yield
+
+
+def needs_nvrtc():
+  if not cuda.available():
+    pytest.skip("NVRTC is not installed: depthwise.cu is not compiled")
+
+
+def emulate(folder, kernel, result, *args):
+  """Runs a kernel of depthwise.cu on the CPU, compiled by a C++ compiler."""
+  path = folder / f"{kernel.name}.so"
+  flags = [f"-D{name}={value}" for name, value in kernel.macros]
+  command = ["g++", "-std=c++17", "-O1", "-fPIC", "-shared", "-x", "c++"]
+  command += ["-fsanitize=alignment,bounds", "-fno-sanitize-recover"]
+  command += ["-include", EMULATOR, *flags, SOURCE, "-o", path]
+  subprocess.run(command, check=True)
+  library = ctypes.CDLL(str(path))
+  arrays = [np.ascontiguousarray(a) for a in (*args, result)]
+  pointers = [ctypes.c_void_p(a.ctypes.data) for a in arrays]
+  function = ctypes.cast(library[kernel.name], ctypes.c_void_p)
+  library.emulate(function, *kernel.grid, 256, kernel.num_bytes, *pointers)
+  return arrays[-1]
+
+
+def reference(x, kernel, grad):
+  """In float64: the result and the gradients of x and kernel."""
+  x, kernel, grad = (np.asarray(a, np.float64) for a in (x, kernel, grad))
+  k, (_, height, width, _) = len(kernel), x.shape
+  low = (k - 1) // 2
+  around = (0, 0), (low, k // 2), (low, k // 2), (0, 0)
+  padded, grad_padded = np.pad(x, around), np.zeros(np.pad(x, around).shape)
+  y, grad_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
+  for i in range(k):
+    for j in range(k):
+      window = np.s_[:, i : i + height, j : j + width]
+      y += padded[window] * kernel[i, j]
+      grad_padded[window] += grad * kernel[i, j]
+      grad_kernel[i, j] = (padded[window] * grad).sum((0, 1, 2))
+  inside = np.s_[:, low : low + height, low : low + width]
+  return y, grad_padded[inside], grad_kernel
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
+@pytest.mark.parametrize(
+  ("shape", "k"),
+  [
+    ((2, 32, 32, 16), 9),  # As in the paper: one image a tile.
+    ((3, 16, 16, 24), 7),  # Two images a tile; one and a half octets.
+    ((5, 7, 9, 8), 5),  # Two images of three blocks; one octet.
+    ((9, 3, 2, 16), 3),  # Eight images a tile, more kernel than image.
+    ((1, 37, 45, 8), 4),  # Two tiles each way; an even kernel.
+    ((1, 5, 70, 8), 1),
+    ((1, 20, 6, 16), 15),
+    ((2, 9, 12, 16), 12),
+    ((1, 66, 3, 8), 8),
+  ],
+)
+def test_results_on_the_cpu(tmp_path, monkeypatch, shape, k):
+  # So that a block of threads has several tiles for the kernel's gradient.
+  monkeypatch.setattr(cuda, "_NUM_BLOCKS", 2)
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+  x, kernel, grad = draw(*shape), draw(k, k, shape[-1]), draw(*shape)
+  assert cuda.supported(x, kernel)
+  y, grad_x, grad_kernel = reference(x, kernel, grad)
+
+  empty = np.full_like(x, np.nan)
+  call = cuda.convolve_kernel(shape, k, flip=False)
+  ours = emulate(tmp_path, call, empty, x, kernel)
+  common.assert_close(ours.astype(np.float64), y, 4e-3)
+  (tmp_path / "flip").mkdir()
+  call = cuda.convolve_kernel(shape, k, flip=True)
+  ours = emulate(tmp_path / "flip", call, empty, grad, kernel)
+  common.assert_close(ours.astype(np.float64), grad_x, 4e-3)
+
+  call = cuda.grad_kernel(shape, k)
+  parts = np.full((call.grid[1], *kernel.shape), np.nan, np.float32)
+  ours = emulate(tmp_path, call, parts, x, grad)
+  common.assert_close(ours.sum(0), grad_kernel, 1e-5)
+
+
+@functools.cache
+def ptxas(kernel, architecture):
+  """Registers and bytes of spilled registers of a kernel."""
+  program = shutil.which("ptxas") or pytest.skip("ptxas is not installed")
+  command = [program, "-v", f"-arch={architecture}", "-", "-o", os.devnull]
+  result = subprocess.run(
+    command, input=cuda.ptx(kernel), capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  find = lambda pattern: int(re.search(pattern, result.stderr)[1])
+  return find(r"Used (\d+) registers"), find(r"(\d+) bytes spill stores")
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90", "sm_100"])
+@pytest.mark.parametrize(("shape", "k"), MAIN_SHAPES)
+def test_compiles_without_spills(shape, k, architecture):
+  needs_nvrtc()
+  for kernel, blocks in [
+    (cuda.convolve_kernel(shape, k, flip=False), 3),
+    (cuda.convolve_kernel(shape, k, flip=True), 3),
+    (cuda.grad_kernel(shape, k), 2),
+  ]:
+    registers, spilled = ptxas(kernel, architecture)
+    assert spilled == 0
+    # That many blocks of threads fit on a core of the GPU at a time.
+    assert -(-registers // 8) * 8 * 256 * blocks <= 65536
+    assert (kernel.num_bytes + 1024) * blocks <= 228 * 1024
+
+
+@pytest.mark.parametrize("k", range(1, cuda.MAX_KERNEL_SIZE + 1))
+def test_every_kernel_size_compiles(k):
+  needs_nvrtc()
+  for shape in [(2, 14, 14, 8), (3, 64, 40, 64)]:
+    assert ptxas(cuda.convolve_kernel(shape, k, flip=True), "sm_80")[1] == 0
+    assert ptxas(cuda.grad_kernel(shape, k), "sm_80")[1] == 0
+
+
+def test_supported():
+  def supported(shape, k, dtype=jnp.bfloat16):
+    kernel = jax.ShapeDtypeStruct((k, k, shape[-1]), dtype)
+    return cuda.supported(jax.ShapeDtypeStruct(shape, dtype), kernel)
+
+  assert all(supported(shape, k) for shape, k in MAIN_SHAPES)
+  assert supported((1024, 32, 32, 1536), 9)
+  assert supported((1, 1000, 2, 8), 15)
+  assert supported((64, 40, 3, 64), 15)
+  assert not supported((64, 32, 32, 1536), 9, jnp.float32)
+  assert not supported((64, 32, 32, 1540), 9)
+  assert not supported((64, 32, 32, 64), 16)
+  assert not supported((0, 32, 32, 64), 9)
+  assert not supported((70000, 32, 32, 64), 9)
+
+
+def test_without_nvrtc_says_so_once(monkeypatch, caplog):
+  def missing():
+    raise OSError("libnvrtc.so is not installed")
+
+  monkeypatch.setattr(nvrtc, "_library", missing)
+  cuda.available.cache_clear()
+  cuda.ptx.cache_clear()
+  try:
+    assert not cuda.available()
+    assert not cuda.available()
+  finally:
+    cuda.available.cache_clear()
+  (record,) = [r for r in caplog.records if "depthwise.cu" in r.message]
+  assert "libnvrtc.so is not installed" in record.message
+  assert "pip install" in record.message
+
+
+@pytest.mark.parametrize(
+  ("capability", "new"),
+  [("7.5", False), ("8.0", True), ("12.1", True), ("gfx942", False)],
+)
+def test_needs_compute_capability_8(monkeypatch, capability, new):
+  needs_nvrtc()
+  device = mock.Mock(compute_capability=capability)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  cuda.available.cache_clear()
+  try:
+    assert cuda.available() == new
+  finally:
+    cuda.available.cache_clear()
+
+
+def test_ptx_is_cached_and_damage_is_found(monkeypatch, tmp_path):
+  needs_nvrtc()
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  kernel = cuda.convolve_kernel((1, 4, 4, 8), 3, flip=False)
+  cuda.ptx.cache_clear()
+  first = cuda.ptx(kernel)
+  (path,) = build.cache_folder().glob("depthwise-*.ptx")
+  assert path.read_text() == first
+  assert first.count(".visible .entry convolve(") == 1
+  path.write_text("damaged")
+  cuda.ptx.cache_clear()
+  assert cuda.ptx(kernel) == first
+
+
+LOWERING = """
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from convmixer_jax.ops import cuda
+
+target = '''
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
+  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 8 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+'''
+device = topologies.get_topology_desc(
+  platform="cuda", topology_name="none", target_config=target, topology="1x1x1"
+).devices[0]
+sharding = jax.sharding.SingleDeviceSharding(device)
+shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding)
+x, kernel = shape(64, 32, 32, 256), shape(9, 9, 256)
+
+def step(x, kernel):
+  y = cuda.forward(x, kernel)
+  return y, cuda.gradients(x, kernel, y)
+
+print(jax.jit(step).lower(x, kernel).compile().as_text())
+"""
+
+
+def test_lowers_for_a_gpu():
+  if not importlib.util.find_spec("jax_cuda12_plugin"):
+    pytest.skip("jax-cuda12-plugin is not installed: nothing is lowered")
+  needs_nvrtc()
+  env = dict(
+    os.environ, JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"
+  )
+  result = subprocess.run(
+    [sys.executable, "-c", LOWERING], env=env, capture_output=True, text=True
+  )
+  assert result.returncode == 0, result.stderr
+  calls = re.findall(r'custom_call_target="(\S+)"', result.stdout)
+  assert calls == ["__gpu$xla.gpu.ptx"] * 3
+  assert not re.search(
+    r"bf16\[64,32,32,256\]\S* (copy|transpose)", result.stdout
+  )
