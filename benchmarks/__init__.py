@@ -126,7 +126,8 @@ def saved(path: str | None, field: str) -> dict[str, Any]:
 def implementations_here() -> list[str]:
   """What `ops.depthwise_conv` accepts on this platform, without 'auto'."""
   here = jax.default_backend()
-  platforms = {"auto": None, "native": "cpu", "shift": "cpu", "pallas": "tpu"}
+  platforms = {"auto": None, "native": "cpu", "shift": "cpu", "pallas": "tpu",
+               "cuda": "gpu"}  # fmt: skip
   return [
     name for name in native.IMPLEMENTATIONS if here == platforms.get(name, here)
   ]

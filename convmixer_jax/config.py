@@ -76,8 +76,9 @@ FIELDS: dict[str, Field] = {
     rules.optional(rules.choice("float32", "bfloat16")),
     "Type of the computation. Parameters are float32."),
   "model.implementation": Field(None,
-    rules.optional(rules.choice("auto", "xla", "shift", "banded", "pallas")),
-    "Of convolutions and BatchNorm; see ops.depthwise_conv. pallas: for TPUs."),
+    rules.optional(
+      rules.choice("auto", "xla", "shift", "banded", "pallas", "cuda")),
+    "See ops.depthwise_conv; pallas is for TPUs, cuda for NVIDIA's GPUs."),
   "data.name": Field("cifar10", rules.TEXT,
     "A TFDS data set, or digits, or folder (DIR/SPLIT/CLASS/*.jpg)."),
   "data.dir": Field(None, rules.optional(rules.TEXT),

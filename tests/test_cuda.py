@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from convmixer_jax import ops
 from convmixer_jax.ops import build
 from convmixer_jax.ops import cuda
 from convmixer_jax.ops import nvrtc
@@ -268,3 +269,26 @@ def test_lowers_for_a_gpu():
   assert not re.search(
     r"bf16\[64,32,32,256\]\S* (copy|transpose)", result.stdout
   )
+
+
+def test_the_implementation_cuda(monkeypatch):
+  """On a GPU where the shape and type are supported; elsewhere as 'auto'."""
+  op = functools.partial(ops.depthwise_conv, implementation="cuda")
+
+  def calls(dtype):
+    x, kernel = jnp.zeros((8, 6, 6, 16), dtype), jnp.zeros((3, 3, 16), dtype)
+    step = jax.jit(lambda *args: (op(*args), jax.vjp(op, *args)[1](x)))
+    lowered = step.trace(x, kernel).lower(lowering_platforms=("cuda",))
+    return lowered.as_text().count("xla.gpu.ptx")
+
+  assert calls(jnp.bfloat16) == 0
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(cuda, "available", lambda: True)
+  monkeypatch.setattr(cuda, "ptx", lambda kernel: kernel.name)
+  jax.clear_caches()
+  # Forward, and for each of eight parts both gradients.
+  assert calls(jnp.bfloat16) == 1 + 2 * 8
+  assert calls(jnp.float32) == 0
+  monkeypatch.setattr(cuda, "available", lambda: False)
+  jax.clear_caches()
+  assert calls(jnp.bfloat16) == 0

@@ -11,8 +11,10 @@ from jax import lax
 import jax.numpy as jnp
 
 from convmixer_jax.ops import banded
+from convmixer_jax.ops import cuda
 from convmixer_jax.ops import derivative
 from convmixer_jax.ops import native
+from convmixer_jax.ops import partition
 from convmixer_jax.ops import tpu
 
 
@@ -38,6 +40,8 @@ def depthwise_conv(
       'pallas': the same in kernels of their own for TPUs, where they have some
         for the shape (see `tpu.supported`); otherwise, and on other platforms,
         as 'auto'. `BatchNorm` then fuses more with them in training.
+      'cuda': depthwise.cu on NVIDIA's GPUs, where it can be compiled and
+        `cuda.supported`; otherwise as 'auto'. It has not run on a GPU yet.
       'auto' or None: 'native' on CPUs, 'xla' on other platforms. The platform
         that the program is compiled for decides, never the shape:
         of 14 shapes, 'native' has the fastest gradients in all. Its forward
@@ -147,6 +151,35 @@ def _tpu_vjp(x, kernel, grad):
   return tpu.conv_vjp(x, kernel, grad)
 
 
+def _cuda_parts(x, kernel, grad):
+  parts = [cuda.gradients(*part) for part in zip(x, [kernel] * len(x), grad)]
+  return [*map(jnp.stack, zip(*parts))]
+
+
+_cuda_op = partition.over_images(
+  "n h w c, k l c -> n h w c", lambda *args: [cuda.forward(*args)]
+)
+_cuda_vjp_op = partition.over_images(
+  "n b h w c, k l c, n b h w c -> n b h w c, n k l c", _cuda_parts
+)
+
+
+def _has_cuda(x, kernel):
+  return cuda.supported(x, kernel) and cuda.available()
+
+
+def _cuda(x, kernel):
+  return _cuda_op(x, kernel)[0] if _has_cuda(x, kernel) else _xla(x, kernel)
+
+
+def _cuda_vjp(x, kernel, grad):
+  if not _has_cuda(x, kernel):
+    return jax.vjp(_xla, x, kernel)[1](grad)
+  split = partition.by_device
+  grad_x, sums = _cuda_vjp_op(split(x), kernel, split(grad))
+  return grad_x.reshape(x.shape), sums.sum(0)
+
+
 _depthwise = native.bilinear(
   "depthwise",
   _xla,
@@ -154,4 +187,5 @@ _depthwise = native.bilinear(
   _shift_vjp,
   banded=(banded.forward, banded.gradients),
   tpu=(_tpu, _tpu_vjp),
+  cuda=(_cuda, _cuda_vjp),
 )

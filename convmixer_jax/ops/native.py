@@ -23,7 +23,15 @@ from convmixer_jax.ops import partition
 
 Op = Callable[..., Any]
 
-IMPLEMENTATIONS = ("auto", "xla", "shift", "native", "banded", "pallas")
+IMPLEMENTATIONS = (
+  "auto",
+  "xla",
+  "shift",
+  "native",
+  "banded",
+  "pallas",
+  "cuda",
+)
 
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _LOCK = threading.Lock()
@@ -83,8 +91,9 @@ def chosen(implementation: str | None, dtype: Any) -> str:
   platform = jax.default_backend()
   if implementation in ("xla", "shift", "banded"):
     return implementation
-  if implementation == "pallas" and platform == "tpu":
-    return implementation
+  own = {"tpu": "pallas", "gpu": "cuda"}.get(platform)
+  if own is not None and implementation == own:
+    return own
   if implementation != "native" and platform != "cpu":
     return "xla"
   return "native" if available(jax.ShapeDtypeStruct((), dtype)) else "shift"
@@ -130,6 +139,7 @@ def dispatch(
   xla: Op,
   banded: Op | None = None,
   tpu: Op | None = None,
+  cuda: Op | None = None,
 ) -> Any:
   """Calls one of several functions that compute the same result.
 
@@ -141,6 +151,7 @@ def dispatch(
     xla: for all other platforms.
     banded: for 'banded'; None: `xla`.
     tpu: for 'pallas' on TPUs; None: `xla`.
+    cuda: for 'cuda' on NVIDIA's GPUs; None: `xla`.
 
   Raises:
     ValueError: unknown implementation.
@@ -154,10 +165,13 @@ def dispatch(
   if chosen(implementation, args[0].dtype) != "native":
     native = shift
   functions = {"native": native, "shift": shift, "banded": banded or xla}
-  if implementation in ("auto", "pallas"):
+  if implementation in ("auto", "pallas", "cuda"):
     platforms = {"cpu": native}
     if implementation == "pallas" and tpu is not None:
       platforms["tpu"] = tpu
+    # A machine without GPUs need not be able to compile for them.
+    if implementation == "cuda" and cuda and jax.default_backend() == "gpu":
+      platforms["cuda"] = cuda
     return jax.lax.platform_dependent(*args, **platforms, default=xla)
   return functions.get(implementation, xla)(*args)
 
@@ -169,6 +183,7 @@ def bilinear(
   shift_vjp: Op | None = None,
   banded: tuple[Op, Op] | tuple[()] = (),
   tpu: tuple[Op, Op] | tuple[()] = (),
+  cuda: tuple[Op, Op] | tuple[()] = (),
 ) -> Op:
   """Makes an op of two arrays that is linear in each, differentiable in both.
 
@@ -180,6 +195,7 @@ def bilinear(
       derivative of `shift` by default.
     banded: `dispatch`'s function, and its derivative as `shift_vjp`.
     tpu: the same.
+    cuda: the same.
 
   Returns:
     (implementation, x, kernel) -> y; see `dispatch`.
@@ -188,7 +204,7 @@ def bilinear(
   plain_vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
   xla_vjp, shift_vjp = plain_vjp(xla), shift_vjp or plain_vjp(shift)
   call_op = lambda *args: call(name, *args)[0]
-  pairs = {"banded": banded, "tpu": tpu}
+  pairs = {"banded": banded, "tpu": tpu, "cuda": cuda}
   others, others_vjp = (
     {key: pair[i] for key, pair in pairs.items() if pair} for i in range(2)
   )
