@@ -18,6 +18,7 @@ import optax
 
 from convmixer_jax import augment
 from convmixer_jax import models
+from convmixer_jax import ops
 from convmixer_jax import optim
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
@@ -107,7 +108,8 @@ class Recipe:
         ema_decay=config.ema_decay,
         batch_sharding=batch_sharding,
       )
-      return train_step(state, batch)
+      with ops.over(self.mesh):
+        return train_step(state, batch)
 
     return jax.jit(
       update,
@@ -126,7 +128,12 @@ class Recipe:
     eval_step = step_lib.make_eval_step(
       self.model, augment.make_normalize(data.mean, data.std)
     )
-    return jax.jit(eval_step, out_shardings=sharding.replicated(self.mesh))
+
+    def score(state, batch):
+      with ops.over(self.mesh):
+        return eval_step(state, batch)
+
+    return jax.jit(score, out_shardings=sharding.replicated(self.mesh))
 
   def init_state(self) -> step_lib.TrainState:
     """The state of step 0, on all devices."""

@@ -202,19 +202,20 @@ kind, norm = sys.argv[1:]
 devices = topology.open_topology(kind)
 import jax, jax.numpy as jnp, numpy as np
 from convmixer_jax import ops
+from convmixer_jax import sharding
 from tests import test_tpu
 jax.config.update("jax_enable_compilation_cache", False)
-mesh = jax.sharding.Mesh(np.array(devices), "n")
+mesh = sharding.make_mesh(devices)
 spec = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
 x = jax.ShapeDtypeStruct((16 * len(devices), 8, 12, 130), jnp.bfloat16,
-                         sharding=spec("n"))
+                         sharding=spec("data"))
 kernel = jax.ShapeDtypeStruct((5, 5, 130), jnp.bfloat16, sharding=spec())
 args = [jax.ShapeDtypeStruct((130,), jnp.float32, sharding=spec())] * 3
 step = lambda x, kernel, args: test_tpu.train_step("pallas", x, kernel, args)[0]
 if norm == "False":
   op = lambda *a: ops.depthwise_conv(*a, implementation="pallas")
   step = lambda x, kernel, args: jax.vjp(op, x, kernel)[1](x)
-with ops.portable(len(devices)):
+with ops.portable(), ops.over(mesh):
   text = jax.jit(step).lower(x, kernel, args).compile().as_text()
 kernels = text.count('"tpu_custom_call"')
 print(json.dumps([kernels, test_tpu.test_ops.exchanges(text)]))

@@ -100,18 +100,14 @@ def chosen(implementation: str | None, dtype: Any) -> str:
 
 
 @contextlib.contextmanager
-def portable(devices: int | None = None) -> Iterator[None]:
+def portable() -> Iterator[None]:
   """Within this context, programs are traced without native.cc.
 
   An exported program then runs on machines that do not have this library.
-
-  Args:
-    devices: how many there are where the program runs; None: as many as here.
   """
   token = _portable.set(True)
   try:
-    with partition.for_devices(devices):
-      yield
+    yield
   finally:
     _portable.reset(token)
 

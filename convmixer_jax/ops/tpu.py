@@ -321,54 +321,35 @@ def _batch(y):
   return y.transpose(2, 0, 1, 3)
 
 
-@functools.cache
 def _forward_op(activation):
   if activation is None:
-    rule = "h w n c, k l c -> h w n c"
-    return partition.over_images(rule, lambda *args: [*forward(*args)])
+    return partition.on_shards("h w n c, k l c -> h w n c", forward)
   rule = "h w n c, k l c, c -> h w n c, n c, n c"
-  op = lambda *args: [*forward(*args, activation)]
-  return partition.over_images(rule, op)
+  return partition.on_shards(rule, lambda *args: forward(*args, activation))
 
 
-@functools.cache
 def _backward_op(activation, residual):
-  images = "h w n b c"
+  images = "h w n c"
   rule = f"{images}, k l c, {images} -> {images}, n k l c"
   if activation:
     rule = (
-      f"{images}, k l c, {images}, {images}, c, n b c, n b c, n b c"
-      f" -> {images}, n k l c, n b c"
+      f"{images}, k l c, {images}, {images}, c, n c, n c, n c"
+      f" -> {images}, n k l c, n c"
     )
 
   def op(x, kernel, grad, *norm):
-    # A device's parts are one batch for the kernel. Their sum stands with the
-    # first of them.
-    parts = x.shape[2]
-    flat = lambda a: a.reshape(*a.shape[:-3], -1, a.shape[-1])
-    if norm:
-      y, bias, *factors = norm
-      norm = Norm(flat(y), bias, *map(flat, factors))
+    norm = Norm(*norm) if norm else None
     grad_x, grad_kernel, *grad_bias = backward(
-      flat(x), kernel, flat(grad), norm or None, activation, residual=residual
+      x, kernel, grad, norm, activation, residual=residual
     )
-    zeros = [(0, parts - 1), (0, 0), (0, 0), (0, 0)]
-    return [
-      grad_x.reshape(x.shape),
-      jnp.pad(grad_kernel[None], zeros),
-      *(g.reshape(parts, -1, g.shape[-1]) for g in grad_bias),
-    ]
+    return grad_x, grad_kernel[None], *grad_bias
 
-  return partition.over_images(rule, op)
+  return partition.on_shards(rule, op)
 
 
 def _summed(op, x, kernel, grad, *norm):
-  split = lambda a: partition.by_device(_maps(a), 2)
   if norm:
-    y, bias, *factors = norm
-    norm = split(y), bias, *map(partition.by_device, factors)
-  grad_x, sums, *grad_bias = op(split(x), kernel, split(grad), *norm)
-  grad_x = grad_x.reshape(*grad_x.shape[:2], -1, grad_x.shape[-1])
-  grad_kernel = sums.sum(0).astype(kernel.dtype)
-  grad_bias = (g.reshape(-1, g.shape[-1]) for g in grad_bias)
-  return _batch(grad_x), grad_kernel, *grad_bias
+    y, *rest = norm
+    norm = _maps(y), *rest
+  grad_x, sums, *grad_bias = op(_maps(x), kernel, _maps(grad), *norm)
+  return _batch(grad_x), sums.sum(0).astype(kernel.dtype), *grad_bias

@@ -126,7 +126,7 @@ def trace_step(
   seed = jax.ShapeDtypeStruct((), np.uint32)
   # Tracing would choose the kernels that are written for this machine's CPU.
   on_cpu = devices[0].platform == "cpu"
-  with contextlib.nullcontext() if on_cpu else ops.portable(len(devices)):
+  with contextlib.nullcontext() if on_cpu else ops.portable():
     traced = recipe.train_step.trace(seed, state, batch)
   return recipe, state, batch, traced
 
