@@ -71,7 +71,7 @@ FIELDS: dict[str, Field] = {
     "Run the blocks under one scan: compiles faster, equal up to rounding."),
   "model.remat": Field(None,
     rules.optional(rules.choice(*stack.REMAT_POLICIES)),
-    "Recompute blocks in the backward pass (all but their convolutions)."),
+    "Recompute each block in the backward pass: less memory, more time."),
   "model.dtype": Field(None,
     rules.optional(rules.choice("float32", "bfloat16")),
     "Type of the computation. Parameters are float32."),

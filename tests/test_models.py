@@ -138,12 +138,7 @@ def test_a_scanned_model_starts_with_the_unrolled_ones_values():
 
 @pytest.mark.parametrize(
   ("scan", "remat"),
-  [
-    (True, None),
-    (False, "nothing_saveable"),
-    (True, "nothing_saveable"),
-    (False, "convolutions"),
-  ],
+  [(True, None), (False, "nothing_saveable"), (True, "nothing_saveable")],
 )
 def test_scan_and_remat_compute_the_same(scan, remat):
   plain = common.tiny_model(depth=2)

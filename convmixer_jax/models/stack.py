@@ -10,16 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from convmixer_jax import ops
-
-# What a block keeps for its backward pass, by the values of a model's `remat`:
-# nothing but its input; or the results of its convolutions too.
-REMAT_POLICIES = {
-  "nothing_saveable": jax.checkpoint_policies.nothing_saveable,
-  "convolutions": jax.checkpoint_policies.save_only_these_names(
-    ops.CONVOLUTIONS
-  ),
-}
+# The names in jax.checkpoint_policies that a model's `remat` accepts.
+REMAT_POLICIES = ("nothing_saveable",)
 
 
 def apply_blocks(
@@ -57,7 +49,7 @@ def apply_blocks(
     make_block = functools.partial(
       nn.remat(
         make_block.func,
-        policy=REMAT_POLICIES[module.remat],
+        policy=getattr(jax.checkpoint_policies, module.remat),
         prevent_cse=not module.scan,
         static_argnums=(2,),
       ),

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import flax.linen as nn
 import jax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from convmixer_jax.ops import native
@@ -103,7 +102,6 @@ class BatchNorm(nn.Module):
         fused = operation in normalize.FUSED
       if not fused:
         x = operation(x, kernel, implementation=self.implementation)
-        x = checkpoint_name(x, normalize.CONVOLUTIONS)
         operation = None
     batch, channels = x.shape[0], kernel.shape[-1]
     # native.cc reads as much as these shapes say.

@@ -11,7 +11,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from convmixer_jax.ops import derivative
@@ -33,9 +32,6 @@ def _gelu(x):
 # of images, in both passes, and means over the groups. `plan` looks for them.
 STATISTICS = "statistics"
 AVERAGES = "running_averages"
-
-# What jax.checkpoint's policies call the results of convolutions.
-CONVOLUTIONS = "convolutions"
 
 # The order is native.cc's.
 ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
@@ -205,55 +201,45 @@ groups = derivative.differentiable(
 # `groups`, and whether the convolution's input is added to the result.
 
 
-def conv_groups(
-  static: Any,
-  x: jax.Array,
-  kernel: jax.Array,
-  bias: jax.Array,
-  scale: jax.Array,
-  offset: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """What `groups` returns, after a depthwise convolution of x."""
-  (how, group, _), _ = static
+def _conv_groups_plain(static, x, kernel, bias, scale, offset):
+  static, residual = static
+  y = depthwise_conv(x, kernel, implementation=static[0][0])
+  args = y, bias, scale, offset, x if residual else None, None
+  z, mean, var = groups(static, *args)
+  return z, mean, var, y
+
+
+def _conv_groups_forward(static, x, kernel, bias, scale, offset):
+  static, residual = static
+  how, group, _ = static
 
   def plain(x, kernel, bias):
     y = depthwise_conv(x, kernel)
     return y, *moments(how, y, bias)
 
-  # The derivatives of all of it are those of `_conv_groups`. So remat can keep
-  # the convolution's result and compute the rest again.
   y, *of_images = lax.platform_dependent(
-    *map(lax.stop_gradient, (x, kernel, bias)),
+    x,
+    kernel,
+    bias,
     tpu=functools.partial(tpu.conv_moments, how[1]),
     default=plain,
   )
   mean, var = _statistics(group, x.shape[1] * x.shape[2], *of_images)
-  known = (checkpoint_name(v, CONVOLUTIONS) for v in (y, mean, var))
-  return _conv_groups(static, x, kernel, bias, scale, offset, *known)
-
-
-def _conv_groups_forward(static, x, kernel, bias, scale, offset, y, mean, var):
-  del kernel
-  static, residual = static
   residual = x if residual else None
   z = _normalized(static, y, bias, scale, offset, residual, mean, var)
-  return z, mean, var
+  return z, mean, var, y
 
 
 def _conv_groups_tangent(static, args, tangents):
+  plain = functools.partial(_conv_groups_plain, static)
+  return jax.jvp(plain, args, tangents)[1]
+
+
+def _conv_groups_backward(static, args, kept, grads):
   static, residual = static
-
-  def plain(x, kernel, bias, scale, offset):
-    y = depthwise_conv(x, kernel, implementation=static[0][0])
-    args = y, bias, scale, offset, x if residual else None, None
-    return groups(static, *args)
-
-  return jax.jvp(plain, args[:5], tangents[:5])[1]
-
-
-def _conv_groups_backward(static, args, _, grads):
-  static, residual = static
-  x, kernel, bias, scale, _, y, *kept = args
+  x, kernel, bias, scale, _ = args
+  *kept, y = kept
+  *grads, _ = grads  # y's is zero: `conv_groups` does not return it.
   p, q, r, grad_scale, grad_offset = _input_grad_factors(
     static, y, bias, scale, kept, grads
   )
@@ -268,13 +254,20 @@ def _conv_groups_backward(static, args, _, grads):
     tpu=functools.partial(tpu.conv_norm_vjp, static[0][1], residual),
     default=plain,
   )
-  grads = grad_x, grad_kernel, grad_bias.sum(0), grad_scale, grad_offset
-  return *grads, *map(jnp.zeros_like, (y, *kept))
+  return grad_x, grad_kernel, grad_bias.sum(0), grad_scale, grad_offset
 
 
 _conv_groups = derivative.differentiable(
-  _conv_groups_forward, _conv_groups_tangent, _conv_groups_backward
+  _conv_groups_forward,
+  _conv_groups_tangent,
+  _conv_groups_backward,
+  keep=lambda y: y[1:],
 )
+
+
+def conv_groups(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """(static, x, kernel, bias, scale, offset) -> what `groups` returns."""
+  return _conv_groups(*args)[:3]
 
 
 # --- The passes over images that the functions above use.
