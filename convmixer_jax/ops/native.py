@@ -164,7 +164,9 @@ def dispatch(
   if implementation in ("auto", "pallas", "cuda"):
     platforms = {"cpu": native}
     if implementation == "pallas" and tpu is not None:
-      platforms["tpu"] = tpu
+      # A new function each time: JAX would return what it traced of the same
+      # one for another mesh.
+      platforms["tpu"] = lambda *args: tpu(*args)
     # A machine without GPUs need not be able to compile for them.
     if implementation == "cuda" and cuda and jax.default_backend() == "gpu":
       platforms["cuda"] = cuda

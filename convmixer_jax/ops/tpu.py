@@ -35,14 +35,12 @@ def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
   if x.dtype not in (jnp.bfloat16, jnp.float32) or 0 in x.shape:
     return False
   at = _layout(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), kernel)
-  if at.pixels > _LANES:
-    return False
   # The backward kernel has blocks of images, two of each, their words, the
   # bands, and the sums of the kernel's gradient.
   size = _LANES**2 * jnp.dtype(at.dtype).itemsize
   blocks = (11 if norm else 8) * at.lanes * size
   bands = at.window * (size + 4 * _LANES**2)
-  return blocks + bands < _VMEM
+  return at.pixels <= _LANES and blocks + bands < _VMEM
 
 
 def _padded(x, at: Steps):
@@ -75,9 +73,8 @@ def _by_lane(values, at: Steps):
 def _by_image(values, shape):
   """The inverse of `_by_lane`."""
   _, _, batch, channels = shape
-  return values.transpose(0, 2, 1).reshape(-1, values.shape[1])[
-    :batch, :channels
-  ]
+  values = values.transpose(0, 2, 1).reshape(-1, values.shape[1])
+  return values[:batch, :channels]
 
 
 def _first_row(kernel, at: Steps):
@@ -176,10 +173,9 @@ def forward(
   ]
   results = [(jax.ShapeDtypeStruct(steps.shape, x.dtype), images)]
   *_, batch, channels = steps.shape
-  values = jax.ShapeDtypeStruct(
-    (batch // at.images, channels, at.lanes), jnp.float32
-  )
   if activation:
+    shape = batch // at.images, channels, at.lanes
+    values = jax.ShapeDtypeStruct(shape, jnp.float32)
     args += [(_broadcast(bias, at), rows(at.lanes)), *_inside(at, constant)]
     results += [(values, by_lane)] * 2
   body = functools.partial(tpu_kernels.forward, at=at, activation=activation)
@@ -235,10 +231,11 @@ def backward(
   at = _layout(x, kernel, flipped=True)
   images, rows, by_lane, constant = _specs(at)
   first_rows, mask = _first_row(kernel[::-1, ::-1], at), _mask(at)
+  row_block = rows(first_rows.shape[1])
   reversed_mask = at.is_tap()[::-1].astype(jnp.float32)
   steps = _padded(x, at)
   args = [
-    (first_rows, rows(first_rows.shape[1])),
+    (first_rows, row_block),
     (mask, constant(mask)),
     (reversed_mask, constant(reversed_mask)),
     (steps, images),
@@ -247,10 +244,7 @@ def backward(
   *_, batch, channels = steps.shape
   results = [
     (jax.ShapeDtypeStruct(steps.shape, x.dtype), images),
-    (
-      jax.ShapeDtypeStruct(first_rows.shape[:2], jnp.float32),
-      rows(first_rows.shape[1]),
-    ),
+    (jax.ShapeDtypeStruct(first_rows.shape, jnp.float32), row_block),
   ]
   scratch = _scratch(at, 2)
   scratch += [pltpu.VMEM((_LANES, _LANES, at.window), jnp.float32)]
@@ -277,7 +271,6 @@ def backward(
 
 
 # --- The same on each device's share of a batch, of arrays [B, H, W, C].
-# Gradients have the dtypes of what they are of.
 
 
 def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:

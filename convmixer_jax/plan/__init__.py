@@ -71,7 +71,7 @@ def plan(
     traffic = program.bytes()
     collectives = cost.by_cause(program.collectives())
     if chip is not None:
-      kernels = cost.kernel_cycles(traced.jaxpr.jaxpr, count)
+      kernels = cost.kernel_cycles(traced.jaxpr.jaxpr) // count
       seconds = cost.step_seconds(
         chip, flops, traffic, collectives, program.cycles(), kernels
       )

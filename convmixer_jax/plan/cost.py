@@ -53,8 +53,8 @@ def flops(jaxpr: core.Jaxpr) -> int:
   return _total(jaxpr, count)
 
 
-def kernel_cycles(jaxpr: core.Jaxpr, devices: int) -> float:
-  """Cycles of ops.tpu's kernels on each of the devices; see `_BUNDLES`.
+def kernel_cycles(jaxpr: core.Jaxpr) -> int:
+  """Cycles of ops.tpu's kernels, of all devices together; see `_BUNDLES`.
 
   Other chips are assumed to need as many.
   """
@@ -65,7 +65,7 @@ def kernel_cycles(jaxpr: core.Jaxpr, devices: int) -> float:
     name = eqn.params["name"].replace("identity", "relu")
     step, once = _BUNDLES[name]
     channels, steps = eqn.params["grid_mapping"].grid
-    return channels * (steps / devices * step + once)
+    return channels * (steps * step + once)
 
   return _total(jaxpr, count)
 
@@ -91,6 +91,8 @@ def _total(jaxpr, count):
       total += max(inner)
     elif eqn.primitive.name == "pallas_call":
       total += math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
+    elif eqn.primitive.name == "shard_map":  # What each device does.
+      total += eqn.params["mesh"].size * sum(inner)
     else:
       total += eqn.params.get("length", 1) * sum(inner)
   return total
@@ -128,7 +130,7 @@ def step_seconds(
   num_bytes: int,
   collectives: Iterable[dict[str, Any]],
   cycles: int | None,
-  kernel_cycles: float = 0.0,
+  kernel_cycles: int = 0,
 ) -> dict[str, float]:
   """Lower bounds of a step's time by resource, and `at_best`, the largest.
 
