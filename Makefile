@@ -10,7 +10,7 @@ PIP := $(RUN) pip install --disable-pip-version-check
 train: .venv
 	$(RUN) convmixer_jax.main --config configs/digits.py --workdir runs/digits
 
-## test: the fast tests; under five minutes on two idle cores
+## test: the fast tests; about six minutes on two idle cores
 test: .venv/dev
 	$(RUN) pytest -m "not slow" --numprocesses=2 --dist=loadscope
 

@@ -458,7 +458,10 @@ def test_published_models(path):
   assert result["batch_size"] == 64 * result["num_devices"]
   passes = 4 if result["remat"] else 3
   forward = result["model_flops"] / 3
-  assert result["flops"] == pytest.approx(passes * forward, rel=0.02)
+  if result["seconds"].get("kernels"):  # Most of the bands are zeros.
+    assert passes * forward < result["flops"] < 1.3 * passes * forward
+  else:
+    assert result["flops"] == pytest.approx(passes * forward, rel=0.02)
   causes = {"gradients", "metrics"}
   causes |= (
     {"BatchNorm running averages"}

@@ -37,9 +37,10 @@ def depthwise_conv(
       'native': native.cc, for float32 and bfloat16 on CPUs; 'shift' if it
         cannot be compiled.
       'banded': products with banded matrices; see `banded`.
-      'pallas': the same in kernels of their own for TPUs, where they have some
+      'pallas': the same in kernels for TPUs (v5e and v6e), where there are some
         for the shape (see `tpu.supported`); otherwise, and on other platforms,
-        as 'auto'. `BatchNorm` then fuses more with them in training.
+        as 'auto'. `BatchNorm` then fuses more with them in training. They have
+        not run on a TPU yet.
       'cuda': depthwise.cu on NVIDIA's GPUs, where it can be compiled and
         `cuda.supported`; otherwise as 'auto'. It has not run on a GPU yet.
       'auto' or None: 'native' on CPUs, 'xla' on other platforms. The platform
