@@ -316,7 +316,8 @@ def test_runs_share_the_gpus(tmp_path, monkeypatch):
   monkeypatch.setattr(subprocess, "Popen", note)
   two = subprocess.CompletedProcess([], 0, "2\n")
   monkeypatch.setattr(subprocess, "run", lambda *args, **options: two)
-  monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+  for name in ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE"):
+    monkeypatch.delenv(name, raising=False)
   assert run_lib._gpus() == ["0", "1"]
   monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
   gpus = run_lib._gpus()

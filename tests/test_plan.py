@@ -459,7 +459,7 @@ def test_published_models(path):
   passes = 4 if result["remat"] else 3
   forward = result["model_flops"] / 3
   if result["seconds"].get("kernels"):  # Most of the bands are zeros.
-    assert passes * forward < result["flops"] < 1.3 * passes * forward
+    assert passes * forward < result["flops"] < 1.5 * passes * forward
   else:
     assert result["flops"] == pytest.approx(passes * forward, rel=0.02)
   causes = {"gradients", "metrics"}
