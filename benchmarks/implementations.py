@@ -71,6 +71,7 @@ _OUT = benchmarks.define_out(_FLAGS)
 
 def main() -> None:
   """Runs what the flags say; see --help."""
+  peer_lib.share_gpu(_AGAINST.value)
   shapes = [*map(_shape, _SHAPES.value)] if _SHAPES.value else SHAPES
   for name in _DTYPES.value:
     if name not in ("float32", "bfloat16"):

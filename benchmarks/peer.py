@@ -19,10 +19,6 @@ import numpy as np
 from convmixer_jax import cli
 from convmixer_jax.errors import UserError
 
-# Both sides share a GPU, so jax must not reserve three quarters of it. It reads
-# this when it starts the GPU, which happens later than imports.
-os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-
 WAYS = ("contiguous", "channels_last", "contiguous compiled",
         "channels_last compiled")  # fmt: skip
 
@@ -36,6 +32,15 @@ def define_against(flag_values: cli.Flags) -> flags.FlagHolder:
     " use this device.",
     enum_values=["torch", "available"],
   )
+
+
+def share_gpu(against: str | None) -> None:
+  """Call this before jax starts the GPU, if PyTorch is to use it too.
+
+  Otherwise jax would reserve three quarters of it.
+  """
+  if against:
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 
 def start(against: str | None) -> "Peer | None":

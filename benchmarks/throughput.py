@@ -72,6 +72,7 @@ _PROFILE = _FLAGS.string(
 
 def main() -> None:
   """Runs what the flags say; see --help."""
+  peer_lib.share_gpu(_AGAINST.value)
   names = _implementations()
   works = {}
   for way, name in names.items():

@@ -30,10 +30,11 @@ SHAPES = [  # B, H, W, C, k, activation
   (64, 32, 32, 768, 7, "relu"),
   (64, 16, 16, 256, 5, "gelu"),
 ]
-KERNELS = ("forward", "backward")
 
 _FLAGS = cli.Flags()
-_KIND = _FLAGS.string("kind", "v5e or v6e: --kind v6e.", "v5e")
+_KIND = _FLAGS.enum(
+  "kind", "TPU to compile for: --kind v6e.", "v5e", enum_values=["v5e", "v6e"]
+)
 _JSON = benchmarks.define_json(_FLAGS)
 
 
@@ -48,7 +49,7 @@ def main() -> None:
     rows = [
       _row(Path(folder), devices, shape, name, fused)
       for shape in SHAPES
-      for name in KERNELS
+      for name in ("forward", "backward")
       for fused in (False, True)
     ]
   if _JSON.value:
@@ -94,9 +95,10 @@ def _row(folder, devices, shape, name, fused):
   text = traced.lower().compile().as_text()
   call = next(x for x in text.splitlines() if "tpu_custom_call" in x)
   called = re.search(r"%([\w.-]+) = ", call)[1]
-  step, once = _bundles(folder, called)
+  step, once = _bundles(folder, called, name == "backward")
   chip = topology.CHIPS[devices[0].device_kind]
-  blocks, steps = channels // 128, _steps(traced)
+  calls = (eqn for eqn in traced.jaxpr.eqns if "grid_mapping" in eqn.params)
+  blocks, steps = next(calls).params["grid_mapping"].grid
   moved = sum(_bytes(a) for a in jax.tree.leaves((args, traced.out_info)))
   return {
     "kernel": name + (f", {activation}, BatchNorm" if fused else ""),
@@ -114,13 +116,7 @@ def _bytes(array):
   return array.size * array.dtype.itemsize
 
 
-def _steps(traced):
-  """Steps of the kernel for each block of channels."""
-  grid = re.search(r"grid=\((\d+), (\d+)\)", str(traced.jaxpr))
-  return int(grid[2])
-
-
-def _bundles(folder, name):
+def _bundles(folder, name, backward):
   """Bundles of a step, and of what is done once for a block of channels.
 
   The kernel's loops are, in the order of the code: the bands; the arrays that
@@ -143,10 +139,8 @@ def _bundles(folder, name):
     elif begin is not None and re.search(r"sbr.rel \(!%p", line):
       loops.append(total + 4 - begin)  # And four that follow the branch.
       begin = None
-  bands, *reads_and_channels = loops
-  backward = name.startswith("backward") or len(loops) > 4
-  sums = reads_and_channels.pop() if backward else 0
-  *reads, channels, write = reads_and_channels
+  sums = loops[-1] if backward else 0
+  bands, *reads, channels, write = loops[:-1] if backward else loops
   step = 4 * (sum(reads) + write) + 8 * channels + total - sum(loops)
   return step, 16 * (bands + sums)
 

@@ -1,6 +1,7 @@
 """The benchmarks for accelerators, in tiny sizes on a CPU."""
 
 import datetime
+import functools
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ from benchmarks import implementations
 from benchmarks import pack
 from convmixer_jax import ops
 from tests import common
+from tests import test_ops
 
 SCRIPT = common.ROOT / "benchmarks" / "accelerator.sh"
 # The parts that train use CIFAR-10, which not every machine has.
@@ -97,18 +99,18 @@ def test_convolutions_of_one_program_are_not_merged(work, monkeypatch):
 
 
 @pytest.mark.parametrize("k", [3, 4])
-def test_the_reference_inin_float64(k):
+def test_the_reference_in_float64(k):
   rng = np.random.default_rng(0)
   x, grad = rng.normal(size=(2, 2, 6, 5, 3))
   kernel = rng.normal(size=(k, k, 3))
-  floats = [jnp.asarray(a, jnp.float32) for a in (x, kernel, grad)]
-  conv = lambda x, kernel: ops.depthwise_conv(x, kernel, implementation="xla")
-  y, vjp = jax.vjp(conv, *floats[:2])
-  ours = {"forward": [y], "gradients": vjp(floats[2])}
-  for work, arrays in ours.items():
-    exact = implementations.in_float64(work, x, kernel, grad)
-    for a, b in zip(arrays, exact, strict=True):
-      common.assert_close(a, b, 1e-5, work)
+  ours = functools.partial(implementations.in_float64, x=x, kernel=kernel)
+  expected = {
+    "forward": [test_ops.exact(x, kernel)],
+    "gradients": test_ops.exact_vjp(x, kernel, grad),
+  }
+  for work, arrays in expected.items():
+    for a, b in zip(ours(work, grad=grad), arrays, strict=True):
+      common.assert_close(a, b, 1e-13, work)
 
 
 def test_what_is_packed_has_a_pin():

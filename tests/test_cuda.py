@@ -2,7 +2,6 @@
 
 import ctypes
 import functools
-import importlib.util
 import os
 import re
 import shutil
@@ -20,6 +19,8 @@ from convmixer_jax.ops import build
 from convmixer_jax.ops import cuda
 from convmixer_jax.ops import nvrtc
 from tests import common
+from tests import test_ops
+from tests import test_plan
 
 EMULATOR = common.ROOT / "tests" / "cuda_emulator.h"
 SOURCE = common.ROOT / "convmixer_jax" / "ops" / "depthwise.cu"
@@ -60,24 +61,6 @@ def emulate(folder, kernel, result, *args):
   return arrays[-1]
 
 
-def reference(x, kernel, grad):
-  """In float64: the result and the gradients of x and kernel."""
-  x, kernel, grad = (np.asarray(a, np.float64) for a in (x, kernel, grad))
-  k, (_, height, width, _) = len(kernel), x.shape
-  low = (k - 1) // 2
-  around = (0, 0), (low, k // 2), (low, k // 2), (0, 0)
-  padded, grad_padded = np.pad(x, around), np.zeros(np.pad(x, around).shape)
-  y, grad_kernel = np.zeros(x.shape), np.zeros(kernel.shape)
-  for i in range(k):
-    for j in range(k):
-      window = np.s_[:, i : i + height, j : j + width]
-      y += padded[window] * kernel[i, j]
-      grad_padded[window] += grad * kernel[i, j]
-      grad_kernel[i, j] = (padded[window] * grad).sum((0, 1, 2))
-  inside = np.s_[:, low : low + height, low : low + width]
-  return y, grad_padded[inside], grad_kernel
-
-
 @pytest.mark.skipif(not shutil.which("g++"), reason="g++ is not installed")
 @pytest.mark.parametrize(
   ("shape", "k"),
@@ -100,7 +83,8 @@ def test_results_on_the_cpu(tmp_path, monkeypatch, shape, k):
   draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
   x, kernel, grad = draw(*shape), draw(k, k, shape[-1]), draw(*shape)
   assert cuda.supported(x, kernel)
-  y, grad_x, grad_kernel = reference(x, kernel, grad)
+  y = test_ops.exact(x, kernel)
+  grad_x, grad_kernel = test_ops.exact_vjp(x, kernel, grad)
 
   empty = np.full_like(x, np.nan)
   call = cuda.convolve_kernel(shape, k, flip=False)
@@ -218,50 +202,31 @@ def test_ptx_is_cached_and_damage_is_found(monkeypatch, tmp_path):
 
 
 LOWERING = """
+from convmixer_jax.plan import topology
+(device,) = topology.open_topology("h100:1")
 import jax, jax.numpy as jnp
-from jax.experimental import topologies
 from convmixer_jax.ops import cuda
-
-target = '''
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535
-  block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 }
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-'''
-device = topologies.get_topology_desc(
-  platform="cuda", topology_name="none", target_config=target, topology="1x1x1"
-).devices[0]
 sharding = jax.sharding.SingleDeviceSharding(device)
 shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding)
-x, kernel = shape(64, 32, 32, 256), shape(9, 9, 256)
 
 def step(x, kernel):
   y = cuda.forward(x, kernel)
   return y, cuda.gradients(x, kernel, y)
 
-print(jax.jit(step).lower(x, kernel).compile().as_text())
+args = shape(64, 32, 32, 256), shape(9, 9, 256)
+print(jax.jit(step).lower(*args).compile().as_text())
 """
 
 
-def test_lowers_for_a_gpu():
-  if not importlib.util.find_spec("jax_cuda12_plugin"):
-    pytest.skip("jax-cuda12-plugin is not installed: nothing is lowered")
+@test_plan.gpu
+def test_compiles_for_a_gpu():
   needs_nvrtc()
-  env = dict(
-    os.environ, JAX_PLATFORMS="cpu", JAX_SKIP_CUDA_CONSTRAINTS_CHECK="1"
-  )
   result = subprocess.run(
-    [sys.executable, "-c", LOWERING], env=env, capture_output=True, text=True
+    [sys.executable, "-c", LOWERING],
+    cwd=common.ROOT,
+    env=os.environ | test_plan.cuda(),
+    capture_output=True,
+    text=True,
   )
   assert result.returncode == 0, result.stderr
   calls = re.findall(r'custom_call_target="(\S+)"', result.stdout)

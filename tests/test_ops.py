@@ -164,9 +164,12 @@ BILINEAR = {
 }
 
 
-@pytest.mark.parametrize("op", BILINEAR)
+@pytest.mark.parametrize(
+  ("op", "implementation"),
+  [*((op, "native") for op in BILINEAR), (ops.depthwise_conv, "banded")],
+)
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 2)])
-def test_vmap_of_ops_and_gradients(op, axes):
+def test_vmap_of_ops_and_gradients(op, implementation, axes):
   """Over each argument, in a scan, with remat."""
   shapes = BILINEAR[op]
   args = [
@@ -175,7 +178,7 @@ def test_vmap_of_ops_and_gradients(op, axes):
   ]
 
   def loss(x, kernel):
-    return jnp.sin(op(x, kernel, implementation="native")).sum()
+    return jnp.sin(op(x, kernel, implementation=implementation)).sum()
 
   grad = jax.value_and_grad(jax.checkpoint(loss), (0, 1))
   one_by_one = [
@@ -279,6 +282,16 @@ def test_ops_compile_one_implementation_and_gather_nothing(op):
   assert exchanges(hlo) == ["all-reduce"]  # The kernel's gradient.
   alone = [jax.device_put(a, jax.devices()[0]) for a in (x, kernel)]
   assert common.tree_error(compiled(x, kernel), gradients(*alone)) < 2e-6
+
+
+def test_banded_gathers_nothing():
+  mesh = sharding.make_mesh()
+  x = jax.device_put(normal(0, 16, 5, 4, 6), sharding.batch_sharding(mesh))
+  kernel = jax.device_put(normal(1, 3, 3, 6), sharding.replicated(mesh))
+  op = lambda *a: ops.depthwise_conv(*a, implementation="banded")
+  gradients = jax.jit(jax.grad(lambda *a: jnp.square(op(*a)).sum(), (0, 1)))
+  hlo = gradients.lower(x, kernel).compile().as_text()
+  assert exchanges(hlo) == ["all-reduce"]  # The kernel's gradient.
 
 
 @pytest.mark.parametrize(("devices", "batch"), [((8,), 2), ((2, 3), 8)])

@@ -20,9 +20,8 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-PIXELS = (
-  128  # Of a group, if its rows are not longer: what a matrix unit takes.
-)
+# Of a group, if its rows are not longer: what a matrix unit takes.
+PIXELS = 128
 
 
 @dataclasses.dataclass(frozen=True)

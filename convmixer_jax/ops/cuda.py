@@ -3,7 +3,8 @@
 `nvrtc` compiles depthwise.cu to PTX, for one shape at a time. The PTX is part
 of the XLA program, and the GPU's driver compiles it for the card. `forward` and
 `gradients` can be jitted, also within `jax.shard_map`, but not differentiated,
-vmapped, or partitioned by XLA.
+vmapped, or partitioned by XLA; `conv` and `conv_vjp` can be vmapped and
+partitioned too.
 """
 
 import functools
@@ -18,6 +19,7 @@ import numpy as np
 
 from convmixer_jax.ops import derivative
 from convmixer_jax.ops import nvrtc
+from convmixer_jax.ops import partition
 
 MAX_KERNEL_SIZE = 15
 
@@ -209,3 +211,33 @@ def ptx(kernel: Kernel) -> str:
   """A kernel's code; see `nvrtc.ptx`."""
   macros = [f"-D{name}={value}" for name, value in kernel.macros]
   return nvrtc.ptx(_SOURCE, macros)
+
+
+# --- The same on each device's share of a batch.
+
+
+def conv(x: jax.Array, kernel: jax.Array) -> jax.Array:
+  """`forward`."""
+  return _conv(x, kernel)[0]
+
+
+def conv_vjp(
+  x: jax.Array, kernel: jax.Array, grad: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """`gradients`."""
+  split = partition.by_device
+  grad_x, sums = _conv_vjp(split(x), kernel, split(grad))
+  return grad_x.reshape(x.shape), sums.sum(0)
+
+
+def _gradients_of_parts(x, kernel, grad):
+  parts = [gradients(part, kernel, g) for part, g in zip(x, grad)]
+  return [*map(jnp.stack, zip(*parts))]
+
+
+_conv = partition.over_images(
+  "n h w c, k l c -> n h w c", lambda *args: [forward(*args)]
+)
+_conv_vjp = partition.over_images(
+  "n b h w c, k l c, n b h w c -> n b h w c, n k l c", _gradients_of_parts
+)

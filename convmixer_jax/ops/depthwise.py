@@ -4,8 +4,6 @@ All of them compute the same function and take the same kernel, so that a model
 does not depend on which one runs.
 """
 
-import math
-
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -36,7 +34,8 @@ def depthwise_conv(
         code, and its grouped convolution to scalar code.
       'native': native.cc, for float32 and bfloat16 on CPUs; 'shift' if it
         cannot be compiled.
-      'banded': products with banded matrices; see `banded`.
+      'banded': products with banded matrices; see `banded`. In these and the
+        next two an infinity or NaN spreads farther than the kernel reaches.
       'pallas': the same in kernels for TPUs (v5e and v6e), where there are some
         for the shape (see `tpu.supported`); otherwise, and on other platforms,
         as 'auto'. `BatchNorm` then fuses more with them in training. They have
@@ -121,64 +120,28 @@ def _shift_vjp(x, kernel, grad):
   # sums over leading axes to scalar code. Adding one image at a time to k*k
   # accumulators gives vector code, which is six times faster. Each device has
   # its own accumulators, so that a sharded batch is not gathered.
-  batch, *image_shape = x.shape
-  lanes = math.gcd(batch, jax.device_count())
-
-  def one_image_per_lane(sums, image):
-    x, grad = image  # [lanes, H, W, C] each
+  def one_image_per_device(sums, image):
+    x, grad = image  # [devices, H, W, C] each
     grad = native.widened(grad)
     windows = _windows(x, k, padding)
     return [s + w * grad for s, w in zip(sums, windows)], None
 
-  by_lane = lambda a: a.reshape(lanes, batch // lanes, *image_shape)
-  by_image = [jnp.moveaxis(by_lane(a), 1, 0) for a in (x, grad)]
+  by_image = [jnp.moveaxis(partition.by_device(a), 1, 0) for a in (x, grad)]
   zeros = jnp.zeros_like(native.widened(by_image[0][0]))
   zeros = [zeros] * (k * k)
   zeros, _ = derivative.varying((zeros, by_image))
-  sums, _ = lax.scan(one_image_per_lane, zeros, by_image)
+  sums, _ = lax.scan(one_image_per_device, zeros, by_image)
   grad_kernel = jnp.stack([s.sum((0, 1, 2)) for s in sums])
   return grad_x, grad_kernel.reshape(kernel.shape).astype(kernel.dtype)
 
 
-def _tpu(x, kernel):
-  if not tpu.supported(x, kernel):
-    return _xla(x, kernel)
-  return tpu.conv(x, kernel)
-
-
-def _tpu_vjp(x, kernel, grad):
-  if not tpu.supported(x, kernel):
-    return jax.vjp(_xla, x, kernel)[1](grad)
-  return tpu.conv_vjp(x, kernel, grad)
-
-
-def _cuda_parts(x, kernel, grad):
-  parts = [cuda.gradients(*part) for part in zip(x, [kernel] * len(x), grad)]
-  return [*map(jnp.stack, zip(*parts))]
-
-
-_cuda_op = partition.over_images(
-  "n h w c, k l c -> n h w c", lambda *args: [cuda.forward(*args)]
-)
-_cuda_vjp_op = partition.over_images(
-  "n b h w c, k l c, n b h w c -> n b h w c, n k l c", _cuda_parts
-)
-
-
-def _has_cuda(x, kernel):
-  return cuda.supported(x, kernel) and cuda.available()
-
-
-def _cuda(x, kernel):
-  return _cuda_op(x, kernel)[0] if _has_cuda(x, kernel) else _xla(x, kernel)
-
-
-def _cuda_vjp(x, kernel, grad):
-  if not _has_cuda(x, kernel):
-    return jax.vjp(_xla, x, kernel)[1](grad)
-  split = partition.by_device
-  grad_x, sums = _cuda_vjp_op(split(x), kernel, split(grad))
-  return grad_x.reshape(x.shape), sums.sum(0)
+def _where(supported, op, vjp):
+  """An op and its derivative for what it supports, and XLA's for the rest."""
+  xla_vjp = lambda x, kernel, grad: jax.vjp(_xla, x, kernel)[1](grad)
+  choose = lambda ours, xlas: (
+    lambda *args: (ours if supported(*args[:2]) else xlas)(*args)
+  )
+  return choose(op, _xla), choose(vjp, xla_vjp)
 
 
 _depthwise = native.bilinear(
@@ -187,6 +150,6 @@ _depthwise = native.bilinear(
   _shift,
   _shift_vjp,
   banded=(banded.forward, banded.gradients),
-  tpu=(_tpu, _tpu_vjp),
-  cuda=(_cuda, _cuda_vjp),
+  pallas=_where(tpu.supported, tpu.conv, tpu.conv_vjp),
+  cuda=_where(cuda.supported, cuda.conv, cuda.conv_vjp),
 )

@@ -18,8 +18,10 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax.ops import build
+from convmixer_jax.ops import cuda
 from convmixer_jax.ops import derivative
 from convmixer_jax.ops import partition
+from convmixer_jax.ops import tpu
 
 Op = Callable[..., Any]
 
@@ -86,14 +88,16 @@ def _target(name: str) -> str:
 def chosen(implementation: str | None, dtype: Any) -> str:
   """What `dispatch` runs on the default backend: one of its functions' names.
 
-  For arrays of this dtype and an `implementation` as in `depthwise_conv`.
+  For arrays of this dtype and an `implementation` as in `depthwise_conv`. Of
+  'pallas' and 'cuda', single shapes may not be supported.
   """
   platform = jax.default_backend()
   if implementation in ("xla", "shift", "banded"):
     return implementation
-  own = {"tpu": "pallas", "gpu": "cuda"}.get(platform)
-  if own is not None and implementation == own:
-    return own
+  if (implementation, platform) == ("pallas", "tpu") and tpu.available():
+    return "pallas"
+  if (implementation, platform) == ("cuda", "gpu") and cuda.available():
+    return "cuda"
   if implementation != "native" and platform != "cpu":
     return "xla"
   return "native" if available(jax.ShapeDtypeStruct((), dtype)) else "shift"
@@ -133,9 +137,7 @@ def dispatch(
   native: Op,
   shift: Op,
   xla: Op,
-  banded: Op | None = None,
-  tpu: Op | None = None,
-  cuda: Op | None = None,
+  **others: Op,
 ) -> Any:
   """Calls one of several functions that compute the same result.
 
@@ -145,9 +147,7 @@ def dispatch(
     native: for CPUs, in terms of `call`.
     shift: for CPUs where native.cc cannot be compiled.
     xla: for all other platforms.
-    banded: for 'banded'; None: `xla`.
-    tpu: for 'pallas' on TPUs; None: `xla`.
-    cuda: for 'cuda' on NVIDIA's GPUs; None: `xla`.
+    **others: those of 'banded', 'pallas' and 'cuda' that are not `xla`.
 
   Raises:
     ValueError: unknown implementation.
@@ -158,19 +158,19 @@ def dispatch(
     )
   # On a GPU or TPU, `chosen` does not compile native.cc for 'auto': that would
   # be a wait for a library that only the CPU uses.
-  if chosen(implementation, args[0].dtype) != "native":
+  choice = chosen(implementation, args[0].dtype)
+  if choice != "native":
     native = shift
-  functions = {"native": native, "shift": shift, "banded": banded or xla}
   if implementation in ("auto", "pallas", "cuda"):
     platforms = {"cpu": native}
-    if implementation == "pallas" and tpu is not None:
+    if implementation == "pallas" and implementation in others:
       # A new function each time: JAX would return what it traced of the same
-      # one for another mesh.
-      platforms["tpu"] = lambda *args: tpu(*args)
-    # A machine without GPUs need not be able to compile for them.
-    if implementation == "cuda" and cuda and jax.default_backend() == "gpu":
-      platforms["cuda"] = cuda
+      # one for another mesh. `plan` traces it on machines without TPUs.
+      platforms["tpu"] = lambda *args: others[implementation](*args)
+    if choice == "cuda" and choice in others:
+      platforms["cuda"] = others[choice]
     return jax.lax.platform_dependent(*args, **platforms, default=xla)
+  functions = {"native": native, "shift": shift, **others}
   return functions.get(implementation, xla)(*args)
 
 
@@ -179,9 +179,7 @@ def bilinear(
   xla: Op,
   shift: Op | None = None,
   shift_vjp: Op | None = None,
-  banded: tuple[Op, Op] | tuple[()] = (),
-  tpu: tuple[Op, Op] | tuple[()] = (),
-  cuda: tuple[Op, Op] | tuple[()] = (),
+  **others: tuple[Op, Op],
 ) -> Op:
   """Makes an op of two arrays that is linear in each, differentiable in both.
 
@@ -191,9 +189,7 @@ def bilinear(
     shift: see `dispatch`; `xla` by default.
     shift_vjp: (x, kernel, gradient of y) -> gradients of x and kernel; JAX's
       derivative of `shift` by default.
-    banded: `dispatch`'s function, and its derivative as `shift_vjp`.
-    tpu: the same.
-    cuda: the same.
+    **others: see `dispatch`; each with its derivative, like `shift_vjp`.
 
   Returns:
     (implementation, x, kernel) -> y; see `dispatch`.
@@ -202,9 +198,8 @@ def bilinear(
   plain_vjp = lambda f: lambda x, kernel, grad: jax.vjp(f, x, kernel)[1](grad)
   xla_vjp, shift_vjp = plain_vjp(xla), shift_vjp or plain_vjp(shift)
   call_op = lambda *args: call(name, *args)[0]
-  pairs = {"banded": banded, "tpu": tpu, "cuda": cuda}
-  others, others_vjp = (
-    {key: pair[i] for key, pair in pairs.items() if pair} for i in range(2)
+  other_ops, other_vjps = (
+    {key: pair[i] for key, pair in others.items()} for i in range(2)
   )
 
   def call_vjp(x, kernel, grad):
@@ -216,7 +211,7 @@ def bilinear(
   # <grad, op(x, kernel)>. So their derivatives are sums of themselves.
   op = derivative.differentiable(
     lambda static, *args: dispatch(
-      static, *args, native=call_op, shift=shift, xla=xla, **others
+      static, *args, native=call_op, shift=shift, xla=xla, **other_ops
     ),
     lambda static, args, dots: (
       op(static, dots[0], args[1]) + op(static, args[0], dots[1])
@@ -225,7 +220,7 @@ def bilinear(
   )
   vjp = derivative.differentiable(
     lambda static, *args: dispatch(
-      static, *args, native=call_vjp, shift=shift_vjp, xla=xla_vjp, **others_vjp
+      static, *args, native=call_vjp, shift=shift_vjp, xla=xla_vjp, **other_vjps
     ),
     lambda static, args, dots: jax.tree.map(
       jnp.add,

@@ -20,13 +20,19 @@ _mesh = contextvars.ContextVar("mesh", default=None)
 def over(mesh: jax.sharding.Mesh) -> Iterator[None]:
   """Within this context, batches lie on the axis `data` of a mesh.
 
-  `on_shards` needs to know.
+  The kernels for TPUs need it to run on each device's images.
   """
   token = _mesh.set(mesh)
   try:
     yield
   finally:
     _mesh.reset(token)
+
+
+def device() -> Any:
+  """A device that programs are traced for: of `over`'s mesh, or of JAX's."""
+  mesh = _mesh.get()
+  return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
 def on_shards(rule: str, function: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ from typing import Any
 from typing import NamedTuple
 
 import jax
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
@@ -22,7 +21,8 @@ from convmixer_jax.ops import tpu_kernels
 from convmixer_jax.ops.tpu_kernels import Steps
 
 _LANES, _WORD = tpu_kernels.LANES, tpu_kernels.WORD
-_VMEM = 120 * 2**20  # Of 128 MiB on v5e and v6e.
+_KINDS = "TPU v5 lite", "TPU v6 lite"  # Those with 128 MiB on the chip.
+_VMEM = 120 * 2**20  # Bytes, of these.
 
 
 def _layout(x, kernel, flipped=False):
@@ -30,9 +30,16 @@ def _layout(x, kernel, flipped=False):
   return Steps(*dataclasses.astuple(at), x.dtype)
 
 
+def available() -> bool:
+  """Whether the TPUs have enough memory; True where there are none."""
+  device = partition.device()
+  return device.platform != "tpu" or device.device_kind in _KINDS
+
+
 def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
   """Whether `conv` and `conv_vjp`, or these with a norm, can run on x."""
-  if x.dtype not in (jnp.bfloat16, jnp.float32) or 0 in x.shape:
+  floats = jnp.bfloat16, jnp.float32
+  if x.dtype not in floats or 0 in x.shape or not available():
     return False
   at = _layout(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), kernel)
   # The backward kernel has blocks of images, two of each, their words, the
@@ -75,24 +82,6 @@ def _by_image(values, shape):
   _, _, batch, channels = shape
   values = values.transpose(0, 2, 1).reshape(-1, values.shape[1])
   return values[:batch, :channels]
-
-
-def _first_row(kernel, at: Steps):
-  """The first row of the bands, as words [C, pixels + window]."""
-  row = at.first_row(kernel)
-  row = jnp.pad(row, [(0, 0), (0, -row.shape[1] % _LANES)]).T
-  if at.per_word == 2:  # The second pixel's row is one lane further.
-    row = jnp.stack([row, jnp.roll(row, 1, 1)], -1)
-  return lax.bitcast_convert_type(row, _WORD)
-
-
-def _mask(at: Steps):
-  """is_tap as words, [words, window]."""
-  bits, word = 32 // at.per_word, 0
-  is_tap = at.is_tap().astype(_WORD) * _WORD(2**bits - 1)
-  for n in range(at.per_word):
-    word |= is_tap[n :: at.per_word] << _WORD(n * bits)
-  return word
 
 
 def _specs(at: Steps):
@@ -165,7 +154,7 @@ def forward(
   """
   at = _layout(x, kernel)
   images, rows, by_lane, constant = _specs(at)
-  steps, first_rows, mask = _padded(x, at), _first_row(kernel, at), _mask(at)
+  steps, first_rows, mask = _padded(x, at), at.first_words(kernel), at.mask()
   args = [
     (first_rows, rows(first_rows.shape[1])),
     (mask, constant(mask)),
@@ -230,7 +219,7 @@ def backward(
   """
   at = _layout(x, kernel, flipped=True)
   images, rows, by_lane, constant = _specs(at)
-  first_rows, mask = _first_row(kernel[::-1, ::-1], at), _mask(at)
+  first_rows, mask = at.first_words(kernel[::-1, ::-1]), at.mask()
   row_block = rows(first_rows.shape[1])
   reversed_mask = at.is_tap()[::-1].astype(jnp.float32)
   steps = _padded(x, at)

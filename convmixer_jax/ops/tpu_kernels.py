@@ -51,6 +51,22 @@ class Steps(banded.Layout):
     """Groups times images of a step."""
     return self.groups * self.images
 
+  def first_words(self, kernel: jax.Array) -> jax.Array:
+    """`first_row` as words, [C, whole lanes]."""
+    row = self.first_row(kernel)
+    row = jnp.pad(row, [(0, 0), (0, -row.shape[1] % LANES)]).T
+    if self.per_word == 2:  # The second pixel's row is one lane further.
+      row = jnp.stack([row, jnp.roll(row, 1, 1)], -1)
+    return lax.bitcast_convert_type(row, WORD)
+
+  def mask(self) -> jax.Array:
+    """`is_tap` as words, [words, window]: all bits of a pixel or none."""
+    bits, word = 32 // self.per_word, WORD(0)
+    is_tap = self.is_tap().astype(WORD) * WORD(2**bits - 1)
+    for n in range(self.per_word):
+      word |= is_tap[n :: self.per_word] << WORD(n * bits)
+    return word
+
   @property
   def is_whole(self) -> bool:
     """Whether the groups are full of pixels."""

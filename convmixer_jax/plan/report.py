@@ -75,7 +75,7 @@ def report(result: dict[str, Any]) -> str:
       f" {hours['compiler_estimate']:.1f} hours"
     )
     if seconds.get("kernels"):
-      row("of it our kernels, by their schedule", _duration(seconds["kernels"]))
+      row("kernels, by their schedule", _duration(seconds["kernels"]))
   return "\n".join(lines)
 
 
