@@ -214,7 +214,9 @@ def unpack(folder: Path, into: Path) -> None:
       io.BufferedReader(Joined(paths), 1 << 20) as stream,
       tarfile.open(fileobj=stream, mode="r|") as archive,
     ):
-      archive.extractall(target, filter="data")
+      # Python 3.11 has filters from 3.11.4 on.
+      safe = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+      archive.extractall(target, **safe)
     if group == "packages":
       install(target, into / f"site-{here}")
     for part in kept:
