@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from collections.abc import Mapping
+import glob
 import json
 import os
 from pathlib import Path
@@ -97,6 +98,28 @@ def define_out(flag_values: cli.Flags) -> flags.FlagHolder:
     "A JSON file that is written as soon as there are results, and is complete"
     " when its field 'complete' is true: --out result.json.",
   )
+
+
+def define_photos(flag_values: cli.Flags) -> Callable[[], list[Path]]:
+  """Defines --photos; returns a function that finds the files."""
+  pattern = flag_values.string(
+    "photos",
+    "JPEG files, as a quoted pattern: --photos '~/photos/*.jpg'. Default: the"
+    " two photographs inside scikit-learn, 640 x 427.",
+  )
+
+  def find():
+    if pattern.value is None:
+      import sklearn.datasets
+
+      folder = Path(sklearn.datasets.__file__).parent / "images"
+      return sorted(folder.glob("*.jpg"))
+    files = sorted(glob.glob(os.path.expanduser(pattern.value)))
+    if not files:
+      raise UserError(f"--photos={pattern.value}: no file matches")
+    return [*map(Path, files)]
+
+  return find
 
 
 def save(

@@ -14,11 +14,9 @@ one process and one thread. Results are images per second.
 """
 
 import functools
-import glob
 import io
 import json
 import os
-from pathlib import Path
 import sys
 
 import numpy as np
@@ -30,11 +28,7 @@ from convmixer_jax.data import decode
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
-_PHOTOS = _FLAGS.string(
-  "photos",
-  "JPEG files, as a quoted pattern: --photos '~/photos/*.jpg'. Default: the two"
-  " photographs inside scikit-learn, 640 x 427.",
-)
+_PHOTOS = benchmarks.define_photos(_FLAGS)
 _REPEATS = benchmarks.define_repeats(_FLAGS)
 _JSON = benchmarks.define_json(_FLAGS)
 SIZE = 224
@@ -53,7 +47,7 @@ def main() -> None:
     ) from e
   tf.config.threading.set_intra_op_parallelism_threads(1)
   tf.config.threading.set_inter_op_parallelism_threads(1)
-  photos = [Path(path).read_bytes() for path in _files()]
+  photos = [path.read_bytes() for path in _PHOTOS()]
   law = {"scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
   jobs = []  # Photo, seed, and the box that train_image draws with the seed.
   for seed in range(CROPS):
@@ -131,18 +125,6 @@ def main() -> None:
       f"  ({values['least']:.0f} to {values['greatest']:.0f})"
       f"  ours / this {ratio:.2f}"
     )
-
-
-def _files():
-  if _PHOTOS.value is None:
-    import sklearn.datasets
-
-    folder = Path(sklearn.datasets.__file__).parent / "images"
-    return sorted(folder.glob("*.jpg"))
-  files = sorted(glob.glob(os.path.expanduser(_PHOTOS.value)))
-  if not files:
-    raise UserError(f"--photos={_PHOTOS.value}: no file matches")
-  return files
 
 
 if __name__ == "__main__":

@@ -11,19 +11,35 @@ import pytest
 from scipy import stats
 
 from convmixer_jax import augment
+from convmixer_jax import ops
 from convmixer_jax import sharding
-from convmixer_jax.augment import color
 from convmixer_jax.augment import erasing
 from convmixer_jax.augment import geometry
+from convmixer_jax.augment import jitter
 from convmixer_jax.augment import mixing
 from convmixer_jax.augment import randaugment
+from convmixer_jax.augment import stages
 from convmixer_jax.errors import UserError
+from convmixer_jax.ops import native
 from tests import common
 from tests import test_data
 
 # Laws are tested with fixed seeds, at this probability of a false alarm.
 SIGNIFICANCE = 1e-3
 TIMM = "rand-m9-mstd0.5-inc1"
+
+
+@pytest.fixture(params=["native", "xla"])
+def form(request):
+  """Runs a test by ops/augment.cc, and as where that cannot be compiled."""
+  if request.param == "xla":
+    with ops.portable():
+      yield
+  else:
+    if not native.loaded():
+      pytest.skip("no C++ compiler: ops/augment.cc is not tested")
+    yield
+
 
 PHOTOS = np.stack(
   [np.asarray(test_data.photo(seed, 48, 32)) for seed in range(16)]
@@ -156,10 +172,12 @@ def apply_cases(cases, photos, ops, levels, signs, fill, bicubic):
     chosen[op] = jnp.array([case["op"] == name for case in cases])
     size = photos.shape[1:3]
     args = jnp.where(chosen[op], argument(levels, signs, size), args)
+  add_stage = lambda tree: jax.tree.map(lambda x: x[None], tree)
   apply = jax.jit(
-    lambda photos, *rest: randaugment.apply_ops(photos, *rest, fill, bicubic)
+    lambda photos, *of: stages.apply_stages(photos, *of[:2], fill, of[2])
   )
-  return np.asarray(apply(photos, chosen, args)), np.asarray(args)
+  images = apply(photos, *add_stage((chosen, args, bicubic)))
+  return np.asarray(images), np.asarray(args)
 
 
 EXACT = {"Identity", "AutoContrast", "Equalize", "Invert", "Solarize",
@@ -184,7 +202,7 @@ def assert_pixels(ours, theirs, cases, exact):
       assert np.mean(d == 0) >= 0.99, case
 
 
-def test_every_operation_is_timms():
+def test_every_operation_is_timms(form):
   golden, cases, photos, theirs = golden_cases("randaugment")
   assert {case["op"] for case in cases} == set(randaugment.TIMM)
   ours, args = apply_cases(
@@ -204,7 +222,7 @@ def test_every_operation_is_timms():
   assert_pixels(ours, theirs, cases, EXACT)
 
 
-def test_every_operation_is_torchvisions():
+def test_every_operation_is_torchvisions(form):
   """What torchvision 0.28's _apply_op gave."""
   _, cases, photos, theirs = golden_cases("randaugment_torchvision")
   assert {case["op"] for case in cases} == set(randaugment.TORCHVISION)
@@ -233,19 +251,21 @@ CORNERS[:100, 2:] = 0
 
 
 @pytest.mark.parametrize("op", ["AutoContrast", "Equalize"])
-def test_histogram_operations_are_pillows(op):
+def test_histogram_operations_are_pillows(op, form):
   """Also where a double rounds to just below a whole number."""
-  ours = color.lookup(CORNERS, {op: jnp.full(400, True)}, jnp.zeros(400))
+  ours = stages.apply_stages(
+    CORNERS, {op: jnp.full((1, 400), True)}, jnp.zeros((1, 400))
+  )
   function = getattr(ImageOps, op.lower())
   theirs = [np.asarray(function(Image.fromarray(image))) for image in CORNERS]
   assert np.array_equal(ours, np.stack(theirs))
 
 
-def test_what_is_not_chosen_stays():
-  none = jnp.zeros(len(PHOTOS), bool)
+def test_what_is_not_chosen_stays(form):
+  none = jnp.zeros((2, len(PHOTOS)), bool)
   every = {op for op, _ in randaugment.TIMM.values()}
-  images = randaugment.apply_ops(
-    PHOTOS, dict.fromkeys(every, none), jnp.ones(16), (0, 0, 0), none
+  images = stages.apply_stages(
+    PHOTOS, dict.fromkeys(every, none), jnp.ones((2, 16)), bicubic=none
   )
   assert np.array_equal(images, PHOTOS)
 
@@ -343,16 +363,16 @@ def test_what_does_not_parse_is_named(policy, part):
 # --- Colour jitter.
 
 
-def test_color_jitter_is_torchvisions():
+def test_color_jitter_is_torchvisions(form):
   """In each of its six orders, by Pillow's ImageEnhance."""
   key = jax.random.key(5)
   ours = augment.color_jitter(key, PHOTOS, 0.4)
-  orders, factors = map(np.asarray, color.jitter_draws(key, len(PHOTOS), 0.4))
+  orders, factors = map(np.asarray, jitter.draw(key, len(PHOTOS), 0.4))
   assert len(np.unique(orders, axis=0)) > 3
   for image, our, order, factor in zip(PHOTOS, ours, orders, factors):
     theirs = Image.fromarray(image)
     for i, value in zip(order, factor):
-      enhancer = getattr(ImageEnhance, color.ENHANCE_OPS[i])
+      enhancer = getattr(ImageEnhance, jitter.OPS[i])
       theirs = enhancer(theirs).enhance(float(value))
     d = np.abs(np.asarray(our, int) - np.asarray(theirs, int))
     assert np.mean(d <= 1) >= 0.995
@@ -360,7 +380,7 @@ def test_color_jitter_is_torchvisions():
 
 
 def test_color_jitters_law():
-  orders, factors = color.jitter_draws(jax.random.key(0), 6000, 0.4)
+  orders, factors = jitter.draw(jax.random.key(0), 6000, 0.4)
   _, counts = np.unique(orders, axis=0, return_counts=True)
   assert len(counts) == 6
   assert stats.chisquare(counts).pvalue > SIGNIFICANCE
@@ -371,7 +391,7 @@ def test_color_jitters_law():
 
 
 @pytest.mark.parametrize("mode", ["pixel", "const"])
-def test_erasing(mode):
+def test_erasing(mode, form):
   images = jnp.full((4000, 16, 24, 3), 7.0)
   erased = np.asarray(
     augment.random_erasing(
@@ -404,6 +424,47 @@ def test_what_does_not_fit_is_not_erased():
   )
   assert not height.any()
   assert not width.any()
+
+
+# --- What augment.cc computes, and XLA elsewhere.
+
+
+def both_forms(function, *args):
+  """The result of augment.cc, and of XLA."""
+  if not native.loaded():
+    pytest.skip("no C++ compiler: ops/augment.cc is not tested")
+  run = lambda: np.asarray(jax.jit(lambda *args: function(*args))(*args))
+  ours = run()
+  with ops.portable():
+    return ours, run()
+
+
+@pytest.mark.slow  # Without LLVM's optimisations, XLA rounds otherwise.
+@pytest.mark.parametrize("size", [(31, 17), (5, 40), (1, 3), (64, 64)])
+@pytest.mark.parametrize("policy", [f"{TIMM}-n5-p1", "torchvision-n5-m12"])
+def test_pixels_are_the_same_in_both_forms(policy, size):
+  """To the bit, after five operations in a row."""
+  images = RNG.integers(0, 256, (200, *size, 3), np.uint8)
+  policy = randaugment.parse(policy)
+  apply = lambda key, images: augment.apply_policy(
+    key, images, policy, (124, 116, 104)
+  )
+  ours, xlas = both_forms(apply, jax.random.key(2), images)
+  assert np.array_equal(ours, xlas)
+
+
+@pytest.mark.parametrize("size", [(24, 31), (5, 7)])
+def test_noise_is_the_same_in_both_forms(size):
+  """Up to the rounding of a logarithm."""
+  images = np.full((300, *size, 3), 7, np.float32)
+  erase = lambda key, images: augment.random_erasing(
+    key, images, prob=0.8, mode="pixel", area=(0.02, 0.9), aspect=(0.3, 3.3)
+  )
+  ours, xlas = both_forms(erase, jax.random.key(3), images)
+  assert 0.05 < np.mean(xlas != 7) < 0.9
+  assert np.array_equal(ours == 7, xlas == 7)
+  assert np.abs(ours - xlas).max() < 2e-6
+  assert np.abs(xlas[xlas != 7]).max() > 3.5  # Both parts of the formula.
 
 
 # --- Mixup and cutmix.
@@ -530,7 +591,7 @@ EVERYTHING = {
 }
 
 
-def test_the_whole_of_it_is_a_function_of_the_key():
+def test_the_whole_of_it_is_a_function_of_the_key(form):
   """A golden, in which the order, the keys and the fill colour matter.
 
   It holds each image's mean and standard deviation by channel, and the targets,
@@ -620,7 +681,7 @@ def test_devices_augment_their_own_images():
 
 
 @pytest.mark.slow
-def test_memory_is_bounded():
+def test_memory_is_bounded(form):
   """At most four float32 batches for ImageNet's recipe."""
   augment_fn = augment.make_augment(
     common.augment_config(**IMAGENET), **STATS, crop=False

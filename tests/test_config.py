@@ -262,7 +262,8 @@ def test_output_that_is_lost_is_an_error(monkeypatch):
 LAYERS = (
   ("errors",),
   ("files",),
-  ("ops", "augment", "optim", "sharding"),
+  ("ops",),
+  ("augment", "optim", "sharding"),
   ("models", "runtime"),
   ("step", "torch_pickle"),
   ("interop",),

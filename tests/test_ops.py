@@ -890,8 +890,8 @@ def test_where_the_library_is_cached(monkeypatch, tmp_path):
 @needs_compiler
 def test_flags_that_a_compiler_refuses(monkeypatch, tmp_path):
   monkeypatch.setattr(build, "_FLAGS", ("-std=c++17", "-fsyntax-only"))
-  monkeypatch.setattr(build, "_SOURCE", tmp_path / "empty.cc")
-  build._SOURCE.touch()
+  monkeypatch.setattr(build, "_SOURCES", (tmp_path / "empty.cc",))
+  build._SOURCES[0].touch()
   monkeypatch.setattr(build, "_TUNING", (["-march=nonsense"], []))
   build._build(str(tmp_path))
   monkeypatch.setattr(build, "_TUNING", (["-march=nonsense"],))

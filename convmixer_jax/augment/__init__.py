@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from convmixer_jax.augment.color import color_jitter as color_jitter
 from convmixer_jax.augment.erasing import random_erasing as random_erasing
 from convmixer_jax.augment.geometry import random_flip as random_flip
 from convmixer_jax.augment.geometry import (
   random_resized_crop as random_resized_crop,
 )
+from convmixer_jax.augment.jitter import color_jitter as color_jitter
 from convmixer_jax.augment.mixing import mix as mix
 from convmixer_jax.augment.randaugment import apply_policy as apply_policy
 from convmixer_jax.augment.randaugment import parse as parse

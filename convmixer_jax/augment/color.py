@@ -169,32 +169,3 @@ def _smooth(values):
   total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:]
   total = total + 4 * values[:, 1:-1, 1:-1]
   return values.at[:, 1:-1, 1:-1].set((2 * total + 13) // 26)
-
-
-def color_jitter(
-  key: jax.Array, images: jax.Array, strength: float
-) -> jax.Array:
-  """torchvision's ColorJitter of uint8 [B, H, W, 3], with hue left alone.
-
-  Changes brightness, contrast and saturation in random order. Each factor is
-  uniform in [max(0, 1 - strength), 1 + strength], where strength >= 0.
-  """
-  names = ENHANCE_OPS[:3]
-  order, factors = jitter_draws(key, images.shape[0], strength)
-  for stage in range(len(names)):
-    ops = {name: order[:, stage] == i for i, name in enumerate(names)}
-    images = enhance(images, ops, factors[:, stage])
-  return images
-
-
-def jitter_draws(
-  key: jax.Array, batch: int, strength: float
-) -> tuple[jax.Array, jax.Array]:
-  """Per image: order of the operations, int [B, 3]; factors, float [B, 3]."""
-  order_key, factor_key = jax.random.split(key)
-  order = jnp.tile(jnp.arange(3), (batch, 1))
-  order = jax.random.permutation(order_key, order, axis=1, independent=True)
-  factors = jax.random.uniform(
-    factor_key, (batch, 3), minval=max(0.0, 1 - strength), maxval=1 + strength
-  )
-  return order, factors

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax.augment import geometry
+from convmixer_jax.ops import native
 
 
 def random_erasing(
@@ -32,13 +33,19 @@ def random_erasing(
   erased_key, box_key, noise_key = jax.random.split(key, 3)
   erased = jax.random.bernoulli(erased_key, prob, (batch, 1, 1))
   boxes = _boxes(box_key, batch, height, width, area, aspect)
+  strips = math.gcd(height, 8)
+  if mode == "pixel" and images.dtype == jnp.float32 and _noise_on_cpu(key):
+    top, left, box_height, box_width = boxes
+    boxes = top, left, jnp.where(erased[:, 0, 0], box_height, 0), box_width
+    keys = jax.random.key_data(jax.random.split(noise_key, strips))
+    index = jnp.arange(batch, dtype=jnp.uint32)
+    return native.call("noise", images, jnp.stack(boxes, 1), index, keys)[0]
   top, left, box_height, box_width = (v[:, None, None] for v in boxes)
   y, x = jnp.mgrid[:height, :width]
   y, x = y - top, x - left
   inside = (y >= 0) & (y < box_height) & (x >= 0) & (x < box_width) & erased
   if mode == "pixel":
     # In strips, because drawing noise takes three times its memory.
-    strips = math.gcd(height, 8)
     shape = (batch, height // strips, *images.shape[2:])
     fill = jax.lax.map(
       lambda key: jax.random.normal(key, shape, images.dtype),
@@ -48,6 +55,12 @@ def random_erasing(
   else:
     fill = jnp.zeros((), images.dtype)
   return jnp.where(inside[..., None], fill, images)
+
+
+def _noise_on_cpu(key):
+  """Whether augment.cc draws the noise that jax.random would."""
+  default = str(jax.random.key_impl(key)) == "threefry2x32"
+  return default and jax.config.jax_threefry_partitionable and native.on_cpu()
 
 
 def _boxes(key, batch, height, width, area, aspect):

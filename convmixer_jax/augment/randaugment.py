@@ -19,20 +19,16 @@ from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import dataclasses
-import math
 import re
 
 import jax
 import jax.numpy as jnp
 
-from convmixer_jax.augment import color
-from convmixer_jax.augment import geometry
+from convmixer_jax.augment import stages
 from convmixer_jax.errors import UserError
 
-GEOMETRIC_OPS = ("Rotate", "ShearX", "ShearY", "TranslateX", "TranslateY")
-
-# (level [B], sign [B], (height, width)) -> argument [B] of `apply_ops`. A level
-# is a magnitude scaled to [0, 1].
+# (level [B], sign [B], (height, width)) -> argument [B] of `apply_stages`. A
+# level is a magnitude scaled to [0, 1].
 _Argument = Callable[[jax.Array, jax.Array, tuple[int, int]], jax.Array]
 
 _none = lambda level, *_: jnp.zeros_like(level)
@@ -60,7 +56,7 @@ _translate = lambda side: (
 _posterize = lambda level, *_: 8 - jnp.round(level * 4)
 _solarize = lambda level, *_: jnp.ceil(255 - 255 * level)
 
-# Name of the operation in a policy -> (operation of `apply_ops`, its argument).
+# Name in a policy -> (operation of `apply_stages`, its argument).
 TIMM: Mapping[str, tuple[str, _Argument]] = {
   "AutoContrast": ("AutoContrast", _none),
   "Equalize": ("Equalize", _none),
@@ -179,14 +175,10 @@ def apply_policy(
   Pixels that geometric operations take from outside an image are `fill`: RGB.
   """
   batch, height, width, _ = images.shape
-
-  def layer(images, key):
-    chosen, args, bicubic = draw(key, policy, batch, (height, width))
-    return apply_ops(images, chosen, args, fill, bicubic), None
-
-  # With a scan, the operations are compiled only once.
-  images, _ = jax.lax.scan(layer, images, jax.random.split(key, policy.num_ops))
-  return images
+  keys = jax.random.split(key, policy.num_ops)
+  draw_all = jax.vmap(lambda key: draw(key, policy, batch, (height, width)))
+  chosen, args, bicubic = draw_all(keys)
+  return stages.apply_stages(images, chosen, args, fill, bicubic)
 
 
 def draw(
@@ -195,7 +187,7 @@ def draw(
   """Draws one operation for each of `batch` images; size: height and width.
 
   Returns:
-    chosen, args and bicubic; see `apply_ops`.
+    chosen, args and bicubic of one stage; see `stages.apply_stages`.
   """
   op_key, prob_key, level_key, sign_key, filter_key = jax.random.split(key, 5)
   drawn = jax.random.randint(op_key, (batch,), 0, len(policy.ops))
@@ -209,44 +201,3 @@ def draw(
     chosen[op] = (drawn == i) & applied
     args = jnp.where(chosen[op], argument(level, sign, size), args)
   return chosen, args, bicubic if policy.smooth else None
-
-
-def apply_ops(
-  images: jax.Array,
-  chosen: Mapping[str, jax.Array],
-  args: jax.Array,
-  fill: Sequence[int],
-  bicubic: jax.Array | None,
-) -> jax.Array:
-  """Applies one operation, or none, to each image.
-
-  Args:
-    images: uint8 [B, H, W, 3], like the result.
-    chosen: operation -> bool [B], the images to which it is applied. The
-      operations are `color.TABLE_OPS`, `color.ENHANCE_OPS`, `GEOMETRIC_OPS` and
-      'Identity'.
-    args: [B], the operation's argument. Rotate: degrees, counter-clockwise.
-      ShearX, ShearY: pixels per pixel. TranslateX, TranslateY: pixels to the
-      left and up. For the others, see `color`.
-    fill: see `apply_policy`.
-    bicubic: see `geometry.affine`.
-  """
-  of = lambda ops: {op: chosen[op] for op in ops if op in chosen}
-  if table_ops := of(color.TABLE_OPS):
-    images = color.lookup(images, table_ops, args)
-  if enhance_ops := of(color.ENHANCE_OPS):
-    images = color.enhance(images, enhance_ops, args)
-  if geometric_ops := of(GEOMETRIC_OPS):
-    arg_of = lambda op: jnp.where(geometric_ops.get(op, False), args, 0.0)
-    angle = arg_of("Rotate") * (math.pi / 180)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    x, y = images.shape[2] / 2, images.shape[1] / 2
-    xx, xy = cos, arg_of("ShearX") - sin
-    yx, yy = arg_of("ShearY") + sin, cos
-    dx = arg_of("TranslateX") + x - cos * x + sin * y
-    dy = arg_of("TranslateY") + y - sin * x - cos * y
-    matrix = jnp.stack([xx, xy, dx, yx, yy, dy], -1).reshape(-1, 2, 3)
-    moved = geometry.affine(images, matrix, fill, bicubic)
-    any_chosen = sum(geometric_ops.values()) > 0
-    images = jnp.where(any_chosen[:, None, None, None], moved, images)
-  return images

@@ -89,7 +89,26 @@ def train_image(
   Returns:
     uint8 [size, size, 3].
   """
-  image = _identify(data)
+  return random_crop(
+    _identify(data),
+    size,
+    rng,
+    scale=scale,
+    ratio=ratio,
+    interpolation=interpolation,
+  )
+
+
+def random_crop(
+  image: Image.Image,
+  size: int,
+  rng: np.random.Generator,
+  *,
+  scale: tuple[float, float],
+  ratio: tuple[float, float],
+  interpolation: str,
+) -> np.ndarray:
+  """As `train_image`, of an open image."""
   if interpolation == "random":
     interpolation = "bicubic" if rng.random() < 0.5 else "bilinear"
   resample = BICUBIC if interpolation == "bicubic" else BILINEAR

@@ -1,9 +1,9 @@
-"""Compiles native.cc, caches the library and loads it.
+"""Compiles native.cc and augment.cc, caches the library and loads it.
 
 The library is compiled at first use and kept in the user's cache folder. Its
-name holds a hash of the source, the flags and the CPU, and one of the compiler,
-so that a change in any of them builds a new one. Without a compiler, a library
-of any compiler is used.
+name holds a hash of the sources, the flags and the CPU, and one of the
+compiler, so that a change in any of them builds a new one. Without a compiler,
+a library of any compiler is used.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,10 @@ from absl import logging
 import jax
 from jaxlib import version
 
-_SOURCE = Path(__file__).with_name("native.cc")
+_SOURCES = tuple(
+  Path(__file__).with_name(name) for name in ("native.cc", "augment.cc")
+)
+_HEADER = Path(__file__).with_name("native.h")
 _FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared")
 # Tried in this order, since not every compiler accepts each of them: x86 and
 # some Arm compilers, other Arm compilers, and no tuning at all.
@@ -32,7 +35,7 @@ _TUNING = (["-march=native"], ["-mcpu=native"], [])
 
 
 def load() -> ctypes.CDLL | None:
-  """Loads the compiled native.cc; compiles it if the cache does not have it.
+  """Loads the library; compiles it if the cache does not have it.
 
   Returns None if it cannot be built. A warning then says why.
   """
@@ -47,9 +50,10 @@ def load() -> ctypes.CDLL | None:
     output = getattr(e, "stderr", None) or str(e)
     lines = output.strip().splitlines() or [type(e).__name__]
     logging.warning(
-      "ops/native.cc could not be compiled (%s). Convolutions and BatchNorm run"
-      " in plain XLA, which is several times slower. Install a C++ compiler,"
-      " for example with `apt-get install g++`, or name one in $CXX.",
+      "ops/native.cc could not be compiled (%s). Convolutions, BatchNorm and"
+      " augmentation run in plain XLA, which is several times slower. Install a"
+      " C++ compiler, for example with `apt-get install g++`, or name one in"
+      " $CXX.",
       next((line for line in lines if "error" in line), lines[-1]),
     )
     return None
@@ -58,7 +62,8 @@ def load() -> ctypes.CDLL | None:
 @functools.cache
 def key() -> str:
   """A hash of all but the compiler that the compiled library depends on."""
-  parts = [_SOURCE.read_text("utf-8"), *_FLAGS, *itertools.chain(*_TUNING)]
+  parts = [path.read_text("utf-8") for path in (*_SOURCES, _HEADER)]
+  parts += [*_FLAGS, *itertools.chain(*_TUNING)]
   parts += [platform.machine(), cpu(), version.__version__]
   return digest("\0".join(parts).encode())
 
@@ -127,7 +132,7 @@ def cached(cache: Path, name: str, make: Callable[[str], Path]) -> Path:
 def _build(folder: str) -> Path:
   path = Path(folder) / "native.so"
   command = [*_compiler(), *_FLAGS, "-isystem", jax.ffi.include_dir(),
-             str(_SOURCE), "-o", str(path)]  # fmt: skip
+             *map(str, _SOURCES), "-o", str(path)]  # fmt: skip
   for tuning in _TUNING:
     result = _run([*command, *tuning])
     if result.returncode == 0:

@@ -1,4 +1,4 @@
-"""Calls of native.cc's functions on JAX arrays, for CPUs.
+"""Calls of native.cc's and augment.cc's functions on JAX arrays, for CPUs.
 
 `call` runs one op. It can be jitted, vmapped, scanned, and sharded over the
 batch, but not differentiated. `dispatch` chooses between native.cc and plain
@@ -52,15 +52,28 @@ _OPS = {
   "normalize": "n h w c, c, n c, n c, n h w c -> n h w c",
   "grad_sums": "n h w c, c, n c, n h w c -> n c, n c",
   "input_grad": "n h w c, c, n c, n c, n c, n h w c -> n h w c, n c",
+  "stages": "n h w c, s n, s n, s n m, s n, c -> n h w c",
+  "noise": "n h w c, n i, n, p j -> n h w c",
 }
+_IN_PLACE = ("noise",)  # The first argument's memory becomes the result's.
 
 
 def available(x: jax.Array | jax.ShapeDtypeStruct) -> bool:
   """Whether native.cc's ops can run on x; the first call compiles them."""
-  if x.dtype not in _DTYPES or _portable.get():
+  return x.dtype in _DTYPES and loaded()
+
+
+def loaded() -> bool:
+  """Whether there is a library of ops; the first call compiles it."""
+  if _portable.get():
     return False
   with _LOCK:
     return _registered()
+
+
+def on_cpu() -> bool:
+  """Whether the program being traced is for CPUs, and there is a library."""
+  return partition.device().platform == "cpu" and loaded()
 
 
 @functools.cache
@@ -124,9 +137,10 @@ def widened(x: jax.Array) -> jax.Array:
 def call(name: str, *args: jax.Array, **attributes) -> list[jax.Array]:
   """Calls an op of native.cc. Its shapes are in `_OPS`.
 
-  Images and kernels are float32 or bfloat16; other arrays are float32. Images
-  among the results have the first argument's dtype; other results are float32.
-  The attributes are the op's integers and booleans.
+  A model's images and kernels are float32 or bfloat16 and its other arrays
+  float32; augment.cc names its own. Images among the results have the first
+  argument's dtype; other results are float32. The attributes are the op's
+  integers and booleans.
   """
   return _op(name, tuple(attributes.items()))(*args)
 
@@ -264,6 +278,11 @@ def _op(name, attributes):
     return [*map(jnp.stack, zip(*(ffi_call(results, part) for part in parts)))]
 
   def ffi_call(results, args):
-    return jax.ffi.ffi_call(_target(name), results)(*args, **dict(attributes))
+    call = jax.ffi.ffi_call(
+      _target(name),
+      results,
+      input_output_aliases={0: 0} if name in _IN_PLACE else None,
+    )
+    return call(*args, **dict(attributes))
 
   return partition.over_images(_OPS[name], op)
