@@ -1,16 +1,23 @@
 """Exports a model for use without this code.
 
   python -m convmixer_jax.export --weights runs/cifar10 --out exported
-  python -m convmixer_jax.export --weights convmixer_768_32.safetensors \\
-      --out exported
+  python -m convmixer_jax.export --weights runs/cifar10 --out exported \\
+      --format timm
 
-DIR/model.stablehlo takes uint8 RGB images [batch, size, size, 3] of any batch,
-normalises them, and gives logits [batch, classes], on CPU, CUDA, ROCm and TPU:
+stablehlo: DIR/model.stablehlo takes uint8 RGB images [batch, size, size, 3] of
+any batch, normalises them, and gives logits [batch, classes], on CPU, CUDA,
+ROCm and TPU:
 
   data = bytearray(open("exported/model.stablehlo", "rb").read())
   logits = jax.export.deserialize(data).call(images)
 
 DIR/model.json has the image size, how to resize, and the names of the classes.
+
+timm: DIR/model.safetensors has the weights by the names of timm's model, which
+loads them with load_state_dict(safetensors.torch.load_file(path)). Its header
+has the sizes, the preprocessing and the names of the classes: as --weights,
+this file is as good as the workdir.
+
 The file is read back and compared with the model before the command ends. There
 is no ONNX export: the maintained converter, jax2onnx, needs an older orbax.
 
@@ -34,6 +41,7 @@ import numpy as np
 
 from convmixer_jax import augment
 from convmixer_jax import cli
+from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import weights
 from convmixer_jax.errors import UserError
@@ -41,6 +49,13 @@ from convmixer_jax.errors import UserError
 _FLAGS = cli.Flags()
 _WEIGHTS, _MODEL = _FLAGS.define_weights()
 _OUT = _FLAGS.string("out", "The folder to write: --out exported.")
+_FORMAT = _FLAGS.enum(
+  "format",
+  "stablehlo: a program that needs only jax; timm: weights for PyTorch:"
+  " --format timm.",
+  "stablehlo",
+  enum_values=["stablehlo", "timm"],
+)
 TOLERANCE = 1e-4  # Largest relative difference of logits, float32.
 
 
@@ -53,23 +68,33 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise UserError(f"--out={out}: {e.strerror}") from e
-  size = data["image_size"]
-  function = inference_function(model, variables, data["mean"], data["std"])
-  path = write_stablehlo(function, size, out)
-  call = jax_export.deserialize(bytearray(path.read_bytes())).call
+  size, stats = data["image_size"], (data["mean"], data["std"])
+  if _FORMAT.value == "timm":
+    path = out / "model.safetensors"
+    weights.save(path, model, variables, data)
+    again, read, told = weights.load_model(path)
+    call = inference_function(again, read, told["mean"], told["std"])
+    what = f"{models.describe(again)}, with timm's names"
+  else:
+    function = inference_function(model, variables, *stats)
+    path = write_stablehlo(function, size, out)
+    (out / "model.json").write_text(json.dumps(data, indent=2), "utf-8")
+    call = jax_export.deserialize(bytearray(path.read_bytes())).call
+    what = (
+      f"uint8 images [batch, {size}, {size}, 3] to logits"
+      f" [batch, {model.num_classes}]"
+    )
 
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, size, size, 3), np.uint8)
-  normalize = augment.make_normalize(data["mean"], data["std"])
+  normalize = augment.make_normalize(*stats)
   ours = model.apply(variables, normalize(images), train=False)
   difference = np.abs(call(images) - ours).max() / np.abs(ours).max()
   if not difference <= TOLERANCE:
     path.unlink()
     raise RuntimeError(f"{path}: differs by {difference:.1e}: a bug")
-  (out / "model.json").write_text(json.dumps(data, indent=2), "utf-8")
   print(
-    f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB, uint8 images"
-    f" [batch, {size}, {size}, 3] to logits [batch, {model.num_classes}];"
+    f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB, {what};"
     f" read back, it differs from the model by {difference:.1e} of the largest"
   )
 

@@ -10,6 +10,7 @@ from typing import Any
 from flax import traverse_util
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 
 from convmixer_jax import models
@@ -170,6 +171,7 @@ def _to_theirs(family, path):
 # What training scripts call the weights in their checkpoints; averages first.
 _WEIGHTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model",
             "model_state_dict")  # fmt: skip
+_HUB_FILE = "model.safetensors"
 # Modules that hold another one: of DataParallel and of torch.compile.
 _WRAPPERS = ("module", "_orig_mod")
 
@@ -221,6 +223,24 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   except Exception as e:  # A damaged file may raise anything.
     raise UserError(f"{path}: damaged or cut short: {first_line(e)}") from e
   return _without_prefix(_tensors(found, path))
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, str]:
+  """The texts in the header of a safetensors file that `load` has read.
+
+  Of other files, {}.
+  """
+  path = os.fspath(path)
+  if match := re.fullmatch("hf-hub:([^/]+/[^/]+)", path):
+    import huggingface_hub
+
+    cached = huggingface_hub.try_to_load_from_cache(match[1], _HUB_FILE)
+    path = str(cached)
+  try:
+    with safetensors.safe_open(path, "numpy") as file:
+      return file.metadata() or {}
+  except (OSError, safetensors.SafetensorError):
+    return {}
 
 
 def _tensors(found, path):
@@ -284,7 +304,7 @@ def _download(path):
   import huggingface_hub
 
   logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)
-  where = path.removeprefix("hf-hub:"), "model.safetensors"
+  where = path.removeprefix("hf-hub:"), _HUB_FILE
   problem = None
   try:
     # Asked once: without a network hf_hub_download would retry for half a

@@ -1,6 +1,7 @@
 """Loads variables from a workdir, a file or the Hugging Face Hub."""
 
 from collections.abc import Mapping
+import json
 import math
 import os
 from pathlib import Path
@@ -11,12 +12,14 @@ from typing import Any
 from flax import traverse_util
 import flax.linen as nn
 import jax
+import safetensors.numpy
 
 from convmixer_jax import checkpoint
 from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
 
@@ -193,8 +196,9 @@ def load_model(
   """Builds the model that weights belong to.
 
   Args:
-    where: see `load`. A workdir's config defines its model. A file's tensors
-      imply the sizes, and the published variant of these sizes the rest.
+    where: see `load`. A workdir's config defines its model, and so does the
+      header of a file that `save` wrote. Another file's tensors imply the
+      sizes, and the published variant of these sizes the rest.
     model_name: a key of `models.VARIANTS`, for a file.
 
   Returns:
@@ -213,7 +217,14 @@ def load_model(
       raise UserError(
         f"--model={model_name}: omit it; {where} has a config that names it"
       )
+    origin = folder / "config.json"
     config = config_lib.flatten(workdir_lib.read_config(folder))
+  else:
+    if classes is None:
+      raise UserError(f"{where}: has no head, so its classes are unknown")
+    origin = where
+    config = {} if model_name else _read_header(where)
+  if config:
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}
     data = of("data", family.preprocessing(None))
     arguments = of(
@@ -223,16 +234,14 @@ def load_model(
     config_lib.check_values(
       {f"data.{k}": v for k, v in data.items()}
       | {f"model.{k}": v for k, v in arguments.items()},
-      f"{folder / 'config.json'}: ",
+      f"{origin}: ",
     )
     try:
       model = models.create_model(**arguments | {"num_classes": classes})
     except UserError as e:
-      raise UserError(f"{folder / 'config.json'}: {e}") from e
+      raise UserError(f"{origin}: {e}") from e
     model = models.unrolled(model)
   else:
-    if classes is None:
-      raise UserError(f"{where}: has no head, so its classes are unknown")
     name = model_name or _variant(family, found)
     data = family.preprocessing(name)
     if (patches := family.num_patches(variables["params"])) is not None:
@@ -245,7 +254,72 @@ def load_model(
     _warn_of_other_arguments(variables, model, where)
   wanted = models.variable_shapes(model, data["image_size"])
   variables = match(variables, wanted, where)
-  return model, variables, data | {"class_names": _class_names(folder, classes)}
+  names = config.get("class_names")
+  if not _are_names(names, classes):
+    names = _class_names(folder, classes)
+  return model, variables, data | {"class_names": names}
+
+
+def save(
+  path: str | os.PathLike,
+  model: nn.Module,
+  variables: Mapping[str, Any],
+  data: Mapping[str, Any],
+) -> None:
+  """Writes a safetensors file with timm's names of the tensors.
+
+  Its header tells `load_model` the rest: the arguments of the model, the
+  preprocessing and the names of the classes.
+
+  Args:
+    path: of the file.
+    model: as `load_model` returns it, like the others.
+    variables: of the model.
+    data: the preprocessing of its images.
+  """
+  variants = models.family_of(model).VARIANTS
+  told = min((_arguments(model, name) for name in variants), key=len)
+  told |= {k if k == "class_names" else f"data.{k}": v for k, v in data.items()}
+  safetensors.numpy.save_file(
+    interop.to_torch(variables),
+    path,
+    metadata={"format": "pt", _HEADER: json.dumps(told)},
+  )
+
+
+_HEADER = "convmixer_jax"  # Its name in a file's metadata.
+# Fields of how a model is run, which are not part of it.
+_RUN = ("model.name", "model.bn_group_size", "model.dtype",
+        "model.implementation", "model.remat", "model.scan")  # fmt: skip
+
+
+def _arguments(model, name):
+  """A variant, and the fields in which a model differs from it."""
+  variant, told = models.create_model(name), {"model.name": name}
+  for field in config_lib.FIELDS:
+    section, _, attribute = field.partition(".")
+    if section == "model" and field not in _RUN and hasattr(variant, attribute):
+      value = getattr(model, attribute)
+      if value != getattr(variant, attribute):
+        told[field] = value
+  return told
+
+
+def _read_header(where):
+  """What `save` told of a file's model, flat like a config; else {}."""
+  text = interop.read_metadata(where).get(_HEADER, "{}")
+  try:
+    told = json.loads(text)
+    if not isinstance(told, dict):
+      raise ValueError("is no JSON object")
+  except (ValueError, RecursionError) as e:
+    raise UserError(f"{where}: header {_HEADER}: {first_line(e)}") from e
+  return told
+
+
+def _are_names(names, classes):
+  texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
+  return texts and len(names) == classes
 
 
 def _class_names(folder, classes):

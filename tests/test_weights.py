@@ -602,6 +602,48 @@ def test_the_export_command(run, tmp_path):
   assert err.startswith(f"error: --out={path}: File exists")
 
 
+def test_timms_weights_of_a_run(run, tmp_path):
+  """The file tells as much as the run."""
+  workdir = run[0]
+  process = common.call(
+    "convmixer_jax.export", f"--weights={workdir}", f"--out={tmp_path}",
+    "--format=timm",
+  )  # fmt: skip
+  assert process[0] == 0, process[2]
+  path = tmp_path / "model.safetensors"
+  model, variables, data = weights.load_model(workdir)
+  again, loaded, told = weights.load_model(path)
+  assert again == model.clone(dtype=jnp.float32, bn_group_size=0)
+  jax.tree.map(np.testing.assert_array_equal, loaded, variables)
+  assert told == data
+  # By the names that the tests above load into timm's model.
+  tensors = safetensors.numpy.load_file(path)
+  wanted = interop.to_torch(variables)
+  assert tensors.keys() == wanted.keys()
+  for name, value in tensors.items():
+    assert np.array_equal(value, wanted[name]), name
+
+
+@pytest.mark.parametrize(
+  ("header", "error"),
+  [
+    ("{", "header convmixer_jax: "),
+    ("[1]", "header convmixer_jax: is no JSON object"),
+    ('{"model.name": "resnet9"}', "data.image_size=None: must be"),
+    (
+      '{"model.dim": 1.5, "data.image_size": 32, "data.crop_pct": 1,'
+      ' "data.mean": [0, 0, 0], "data.std": [1, 1, 1]}',
+      "model.name=None: must be",
+    ),
+  ],
+)
+def test_headers_that_tell_nonsense(header, error, tmp_path):
+  path = tmp_path / "a.safetensors"
+  safetensors.numpy.save_file(STATE, path, metadata={"convmixer_jax": header})
+  with pytest.raises(UserError, match=re.escape(f"{path}: {error}")):
+    weights.load_model(path)
+
+
 @pytest.mark.slow
 def test_the_segmentation_example(run, tmp_path):
   """The loss falls; pixels are told apart; there is a picture."""
