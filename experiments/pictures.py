@@ -278,10 +278,12 @@ def _draw_fields(fields, centers, title):
   for ax in axes[len(fields) + 1 :]:
     ax.axis("off")
   ax = axes[len(fields)]
+  largest = len(field)  # A square about a centre off the middle may be larger.
   for share in (0.5, 0.95):
     sides = [measures.reach(f, centers[n], share) for n, f in fields.items()]
     ax.plot(list(fields), sides, ".-", label=f"{100 * share:.0f} % of it")
-  ax.set_ylim(0, len(field) + 1)
+    largest = max(largest, *sides)
+  ax.set_ylim(0, 1.05 * largest)
   ax.set_title("side of the square with", fontsize="small")
   ax.set(xlabel="blocks", ylabel="pixels")
   ax.legend(fontsize="small")

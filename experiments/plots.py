@@ -93,12 +93,15 @@ def _pictures(results) -> Iterator[Picture]:
     band,
     _curves(results, "eval", "top1", "top-1, %"),
   )
-  yield _picture(
-    "loss",
-    "Loss while training",
-    f"On augmented images, without weight decay. {band}",
-    _curves(results, "train", "loss", "loss, nats"),
-  )
+  if any(
+    r["kind"] == "train" for d in done for v in d.runs.values() for r in v
+  ):
+    yield _picture(
+      "loss",
+      "Loss while training",
+      f"On augmented images, without weight decay. {band}",
+      _curves(results, "train", "loss", "loss, nats"),
+    )
   if any(result.costs is None for result in results):
     return
   bars = "Mean and standard deviation over seeds; hollow markers: published."
@@ -240,6 +243,8 @@ def _curves(results, kind, field, label):
     last = max(records[-1]["step"] for records in result.runs.values())
     epochs = np.array(steps) / last * result.cell.resolve(0).epochs
     style = {} if grid else {"marker": marker, "markevery": 0.2}
+    if len(steps) == 1:  # A line would be invisible.
+      style = {"marker": marker}
     ax.plot(epochs, values.mean(0), color=color, **style)
     ax.fill_between(
       epochs, values.min(0), values.max(0), color=color, alpha=0.25, lw=0

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import datetime
 import json
 from pathlib import Path
+import re
 import sys
 
 import jinja2
@@ -119,7 +120,9 @@ def _metadata(folder, cell, seed):
     "run": f"{cell}/seed{seed}",
     "device": f"{tell('num_devices')} x {tell('device')}",
     "CPUs": tell("cpu_count"),
-    "commit": tell("commit"),
+    "commit": re.sub(
+      r"^([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", str(tell("commit"))
+    ),
     "started": starts[0].get("started", "?"),
     "ended": tell("ended"),
     "minutes": minutes,

@@ -156,36 +156,48 @@ def _is_record(record):
   return good and isinstance(record["step"], int)
 
 
-def row(result: Result) -> tuple[str, ...]:
-  """A cell as values of `COLUMNS`."""
+def record(result: Result) -> dict[str, Any]:
+  """A cell as numbers; None where there is none.
+
+  top1 is the mean over seeds and std their standard deviation, in percent;
+  flops are those of an image's forward pass.
+  """
   published = result.cell.published()
+  value = published.value if published else None
   rates = [
     record["images_per_second"]
     for records in result.runs.values()
     for record in records
     if "images_per_second" in record
   ]
-  paper, difference = "", ""
-  if published:
-    paper = "unknown"
-    if published.value is not None:
-      paper = f"{published.value:.2f}"
-      if result.mean is not None:
-        difference = f"{result.mean - published.value:+.2f}"
-  ours = "missing"
-  if result.mean is not None:
-    spread = "" if result.std is None else f" +- {result.std:.2f}"
-    ours = f"{result.mean:.2f}{spread} ({len(result.runs)})"
-  parameters, flops = "", ""
-  if result.costs:
-    parameters = f"{result.costs[0]:,}"
-    flops = f"{result.costs[1] / 1e9:.3g}"
+  parameters, flops = result.costs or (None, None)
+  known = result.mean is not None and value is not None
+  return {
+    "cell": result.cell.name,
+    "parameters": parameters,
+    "flops": flops,
+    "images_per_second": statistics.median(rates) if rates else None,
+    "top1": result.mean,
+    "std": result.std,
+    "n": len(result.runs),
+    "seeds": " ".join(map(str, result.runs)),
+    "paper": value,
+    "difference": result.mean - value if known else None,
+  }
+
+
+def row(result: Result) -> tuple[str, ...]:
+  """A cell as values of `COLUMNS`."""
+  r = record(result)
+  show = lambda value, form: "" if value is None else format(value, form)
+  spread = "" if r["std"] is None else f" +- {r['std']:.2f}"
+  paper = show(r["paper"], ".2f")
   return (
-    result.cell.name,
-    parameters,
-    flops,
-    f"{statistics.median(rates):.0f}" if rates else "",
-    ours,
-    paper,
-    difference,
+    r["cell"],
+    show(r["parameters"], ","),
+    show(r["flops"] and r["flops"] / 1e9, ".3g"),
+    show(r["images_per_second"], ".0f"),
+    f"{r['top1']:.2f}{spread} ({r['n']})" if r["n"] else "missing",
+    paper or ("unknown" if result.cell.published() else ""),
+    show(r["difference"], "+.2f"),
   )

@@ -7,9 +7,11 @@ Ours is the top-1 accuracy after the last step in percent: mean and standard
 deviation over the finished seeds, and their number in parentheses. A cell
 without a finished run is "missing". A published value that is not established
 is "unknown". Runs that are unfinished, damaged, or of a config other than the
-sweep's are left out and listed on standard error.
+sweep's are left out and listed on standard error. csv has a column for each
+number instead, and for the seeds.
 """
 
+from collections.abc import Sequence
 import csv
 import io
 import sys
@@ -32,17 +34,20 @@ _FORMAT = _FLAGS.enum(
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   results, problems = scores.collect(*scores.locate(names, cli.required(_ROOT)))
-  print(render([scores.row(r) for r in results], _FORMAT.value), end="")
+  print(render(results, _FORMAT.value), end="")
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
 
 
-def render(rows: list[tuple[str, ...]], kind: str) -> str:
-  """Rows of `scores.COLUMNS` as markdown, csv or latex."""
+def render(results: Sequence[scores.Result], kind: str) -> str:
+  """A table as markdown or latex, or numbers as csv; see `scores.record`."""
   if kind == "csv":
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows([scores.COLUMNS, *rows])
+    text, records = io.StringIO(), [scores.record(r) for r in results]
+    writer = csv.DictWriter(text, records[0], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(records)
     return text.getvalue()
+  rows = [scores.row(r) for r in results]
   if kind == "markdown":
     line = lambda row: f"| {' | '.join(row)} |\n"
     rule = f"|---|{'---:|' * (len(scores.COLUMNS) - 1)}\n"

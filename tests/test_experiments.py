@@ -165,9 +165,26 @@ def test_tables(tmp_path, monkeypatch):
   for row, *_ in EDITS:
     assert by_name[cells[row].name]["ours"] == "missing"
 
-  read = list(csv.reader(io.StringIO(tables.render(rows, "csv"))))
-  assert read == [[*scores.COLUMNS], *map(list, rows)]
-  markdown = tables.render(rows, "markdown").splitlines()
+  read = {
+    record["cell"]: record
+    for record in csv.DictReader(io.StringIO(tables.render(results, "csv")))
+  }
+  assert len(read) == len(rows)
+  baseline = read["baseline"]
+  assert float(baseline.pop("std")) == pytest.approx(2**-0.5)
+  assert float(baseline.pop("difference")) == pytest.approx(-0.38)
+  assert float(baseline.pop("flops")) == results[0].costs[1]
+  assert baseline == {
+    "cell": "baseline", "parameters": "706570", "images_per_second": "100.0",
+    "top1": "95.5", "n": "2", "seeds": "0 1", "paper": "95.88",
+  }  # fmt: skip
+  assert read["no_randaugment"] | {"parameters": "", "flops": ""} == {
+    **dict.fromkeys(read["no_randaugment"], ""),
+    "cell": "no_randaugment",
+    "n": "0",
+    "paper": read["no_randaugment"]["paper"],
+  }
+  markdown = tables.render(results, "markdown").splitlines()
   assert len(markdown) == 2 + len(rows)
   assert {line.count("|") for line in markdown} == {len(scores.COLUMNS) + 1}
   collected = {(id(sweep), folder): (results, problems)}  # Once.

@@ -121,6 +121,11 @@ def test_curves_are_means_of_common_steps():
   drawn = plots._curves([result], "eval", "top1", "top-1, %")
   (line,) = drawn.axes[0].lines
   assert line.get_xydata().tolist() == [[4.0, 4.0]]  # The sweep's 4 epochs.
+  assert line.get_marker() != "None"  # Also in a grid: one point is no line.
+  grid = [scores.Result(cell, runs) for cell in sweeps.get("smoke").cells]
+  for ax in plots._curves(grid, "eval", "top1", "top-1, %").axes:
+    assert all(line.get_marker() != "None" for line in ax.lines)
+  assert "loss" not in [picture.name for picture in plots.draw([result])]
 
 
 def test_only_a_grid_has_a_heat_map():
