@@ -1,5 +1,4 @@
 import importlib.metadata
-import importlib.util
 import json
 import os
 from pathlib import Path
@@ -291,6 +290,7 @@ def test_invalid_topologies(name, error):
 def test_without_libtpu(monkeypatch):
   monkeypatch.setitem(sys.modules, "libtpu", None)
   monkeypatch.delenv("TPU_LIBRARY_PATH", raising=False)
+  monkeypatch.setattr("sys.prefix", "/nonexistent")
   with pytest.raises(UserError, match=r'pip install "jax\[tpu\]==') as e:
     topology.open_topology("v5e:2x4")
   assert "\n" not in str(e.value)
@@ -407,14 +407,13 @@ def test_size_and_classes_without_the_data(
   assert known.in_memory == in_memory
 
 
-def run_plan(*args, environment=None):
+def run_plan(*args):
   process = common.run_main(
     "--config=configs/digits.py",
     "--config.model.dim=8",
     "--config.model.depth=1",
     *args,
     module="convmixer_jax.plan",
-    environment=environment,
   )
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err
@@ -477,34 +476,39 @@ def test_published_models(path):
   assert {row["kind"] for row in result["collectives"]} == {"all-reduce"}
 
 
-def libtpu():
-  """Path of libtpu; outside site-packages, where jax would always load it."""
-  apart = Path(sys.prefix) / "libtpu/libtpu/libtpu.so"
-  if path := os.environ.get("TPU_LIBRARY_PATH"):
-    return path
-  return str(apart) if apart.exists() else None
+def is_apart(name):
+  """Whether make installed it outside site-packages, where `plan` finds it."""
+  return (Path(sys.prefix) / name).exists()
+
+
+def is_installed(package):
+  try:
+    return bool(importlib.metadata.version(package))
+  except importlib.metadata.PackageNotFoundError:
+    return False
 
 
 tpu = pytest.mark.skipif(
-  libtpu() is None and importlib.util.find_spec("libtpu") is None,
+  not (
+    is_apart("libtpu")
+    or is_installed("libtpu")
+    or "TPU_LIBRARY_PATH" in os.environ
+  ),
   reason="NO LIBTPU: programs for TPUs are not checked",
+)
+gpu = pytest.mark.skipif(
+  not (is_apart("cuda") or is_installed("jax-cuda12-pjrt")),
+  reason="NO JAX-CUDA12-PJRT: programs for GPUs are not checked",
 )
 
 
-@pytest.fixture
-def with_libtpu(monkeypatch):
-  if libtpu():
-    monkeypatch.setenv("TPU_LIBRARY_PATH", libtpu())
-
-
-def plan_for_eight(*args, environment=None):
+def plan_for_eight(*args):
   """Groups that fit on eight devices, and bounds of time."""
   code, out, err = run_plan(
     "--config.batch_size=64",
     "--config.model.bn_group_size=8",
     "--json",
     *args,
-    environment=environment,
   )
   assert code == 0, err
   assert not err
@@ -524,7 +528,7 @@ def plan_for_eight(*args, environment=None):
 
 @tpu
 @pytest.mark.slow
-def test_a_tpu_program(with_libtpu):
+def test_a_tpu_program():
   result = plan_for_eight("--topology=v5e:2x4")
   assert result["device"] == "TPU v5 lite"
   seconds = result["seconds"]
@@ -536,7 +540,7 @@ def test_a_tpu_program(with_libtpu):
 
 @tpu
 @pytest.mark.slow
-def test_a_tpu_program_that_does_not_fit(with_libtpu):
+def test_a_tpu_program_that_does_not_fit():
   code, out, err = run_plan(
     "--topology=v5e:1x1",
     "--config.data.image_size=512",
@@ -551,7 +555,7 @@ def test_a_tpu_program_that_does_not_fit(with_libtpu):
 
 @tpu
 @pytest.mark.slow
-def test_topologies_that_libtpu_refuses(with_libtpu):
+def test_topologies_that_libtpu_refuses():
   code, _, err = run_plan("--topology=v5e:3x5")
   assert code == 2
   assert err.startswith("error: --topology=v5e:3x5: ")
@@ -560,7 +564,7 @@ def test_topologies_that_libtpu_refuses(with_libtpu):
 
 @tpu
 @pytest.mark.slow
-def test_tpus_get_no_code_for_cpus(with_libtpu):
+def test_tpus_get_no_code_for_cpus():
   script = """
 import re
 from convmixer_jax import plan
@@ -586,23 +590,6 @@ assert not re.search("convmixer_(?!jax)", text)  # native.cc's functions.
   assert result.returncode == 0, result.stderr
 
 
-def cuda():
-  """Folder of JAX's plug-in for CUDA; outside site-packages, as libtpu."""
-  apart = Path(sys.prefix) / "cuda"
-  if (apart / "jax_plugins").exists():
-    return {"PYTHONPATH": str(apart)}
-  try:
-    importlib.metadata.version("jax-cuda12-pjrt")
-  except importlib.metadata.PackageNotFoundError:
-    return None
-  return {"PYTHONPATH": os.environ.get("PYTHONPATH", "")}
-
-
-gpu = pytest.mark.skipif(
-  cuda() is None, reason="NO JAX-CUDA12-PJRT: programs for GPUs are not checked"
-)
-
-
 @gpu
 @pytest.mark.slow
 @pytest.mark.parametrize("scan", ["false", "true"])
@@ -611,7 +598,6 @@ def test_a_gpu_program(scan):
     "--topology=h100:8",
     "--config.model.depth=2",
     f"--config.model.scan={scan}",
-    environment=cuda(),
   )
   assert result["device"] == "NVIDIA H100 80GB HBM3"
   assert 59 < result["memory_available_bytes"] / 2**30 < 60  # 3/4 of 79.1.
@@ -623,7 +609,7 @@ def test_a_gpu_program(scan):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", topology.gpus.GPUS)
 def test_one_gpu_exchanges_nothing(name):
-  code, out, err = run_plan(f"--topology={name}:1", environment=cuda())
+  code, out, err = run_plan(f"--topology={name}:1")
   assert (code, err) == (0, "")
   assert "  exchanged                   nothing" in out
   assert "choose their algorithms on the machine itself" in out
@@ -637,7 +623,6 @@ def test_a_gpu_program_that_does_not_fit():
     "--config.data.image_size=256",
     "--config.model.dim=512",
     "--config.model.scan=true",
-    environment=cuda(),
   )
   assert code == 1, err
   assert "memory a device: does not fit, " in out

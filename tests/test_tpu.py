@@ -1,7 +1,6 @@
 """Kernels for TPUs: interpreted, against float64; and compiled by libtpu."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -232,17 +231,14 @@ print(json.dumps([kernels, test_tpu.test_ops.exchanges(text)]))
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize("kind", ["v4:2x2x1", "v5e:1x1", "v5e:2x4", "v6e:1x1"])
-def test_programs_for_tpus(kind, norm, monkeypatch):
+def test_programs_for_tpus(kind, norm):
   """The kernels compile; a sharded batch is not gathered.
 
   A v4 has too little memory on the chip for them, and gets XLA's operations.
   """
-  if test_plan.libtpu():
-    monkeypatch.setenv("TPU_LIBRARY_PATH", test_plan.libtpu())
   process = subprocess.run(
     [sys.executable, "-c", SCRIPT, kind, str(norm)],
     cwd=common.ROOT,
-    env=os.environ,
     capture_output=True,
     text=True,
     check=False,

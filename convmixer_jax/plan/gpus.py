@@ -4,6 +4,7 @@ from collections.abc import Sequence
 import contextlib
 import dataclasses
 import os
+from pathlib import Path
 import sys
 from typing import Any
 
@@ -89,6 +90,9 @@ def open_gpus(name: str, count: int) -> Sequence[Any]:
   Raises UserError if JAX's plug-in for CUDA is missing or cannot start.
   """
   memory_share()  # The plug-in does not start if it is invalid.
+  apart = Path(sys.prefix) / "cuda"  # The Makefile's.
+  if apart.exists():
+    sys.path.append(str(apart))
   gpu = dataclasses.asdict(GPUS[name])
   gpu |= {"optin": gpu["shared"] - _KIB, "bandwidth": int(gpu["bandwidth"])}
   try:

@@ -5,7 +5,9 @@ import dataclasses
 import importlib.util
 import math
 import os
+from pathlib import Path
 import re
+import sys
 from typing import Any
 
 import jax
@@ -77,6 +79,9 @@ def open_topology(name: str | None) -> Sequence[Any]:
   if kind in gpus.GPUS:
     return gpus.open_gpus(kind, count)
   installed = importlib.util.find_spec("libtpu") is not None
+  apart = Path(sys.prefix) / "libtpu/libtpu/libtpu.so"  # The Makefile's.
+  if not installed and apart.exists():
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(apart))
   if not installed and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError(
       f"--topology={name}: needs libtpu, which is not installed; run pip"
