@@ -10,7 +10,7 @@
       --workdir runs/published --config.init_from=convmixer_1536_20.safetensors
 
 Every field of a config is a flag: --config.epochs=9 --config.model.depth=4.
-Rerun the same command to resume.
+Rerun the same command to resume, or with the run's --workdir alone.
 
 Exit codes: 0 finished; 1 failed, with a traceback; 2 a mistake in the flags,
 config or files; 75 (--distributed) another process ended or did not start;
@@ -39,14 +39,14 @@ _CONFIG = _FLAGS.define_config()
 _WORKDIR = _FLAGS.string(
   "workdir",
   "Folder for checkpoints, metrics and logs. If it holds a run, that run is"
-  " resumed: --workdir runs/mine. Default: runs/ and the config's name; of a"
-  " config.json, its folder.",
+  " resumed, without --config by its own config: --workdir runs/mine. Default:"
+  " runs/ and the config's name; of a config.json, its folder.",
 )
 _MODE = _FLAGS.enum(
   "mode",
   "--mode train trains and evaluates. --mode eval evaluates the newest"
   " checkpoint of the workdir, or --config.init_from if it has none, and prints"
-  " a line and a JSON object. Without --config it uses the run's own config.",
+  " a line and a JSON object.",
   "train",
   enum_values=["train", "eval"],
 )
@@ -84,13 +84,14 @@ _TIMEOUT = _FLAGS.positive(
 def main() -> None:
   """Runs what the flags say; see --help."""
   config, workdir = _CONFIG.value, _WORKDIR.value
-  if config is None and workdir and _MODE.value == "eval":
+  if config is None:
+    if not workdir or not Path(workdir).expanduser().is_dir():
+      raise UserError(
+        "--config is missing, and no --workdir holds a run; try python -m"
+        " convmixer_jax.main --config configs/digits.py, which takes seconds,"
+        " or --help"
+      )
     config = workdir_lib.load_config(workdir)
-  elif config is None:
-    raise UserError(
-      "--config is missing; try python -m convmixer_jax.main --config"
-      " configs/digits.py, which takes seconds, or --help"
-    )
   if workdir is None:
     path, _, variant = _FLAGS["config"].config_filename.partition(":")
     # configs/imagenet.py:768_32 -> runs/imagenet_768_32.

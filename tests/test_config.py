@@ -109,7 +109,7 @@ def test_check_refuses_a_missing_field():
 # Command lines, and what the one line of error must say.
 DIGITS = "--config=configs/digits.py"
 MISTAKES = [
-  ([], "--config is missing; try"),
+  ([], "--config is missing, and no --workdir holds a run; try"),
   (["--config=configs/none.py"], "configs/none.py"),
   (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
   ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field"),
@@ -123,6 +123,7 @@ MISTAKES = [
   ([DIGITS, "--config.data.train_split=trian"], "has train, test"),
   ([DIGITS, "--mode=test"], "train|eval"),
   ([DIGITS, "--mode=eval"], "holds no checkpoints"),
+  (["--workdir=tests"], "tests/config.json: No such file"),
   ([DIGITS, "--wrokdir=x"], "wrokdir"),
   ([DIGITS, "extra"], "extra: not a flag"),
   (["--config.seed=1", DIGITS], "config.seed"),

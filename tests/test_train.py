@@ -466,6 +466,9 @@ def test_a_run_is_evaluated_with_its_own_config(unbroken, portable):
   )
   assert code == 0, err
   assert json.loads(out.splitlines()[-1])["count"] == 7
+  code, out, err = common.call("convmixer_jax.main", f"--workdir={workdir}")
+  assert (code, err) == (0, "")
+  assert "finished at step 10" in out  # Resumed.
 
 
 @pytest.mark.slow
