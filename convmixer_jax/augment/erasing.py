@@ -39,7 +39,8 @@ def random_erasing(
     boxes = top, left, jnp.where(erased[:, 0, 0], box_height, 0), box_width
     keys = jax.random.key_data(jax.random.split(noise_key, strips))
     index = jnp.arange(batch, dtype=jnp.uint32)
-    return native.call("noise", images, jnp.stack(boxes, 1), index, keys)[0]
+    boxes = jnp.stack(boxes, 1).astype(jnp.int32)
+    return native.call("noise", images, boxes, index, keys)[0]
   top, left, box_height, box_width = (v[:, None, None] for v in boxes)
   y, x = jnp.mgrid[:height, :width]
   y, x = y - top, x - left

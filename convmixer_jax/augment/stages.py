@@ -52,10 +52,10 @@ def apply_stages(
     (images,) = native.call(
       "stages",
       images,
-      code,
-      args,
-      matrix.reshape(*code.shape, 6),
-      filters,
+      code.astype(jnp.int32),
+      args.astype(jnp.float32),
+      matrix.reshape(*code.shape, 6).astype(jnp.float32),
+      filters.astype(jnp.int32),
       jnp.array(fill, jnp.int32),
     )
     return images
