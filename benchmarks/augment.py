@@ -37,6 +37,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import step as step_lib
+from convmixer_jax.augment import randaugment
 from convmixer_jax.data import decode
 from convmixer_jax.errors import UserError
 
@@ -136,6 +137,12 @@ def _timm(config):
     ) from e
   torch.set_num_threads(1)
   settings = config.augment
+  if (
+    settings.randaugment and not randaugment.parse(settings.randaugment).smooth
+  ):
+    raise UserError(
+      f"--against=timm: {settings.randaugment} is torchvision's policy"
+    )
   transform = transforms_factory.create_transform(
     config.data.image_size,
     is_training=True,

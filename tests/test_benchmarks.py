@@ -263,3 +263,32 @@ def test_pytorch_says_which_precision_it_used(tmp_path):
   for way in ("contiguous", "channels_last"):
     assert rows[way]["precision"] in ("autocast", "bfloat16")
     assert rows[way]["difference"] < 5e-2
+
+
+@pytest.mark.slow
+def test_augmentation_beside_others():
+  pytest.importorskip("timm")
+
+  def run(*args):
+    done = subprocess.run(
+      [sys.executable, "-m", "benchmarks.augment", *args, "--repeats=1"],
+      cwd=common.ROOT, env=os.environ | {"XLA_FLAGS": ""}, text=True,
+      capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode in (0, 2), done.stderr
+    return json.loads(done.stdout) if done.stdout else done.stderr
+
+  imagenet = ("--config=configs/imagenet.py", "--config.batch_size=64",
+              "--config.data.image_size=72")  # fmt: skip
+  cifar10 = ("--config=configs/cifar10.py", "--config.batch_size=8")
+  record = run(*imagenet, "--against=timm")
+  assert record["batch"] == [64, 72, 72, 3]
+  for name in ("ours", "timm", "crop"):  # The host's crop is apart.
+    assert record[name]["core_ms_per_image"]["median"] > 0
+  assert record["ours"]["compile_seconds"] > 0
+  assert 0 < record["ours"]["temporary_float32_batches"] <= 4
+  record = run(*cifar10, "--against=xla", "--step", "--config.model.depth=1")
+  assert {"ours", "xla", "step"} <= record.keys()
+  assert "crop" not in record  # Small images are cropped on the device.
+  error = run(*cifar10, "--against=timm")
+  assert error.startswith("error: --against=timm: torchvision-n2-m12 is torch")
