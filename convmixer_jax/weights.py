@@ -223,8 +223,8 @@ def load_model(
     if classes is None:
       raise UserError(f"{where}: has no head, so its classes are unknown")
     origin = where
-    config = {} if model_name else _read_header(where)
-  if config:
+    config = None if model_name else _read_header(where)
+  if config is not None:
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}
     data = of("data", family.preprocessing(None))
     arguments = of(
@@ -254,7 +254,7 @@ def load_model(
     _warn_of_other_arguments(variables, model, where)
   wanted = models.variable_shapes(model, data["image_size"])
   variables = match(variables, wanted, where)
-  names = config.get("class_names")
+  names = (config or {}).get("class_names")
   if not _are_names(names, classes):
     names = _class_names(folder, classes)
   return model, variables, data | {"class_names": names}
@@ -306,8 +306,10 @@ def _arguments(model, name):
 
 
 def _read_header(where):
-  """What `save` told of a file's model, flat like a config; else {}."""
-  text = interop.read_metadata(where).get(_HEADER, "{}")
+  """What `save` told of a file's model, flat like a config; else None."""
+  text = interop.read_metadata(where).get(_HEADER)
+  if text is None:
+    return None
   try:
     told = json.loads(text)
     if not isinstance(told, dict):
