@@ -55,6 +55,7 @@ def main() -> None:
   """Runs what the flags say; see --help."""
   config = cli.required(_CONFIG)
   config_lib.check(config, num_devices=1)
+  jax.config.update("jax_enable_compilation_cache", False)
   size, batch = config.data.image_size, config.batch_size
   on_host = size > 64  # As data.sources: larger images are cropped on the host.
   photos = [Image.open(path).convert("RGB") for path in _PHOTOS()]
