@@ -57,9 +57,15 @@ def config_changes(
 def load_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
   """The config of a run; UserError if there is none, or a value is invalid.
 
-  `where` is its workdir or its config.json.
+  `where` is its workdir or its config.json. A field that was added since the
+  run began has its default.
   """
   found = read_config(where)
+  for name, value in config_lib.flatten(config_lib.defaults()).items():
+    section, _, leaf = name.rpartition(".")
+    holder = found.get(section) if section else found
+    if isinstance(holder, ml_collections.ConfigDict) and leaf not in holder:
+      holder[leaf] = value
   config_lib.check(found, num_devices=None)
   values, config = config_lib.flatten(found), config_lib.defaults()
   config.update_from_flattened_dict(

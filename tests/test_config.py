@@ -3,6 +3,7 @@
 import ast
 from concurrent import futures
 import contextlib
+import json
 import os
 import re
 import runpy
@@ -17,6 +18,7 @@ import pytest
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 from tests import common
@@ -400,3 +402,17 @@ def test_compiled_programs_are_kept_for_the_user(tmp_path):
   # Where nothing can be written a run goes on without.
   (tmp_path / "file").touch()
   compile_with(tmp_path / "file")
+
+
+def test_a_field_that_an_older_run_lacks_has_its_default(tmp_path):
+  config = common.digits_config(**{"optim.eps": 0.5}).to_dict()
+  del config["model"]["implementation"], config["freeze"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  loaded = workdir_lib.load_config(tmp_path)
+  assert loaded.model.implementation is None
+  assert loaded.freeze == ()
+  assert loaded.optim.eps == 0.5
+  del config["model"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(UserError, match=r"config.model.name: missing"):
+    workdir_lib.load_config(tmp_path)
