@@ -172,12 +172,14 @@ def apply_cases(cases, photos, ops, levels, signs, fill, bicubic):
     chosen[op] = jnp.array([case["op"] == name for case in cases])
     size = photos.shape[1:3]
     args = jnp.where(chosen[op], argument(levels, signs, size), args)
-  add_stage = lambda tree: jax.tree.map(lambda x: x[None], tree)
-  apply = jax.jit(
-    lambda photos, *of: stages.apply_stages(photos, *of[:2], fill, of[2])
-  )
-  images = apply(photos, *add_stage((chosen, args, bicubic)))
-  return np.asarray(images), np.asarray(args)
+  apply = jax.jit(lambda *args: apply_stages(*args, fill))
+  of_one = jax.tree.map(lambda x: x[None], (chosen, args, bicubic))
+  return np.asarray(apply(photos, of_one)), np.asarray(args)
+
+
+def apply_stages(images, drawn, fill=(0, 0, 0)):
+  """With what was drawn for all stages."""
+  return stages.apply_stages(images, lambda stage: stage, drawn, fill)
 
 
 EXACT = {"Identity", "AutoContrast", "Equalize", "Invert", "Solarize",
@@ -253,9 +255,8 @@ CORNERS[:100, 2:] = 0
 @pytest.mark.parametrize("op", ["AutoContrast", "Equalize"])
 def test_histogram_operations_are_pillows(op, form):
   """Also where a double rounds to just below a whole number."""
-  ours = stages.apply_stages(
-    CORNERS, {op: jnp.full((1, 400), True)}, jnp.zeros((1, 400))
-  )
+  drawn = {op: jnp.full((1, 400), True)}, jnp.zeros((1, 400)), None
+  ours = apply_stages(CORNERS, drawn)
   function = getattr(ImageOps, op.lower())
   theirs = [np.asarray(function(Image.fromarray(image))) for image in CORNERS]
   assert np.array_equal(ours, np.stack(theirs))
@@ -264,9 +265,8 @@ def test_histogram_operations_are_pillows(op, form):
 def test_what_is_not_chosen_stays(form):
   none = jnp.zeros((2, len(PHOTOS)), bool)
   every = {op for op, _ in randaugment.TIMM.values()}
-  images = stages.apply_stages(
-    PHOTOS, dict.fromkeys(every, none), jnp.ones((2, 16)), bicubic=none
-  )
+  drawn = dict.fromkeys(every, none), jnp.ones((2, 16)), none
+  images = apply_stages(PHOTOS, drawn)
   assert np.array_equal(images, PHOTOS)
 
 

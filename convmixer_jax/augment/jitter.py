@@ -17,9 +17,13 @@ def color_jitter(
   uniform in [max(0, 1 - strength), 1 + strength], where strength >= 0.
   """
   order, factors = draw(key, images.shape[0], strength)
-  stage_ops = order.T
-  chosen = {op: stage_ops == i for i, op in enumerate(OPS)}
-  return stages.apply_stages(images, chosen, factors.T)
+
+  def stage(drawn):
+    op_index, factor = drawn
+    chosen = {op: op_index == i for i, op in enumerate(OPS)}
+    return chosen, factor, None
+
+  return stages.apply_stages(images, stage, (order.T, factors.T))
 
 
 def draw(

@@ -176,19 +176,14 @@ def apply_policy(
   """
   batch, height, width, _ = images.shape
   keys = jax.random.split(key, policy.num_ops)
-  draw_all = jax.vmap(lambda key: draw(key, policy, batch, (height, width)))
-  chosen, args, bicubic = draw_all(keys)
-  return stages.apply_stages(images, chosen, args, fill, bicubic)
+  draw_stage = lambda key: draw(key, policy, batch, (height, width))
+  return stages.apply_stages(images, draw_stage, keys, fill)
 
 
 def draw(
   key: jax.Array, policy: Policy, batch: int, size: tuple[int, int]
-) -> tuple[dict[str, jax.Array], jax.Array, jax.Array | None]:
-  """Draws one operation for each of `batch` images; size: height and width.
-
-  Returns:
-    chosen, args and bicubic of one stage; see `stages.apply_stages`.
-  """
+) -> stages.Stage:
+  """Draws one operation for each of `batch` images; size: height and width."""
   op_key, prob_key, level_key, sign_key, filter_key = jax.random.split(key, 5)
   drawn = jax.random.randint(op_key, (batch,), 0, len(policy.ops))
   applied = jax.random.bernoulli(prob_key, policy.prob, (batch,))

@@ -4,9 +4,11 @@ On CPUs, `ops/augment.cc` computes only those that were drawn for an image.
 Elsewhere, and without a compiler, XLA computes all of them for every image.
 """
 
+from collections.abc import Callable
 from collections.abc import Mapping
 from collections.abc import Sequence
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,28 +26,38 @@ _CODES = {
 _CODES |= dict.fromkeys(GEOMETRIC_OPS, len(_CODES) + 1)
 
 
+# The operations of one stage: operation -> bool [B], the images to which it is
+# applied; their arguments, float32 [B]; and `geometry.affine`'s bicubic. The
+# operations are `color.TABLE_OPS`, `color.ENHANCE_OPS`, `GEOMETRIC_OPS` and
+# 'Identity'. Arguments: Rotate: degrees, counter-clockwise. ShearX, ShearY:
+# pixels per pixel. TranslateX, TranslateY: pixels to the left and up. For the
+# others, see `color`.
+Stage = tuple[Mapping[str, jax.Array], jax.Array, jax.Array | None]
+
+
 def apply_stages(
   images: jax.Array,
-  chosen: Mapping[str, jax.Array],
-  args: jax.Array,
+  draw: Callable[[Any], Stage],
+  xs: Any,
   fill: Sequence[int] = (0, 0, 0),
-  bicubic: jax.Array | None = None,
 ) -> jax.Array:
-  """Applies one operation, or none, to each image in each of S stages.
+  """Applies one operation, or none, to each image in each stage.
 
   Args:
     images: uint8 [B, H, W, 3], like the result.
-    chosen: operation -> bool [S, B], the images to which it is applied. The
-      operations are `color.TABLE_OPS`, `color.ENHANCE_OPS`, `GEOMETRIC_OPS` and
-      'Identity'.
-    args: float32 [S, B], the operation's argument. Rotate: degrees,
-      counter-clockwise. ShearX, ShearY: pixels per pixel. TranslateX,
-      TranslateY: pixels to the left and up. For the others, see `color`.
+    draw: one of `xs` -> `Stage`.
+    xs: array or tree of arrays, along whose first axis are the stages.
     fill: RGB of the pixels that geometric operations take from outside an
       image.
-    bicubic: [S, B]; see `geometry.affine`.
   """
-  matrix = _matrix(chosen, args, images.shape)
+
+  def drawn(x):
+    chosen, args, bicubic = draw(x)
+    return chosen, args, _matrix(chosen, args, images.shape), bicubic
+
+  # In a loop: drawn all at once, they would be rounded in another way, and a
+  # few pixels of every run with them.
+  chosen, args, matrix, bicubic = jax.lax.map(drawn, xs)
   if native.on_cpu():
     code = sum(_CODES.get(op, 0) * mask for op, mask in chosen.items())
     filters = jnp.zeros_like(code) if bicubic is None else 1 + bicubic
@@ -83,7 +95,7 @@ def _apply(images, chosen, args, matrix, bicubic, fill):
 
 
 def _matrix(chosen, args, shape):
-  """`geometry.affine`'s matrices: float32 [S, B, 2, 3]."""
+  """`geometry.affine`'s matrices: float32 [B, 2, 3]."""
   arg_of = lambda op: jnp.where(chosen.get(op, False), args, 0.0)
   angle = arg_of("Rotate") * (math.pi / 180)
   cos, sin = jnp.cos(angle), jnp.sin(angle)
@@ -92,5 +104,4 @@ def _matrix(chosen, args, shape):
   yx, yy = arg_of("ShearY") + sin, cos
   dx = arg_of("TranslateX") + x - cos * x + sin * y
   dy = arg_of("TranslateY") + y - sin * x - cos * y
-  matrix = jnp.stack([xx, xy, dx, yx, yy, dy], -1)
-  return matrix.reshape(*args.shape, 2, 3)
+  return jnp.stack([xx, xy, dx, yx, yy, dy], -1).reshape(-1, 2, 3)
