@@ -1,6 +1,7 @@
 """Time and memory of augmentation: beside XLA's form, timm, and the train step.
 
-  python -m benchmarks.augment --config configs/cifar10.py:paper --step
+  python -m benchmarks.augment --config configs/cifar10.py:paper \\
+      --config.batch_size=512 --against xla
   python -m benchmarks.augment --config configs/imagenet.py --against timm \\
       --config.data.image_size=128 --config.batch_size=128
 
@@ -9,9 +10,10 @@ does most of it. Beside it, in turns with it:
 
   xla    The same without augment.cc, as where there is no C++ compiler.
   timm   timm's training transforms with the same policy, on one core: crop,
-         flip, RandAugment, normalisation and erasing. Ours then also counts
-         Pillow's crop on the host, if the config leaves it there, and has
-         mixup and CutMix, which timm applies elsewhere.
+         flip, RandAugment, normalisation and erasing. Images of more than 64
+         pixels are cropped by Pillow here too; 'crop' is that part, to be
+         added to ours. Ours includes mixup and CutMix, which timm's
+         transforms do not.
   step   The train step of the config's model without augmentation.
 
 Photographs are decoded before. Prints one JSON object: wall seconds of a batch,

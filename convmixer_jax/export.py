@@ -77,8 +77,11 @@ def main() -> None:
     what = f"{models.describe(again)}, with timm's names"
   else:
     function = inference_function(model, variables, *stats)
-    path = write_stablehlo(function, size, out)
-    (out / "model.json").write_text(json.dumps(data, indent=2), "utf-8")
+    try:
+      path = write_stablehlo(function, size, out)
+      (out / "model.json").write_text(json.dumps(data, indent=2), "utf-8")
+    except OSError as e:
+      raise UserError(f"{e.filename}: {e.strerror}") from e
     call = jax_export.deserialize(bytearray(path.read_bytes())).call
     what = (
       f"uint8 images [batch, {size}, {size}, 3] to logits"

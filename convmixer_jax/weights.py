@@ -1,4 +1,4 @@
-"""Loads variables from a workdir, a file or the Hugging Face Hub."""
+"""Loads variables from workdirs, files and the Hugging Face Hub; saves them."""
 
 from collections.abc import Mapping
 import json
@@ -21,6 +21,12 @@ from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
+
+_HEADER = "convmixer_jax"  # What `save` calls its text in a file's metadata.
+# Fields that `save` leaves out: the variant's name, which it adds, and how a
+# model is trained or run, which is not part of it.
+_NOT_SAVED = ("model.name", "model.bn_group_size", "model.dtype",
+              "model.implementation", "model.remat", "model.scan")  # fmt: skip
 
 
 def load(where: str | os.PathLike) -> dict[str, Any]:
@@ -276,21 +282,19 @@ def save(
     model: as `load_model` returns it, like the others.
     variables: of the model.
     data: the preprocessing of its images.
+
+  Raises:
+    UserError: the file cannot be written, or timm's model lacks a tensor.
   """
   variants = models.family_of(model).VARIANTS
   told = min((_arguments(model, name) for name in variants), key=len)
   told |= {k if k == "class_names" else f"data.{k}": v for k, v in data.items()}
-  safetensors.numpy.save_file(
-    interop.to_torch(variables),
-    path,
-    metadata={"format": "pt", _HEADER: json.dumps(told)},
-  )
-
-
-_HEADER = "convmixer_jax"  # Its name in a file's metadata.
-# Fields of how a model is run, which are not part of it.
-_RUN = ("model.name", "model.bn_group_size", "model.dtype",
-        "model.implementation", "model.remat", "model.scan")  # fmt: skip
+  metadata = {"format": "pt", _HEADER: json.dumps(told)}
+  content = safetensors.numpy.save(interop.to_torch(variables), metadata)
+  try:
+    Path(path).write_bytes(content)
+  except OSError as e:
+    raise UserError(f"{path}: {e.strerror}") from e
 
 
 def _arguments(model, name):
@@ -298,7 +302,8 @@ def _arguments(model, name):
   variant, told = models.create_model(name), {"model.name": name}
   for field in config_lib.FIELDS:
     section, _, attribute = field.partition(".")
-    if section == "model" and field not in _RUN and hasattr(variant, attribute):
+    is_saved = section == "model" and field not in _NOT_SAVED
+    if is_saved and hasattr(variant, attribute):
       value = getattr(model, attribute)
       if value != getattr(variant, attribute):
         told[field] = value

@@ -602,6 +602,18 @@ def test_the_export_command(run, tmp_path):
   assert err.startswith(f"error: --out={path}: File exists")
 
 
+@pytest.mark.parametrize("kind", ["stablehlo", "timm"])
+def test_an_export_that_cannot_be_written(kind, run, tmp_path):
+  suffix = {"timm": "safetensors"}.get(kind, kind)
+  (tmp_path / f"model.{suffix}").mkdir()
+  code, _, err = common.call(
+    "convmixer_jax.export", f"--weights={run[0]}", f"--out={tmp_path}",
+    f"--format={kind}",
+  )  # fmt: skip
+  assert code == 2
+  assert err == f"error: {tmp_path}/model.{suffix}: Is a directory\n"
+
+
 def test_timms_weights_of_a_run(run, tmp_path):
   """The file tells as much as the run."""
   workdir = run[0]

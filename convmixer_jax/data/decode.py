@@ -9,6 +9,7 @@ import math
 import os
 from pathlib import Path
 import stat
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -67,36 +68,10 @@ def centre_crop(image: Image.Image, size: int, crop_pct: float) -> np.ndarray:
 
 
 def train_image(
-  data: bytes,
-  size: int,
-  rng: np.random.Generator,
-  *,
-  scale: tuple[float, float],
-  ratio: tuple[float, float],
-  interpolation: str,
+  data: bytes, size: int, rng: np.random.Generator, **crop: Any
 ) -> np.ndarray:
-  """Decodes an image, crops a random box and resizes it.
-
-  Args:
-    data: the bytes of an image file.
-    size: height and width of the result in pixels.
-    rng: draws the box and the filter.
-    scale: see `random_box`.
-    ratio: see `random_box`.
-    interpolation: 'bilinear', 'bicubic' or 'random' (one of the two, with equal
-      probability).
-
-  Returns:
-    uint8 [size, size, 3].
-  """
-  return random_crop(
-    _identify(data),
-    size,
-    rng,
-    scale=scale,
-    ratio=ratio,
-    interpolation=interpolation,
-  )
+  """Decodes an image file's bytes, and crops it; see `random_crop`."""
+  return random_crop(_identify(data), size, rng, **crop)
 
 
 def random_crop(
@@ -108,7 +83,20 @@ def random_crop(
   ratio: tuple[float, float],
   interpolation: str,
 ) -> np.ndarray:
-  """As `train_image`, of an open image."""
+  """Crops a random box of an image and resizes it.
+
+  Args:
+    image: opened; a file's pixels need not have been read.
+    size: height and width of the result in pixels.
+    rng: draws the box and the filter.
+    scale: see `random_box`.
+    ratio: see `random_box`.
+    interpolation: 'bilinear', 'bicubic' or 'random' (one of the two, with equal
+      probability).
+
+  Returns:
+    uint8 [size, size, 3].
+  """
   if interpolation == "random":
     interpolation = "bicubic" if rng.random() < 0.5 else "bilinear"
   resample = BICUBIC if interpolation == "bicubic" else BILINEAR

@@ -85,7 +85,7 @@ def train_batches(
     max_unreadable: number of unreadable files that are tolerated. Each gives a
       warning, and the next file in the source replaces it.
     stopped: ends the batches when it returns true, even during a wait.
-    **crop: scale, ratio and interpolation; see `decode.train_image`.
+    **crop: scale, ratio and interpolation; see `decode.random_crop`.
 
   Yields:
     image, uint8 [R, S, S, 3]; label, int32 [R].

@@ -183,10 +183,15 @@ void affine(const Image& image, const float* m, const int32_t* fill) {
     return static_cast<uint32_t>(
         static_cast<int32_t>(std::floor(v * 65536 + 0.5f)));
   };
-  const uint32_t steps[6] = {fixed(m[0]), fixed(m[1]), fixed(centre[0]),
-                             fixed(m[3]), fixed(m[4]), fixed(centre[1])};
+  uint32_t steps[6] = {};
+  if constexpr (filter == kNearest) {
+    for (int i = 0; i < 6; ++i) {
+      steps[i] = fixed(i % 3 < 2 ? m[i] : centre[i / 3]);
+    }
+  }
   uint8_t* to = image.pixels;
   for (int64_t y = 0; y < height; ++y) {
+    // Rounded, as XLA does: it fuses only the products with x into the sums.
     const volatile float across_y = m[1] * y, down_y = m[4] * y;
     const float of_y[2] = {across_y, down_y};
     for (int64_t x = 0; x < width; ++x, to += 3) {
@@ -268,14 +273,12 @@ void apply(const Image& image, int code, float arg, const float* matrix,
 ffi::Error ApplyStages(ffi::ThreadPool pool, In images, In codes, In args,
                        In matrices, In filters, In fill, Out y) {
   const auto d = images.dimensions();
-  const int64_t stages = codes.dimensions()[0];
+  const int64_t stages = codes.dimensions()[0], values = d[1] * d[2] * 3;
   parallel_for(pool, d[0], [&](int64_t i) {
-    const Image image = {d[1], d[2], nullptr};
-    const int64_t start = i * image.values();
-    uint8_t* pixels = data<uint8_t>(y) + start;
-    std::memcpy(pixels, data<uint8_t>(images) + start, image.values());
+    const Image image = {d[1], d[2], data<uint8_t>(y) + i * values};
+    std::memcpy(image.pixels, data<uint8_t>(images) + i * values, values);
     for (int64_t s = i; s < stages * d[0]; s += d[0]) {
-      apply({d[1], d[2], pixels}, data<int32_t>(codes)[s], data<float>(args)[s],
+      apply(image, data<int32_t>(codes)[s], data<float>(args)[s],
             data<float>(matrices) + 6 * s, data<int32_t>(filters)[s],
             data<int32_t>(fill));
     }
