@@ -37,7 +37,7 @@ def _grid(config, table, patches, kernels, **overrides):
   ]
 
 
-def _ablation():
+def _ablation(table, **overrides):
   """One change of model or recipe per cell, named as in the paper."""
   changes = {
     "baseline": {},
@@ -58,11 +58,11 @@ def _ablation():
     Cell(
       label.replace(" ", "_"),
       "configs/cifar10.py:paper",
-      overrides,
-      "cifar10_ablation",
+      {**overrides, **change},
+      table,
       label,
     )
-    for label, overrides in changes.items()
+    for label, change in changes.items()
   ]
 
 
@@ -241,7 +241,25 @@ SWEEPS: dict[str, Sweep] = {
       for depth in (4, 8, 12)
     ],
   ),
-  "cifar10_ablation": Sweep("What each part contributes.", _ablation()),
+  "cifar10_ablation": Sweep(
+    "What each part contributes.", _ablation("cifar10_ablation")
+  ),
+  "cifar10_ablation_small": Sweep(
+    "The same for ConvMixer-128/4, patch 4, 10 epochs: hours on two CPUs.",
+    _ablation(
+      "",
+      **{
+        "model.name": "convmixer_128_4",
+        "model.patch_size": 4,
+        "model.kernel_size": 5,
+        "epochs": 10,
+        "batch_size": 128,
+        "eval_every": 391,
+        "save_every": 391,
+      },
+    ),
+    seeds=(0, 1),
+  ),
   "architectures_cifar10": Sweep(
     "ConvMixer beside other families at 0.6 M parameters, 100 epochs.",
     _architectures(_SIZES, epochs=100),
