@@ -131,8 +131,11 @@ def _timed(call, cpu):
 def _timm(config):
   """timm's transforms of a PIL image with the config's settings."""
   try:
-    from timm.data import transforms_factory
     import torch
+
+    from benchmarks import torch_peer
+
+    timm = torch_peer.import_timm()
   except ImportError as e:
     raise UserError(
       f"{e}; install it with: {sys.executable} -m pip install torch torchvision"
@@ -146,7 +149,7 @@ def _timm(config):
     raise UserError(
       f"--against=timm: {settings.randaugment} is torchvision's policy"
     )
-  transform = transforms_factory.create_transform(
+  transform = timm.data.create_transform(
     config.data.image_size,
     is_training=True,
     scale=settings.crop_scale,

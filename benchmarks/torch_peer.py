@@ -1,9 +1,11 @@
 """PyTorch's part of the benchmarks, in its own process; see `peer.Peer`."""
 
+import importlib
 import json
 from pathlib import Path
 import sys
 import time
+import types
 
 import numpy as np
 import torch
@@ -50,18 +52,21 @@ class ConvMixer(nn.Module):
     return self.head(self.blocks(self.stem(images)).mean((2, 3)))
 
 
-def _timm_model(name, options):
-  """timm's model; only families beside ConvMixer need timm."""
-  # torch's CPU builds lack the operators that torchvision wants to describe.
+def import_timm() -> types.ModuleType:
+  """Imports timm, beside a CPU build of torch too.
+
+  Those lack the operators that torchvision, which timm imports, describes.
+  """
   register = torch.library.register_fake
   torch.library.register_fake = lambda name, *args, **kwargs: (
     (lambda function: function)
     if str(name).startswith("torchvision::")
     else register(name, *args, **kwargs)
   )
-  import timm
-
-  return timm.create_model(name, **options)
+  try:
+    return importlib.import_module("timm")
+  finally:
+    torch.library.register_fake = register
 
 
 def main() -> None:
@@ -193,7 +198,9 @@ def _make_run(work, tensors, way, device, precision):
     return backward
 
   if "timm" in work:
-    model = _timm_model(*work["timm"])
+    name, options = work["timm"]
+    # Only families beside ConvMixer need timm.
+    model = import_timm().create_model(name, **options)
   else:
     act = {"gelu": nn.GELU, "relu": nn.ReLU}[work["activation"]]
     model = ConvMixer(*work["sizes"], act)
