@@ -1,8 +1,12 @@
 """README and docs: commands parse, Python runs, and what is named exists."""
 
+import json
+import os
 import re
 import runpy
 import shlex
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +72,26 @@ def test_python_runs(page, code, monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
   Image.new("RGB", (64, 48)).save("photo.jpg")
   exec(compile(code, page, "exec"), {})
+
+
+@pytest.mark.slow
+def test_tour_runs(tmp_path):
+  """The notebook's cells, one after the other, in a checkout without runs."""
+  text = (common.ROOT / "examples" / "tour.ipynb").read_text("utf-8")
+  cells = [c for c in json.loads(text)["cells"] if c["cell_type"] == "code"]
+  assert all(cell["outputs"] for cell in cells[1:])  # As GitHub shows it.
+  for name in ("configs", "convmixer_jax", "examples", "experiments"):
+    (tmp_path / name).symlink_to(common.ROOT / name)
+  (tmp_path / "tour.py").write_text(
+    "\n\n".join("".join(cell["source"]) for cell in cells), "utf-8"
+  )
+  done = subprocess.run(
+    [sys.executable, "tour.py"], cwd=tmp_path, capture_output=True, text=True,
+    env=os.environ | {"MPLBACKEND": "Agg"}, check=False,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert re.search(r"^9\d\.\d\d% of 360 are right$", done.stdout, re.M)
+  assert "(1, 3) 2,744,067 parameters" in done.stdout
 
 
 def test_make_targets_exist():
