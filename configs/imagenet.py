@@ -14,8 +14,8 @@ same recipe: 79.64 % after 150 epochs. DeiT-B (81.8 %) and ResMLP-B24/8 (81.0 %)
 are compared as published; their recipe is DeiT's and fits every ViT, ResMLP,
 MLP-Mixer and gMLP: --config.model.name=mixer_b16_224.
 
-Data: TFDS's imagenet2012 as ArrayRecord, or with --config.data.name=folder
---config.data.dir=DIR --config.data.eval_split=val the usual folders of JPEGs.
+Data: TFDS's imagenet2012, or the usual folders of JPEGs with
+--config.data.name=folder --config.data.dir=DIR --config.data.eval_split=val.
 """
 
 from convmixer_jax import config as config_lib

@@ -1,12 +1,19 @@
 import dataclasses
+import errno
 import gc
+import gzip
 import io
+import json
 from multiprocessing import shared_memory
 from multiprocessing import spawn
+import os
 from pathlib import Path
 import shutil
+import struct
 import sys
 import time
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 from PIL import Image
@@ -17,7 +24,9 @@ from convmixer_jax import predict
 from convmixer_jax.data import decode
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.data import tfrecord
 from convmixer_jax.errors import UserError
+from tests import common
 
 
 def photo(seed, width, height):
@@ -456,9 +465,50 @@ def prepare(root, name, images, shape):
   Builder(data_dir=root, file_format="array_record").download_and_prepare()
 
 
+def frame(content):
+  """A record of a TFRecord file; the checksums as their definition has them."""
+
+  def masked_crc(data):
+    crc = 0xFFFFFFFF
+    for byte in data:
+      crc ^= byte
+      for _ in range(8):
+        crc = crc >> 1 ^ 0x82F63B78 * (crc & 1)
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) % 2**32
+
+  length = struct.pack("<Q", len(content))
+  crcs = (struct.pack("<I", masked_crc(x)) for x in (length, content))
+  return length + next(crcs) + content + next(crcs)
+
+
+def as_tfrecord(root, name, new, lengths):
+  """Copies a prepared set as TFRecord, with shards of these lengths."""
+  builder = tfds.builder(name, data_dir=root)
+  folder = root / new / "1.0.0"
+  folder.mkdir(parents=True)
+  for file in (root / name / "1.0.0").glob("*.[jt]*[nt]"):
+    shutil.copy(file, folder)
+  info = json.loads((folder / "dataset_info.json").read_text())
+  info |= {"fileFormat": "tfrecord", "name": new}
+  for split in info["splits"]:
+    split["shardLengths"] = [str(n) for n in lengths]
+    records = iter(
+      builder.as_data_source(
+        split["name"],
+        deserialize_method=tfds.decode.DeserializeMethod.RAW_BYTES,
+      )
+    )
+    for i, n in enumerate(lengths):
+      file = f"{new}-{split['name']}.tfrecord-{i:05}-of-{len(lengths):05}"
+      frames = [frame(next(records)) for _ in range(n)]
+      (folder / file).write_bytes(b"".join(frames))
+  (folder / "dataset_info.json").write_text(json.dumps(info))
+
+
 @pytest.fixture(scope="session")
 def tfds_dir(tmp_path_factory):
-  """Sets with the same images as ArrayRecord, and one as TFRecord.
+  """Sets with the same images as ArrayRecord, and some as TFRecord.
 
   In the test split, half of the images have no label.
   """
@@ -469,14 +519,8 @@ def tfds_dir(tmp_path_factory):
     prepare(root, "photos", images, (None, None, 3))
     prepare(root, "wide", images[:, 1:7], (6, 8, 3))
     prepare(root, "wide_photos", images[:, 1:7], (None, None, 3))
-  # Writing a real TFRecord needs tensorflow. Refusing one reads no record.
-  old = shutil.copytree(root / "small", root / "old") / "1.0.0"
-  info = (old / "dataset_info.json").read_text()
-  info = info.replace("array_record", "tfrecord").replace("small", "old")
-  (old / "dataset_info.json").write_text(info)
-  for file in old.glob("small-*"):
-    name = file.name.replace("array_record", "tfrecord").replace("small", "old")
-    file.rename(old / name)
+  as_tfrecord(root, "small", "old", (7, 1, 16))
+  as_tfrecord(root, "photos", "old_photos", (7, 1, 16))
   return root, images
 
 
@@ -513,6 +557,136 @@ def test_tfds_of_many_sizes_is_decoded_on_the_way(tfds_dir, monkeypatch):
   imports = lambda name: "main" in "".join(spawn.get_preparation_data(name))
   assert imports("another process")
   assert not imports("grain-process-prefetch")
+
+
+def test_tfrecord_is_read_as_array_record(tfds_dir):
+  """The same records in the same order, also by processes and of slices."""
+  root, _ = tfds_dir
+  opened = lambda name, split: sources.open_source(name, str(root), split, 8)
+  for split in (
+    "train",
+    "train[6:9]",
+    "train[:50%]",
+    "train[95%:]+train[:2]",
+    "train[7:8]",
+  ):
+    old, new = opened("old", split), opened("small", split)
+    assert np.array_equal(old.images, new.images)
+    assert np.array_equal(old.labels, new.labels)
+  old, new = opened("old_photos", "train"), opened("photos", "train")
+  assert [*map(old.read, range(24))] == [*map(new.read, range(24))]
+  with pytest.raises(IndexError):
+    old.read(24)
+  same(collect(old, 1, stop=2, num_workers=2), collect(new, 1, stop=2))
+
+
+def test_tfrecord_as_tfds_writes_it():
+  """By tensorflow 2.21, from CIFAR-10; what tfds.load gives is known."""
+  root = str(common.DATA / "tfds")
+  source = sources.open_source("few", root, "train", 32)
+  assert source.labels.tolist() == [2, 1, 1, 6, 4, 9, 9]
+  assert source.images.sum((1, 2, 3)).tolist() == [
+    367437, 277503, 317875, 317790, 246449, 400427, 410851
+  ]  # fmt: skip
+  assert source.class_names[6] == "frog"
+
+
+@pytest.fixture
+def few(tmp_path, monkeypatch):
+  """A copy of that set, in which a test may damage the shard of 3 images."""
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+  shutil.copytree(common.DATA / "tfds", tmp_path / "tfds")
+  shards = (tmp_path / "tfds" / "few").rglob("*-00001-of-*")
+  return str(tmp_path / "tfds"), *shards
+
+
+@pytest.mark.parametrize(
+  ("damage", "says"),
+  [
+    (lambda x: x[:-1], "truncated in the record at byte 5100;"),
+    (lambda x: x[: 5100 + 5], "has 2 whole records in 5100 of 5105 bytes; exp"),
+    (lambda x: x[:5100], "has 2 whole records in 5100 of 5100 bytes; expect"),
+    (lambda x: x + x[:2], "has 3 whole records in 7248 of 7250 bytes; expect"),
+    (lambda x: x[:6] + b"\x7f" + x[7:], "damaged at byte 0, in a record's hea"),
+    (lambda x: bytes(2**20), "damaged at byte 0"),
+    (lambda x: b"", "has 0 whole records in 0 of 0 bytes"),
+    (gzip.compress, "is compressed with gzip"),
+  ],
+)
+def test_damaged_tfrecord(few, damage, says):
+  root, shard = few
+  shard.write_bytes(damage(shard.read_bytes()))
+  with pytest.raises(UserError, match=says) as e:
+    sources.open_source("few", root, "train", 32)
+  assert str(shard) in str(e.value)
+
+
+def test_any_damage_to_tfrecord_is_an_error_or_found_later(few, tmp_path):
+  """A changed byte in a header is found before any record is read."""
+  root, shard = few
+  whole = shard.read_bytes()
+  opened = lambda: sources.open_source("few", root, "train", 30)
+  source = opened()
+  second = whole.index(frame(source.read.source.data_source[5]))
+  for place in (*range(12), *range(second, second + 12)):
+    damaged = bytearray(whole)
+    damaged[place] ^= 1 << place % 8
+    shard.write_bytes(damaged)
+    with pytest.raises(
+      UserError, match=f"at byte {0 if place < 12 else second}"
+    ):
+      opened()
+  # A file that is cut short, or goes, after it was opened.
+  shard.write_bytes(whole)
+  source = opened()
+  shard.write_bytes(whole[:-9])
+  assert source.read(5)
+  with pytest.raises(UserError, match=r"00001-of-00002: truncated in .* 5100"):
+    source.read(6)
+  shard.unlink()
+  with pytest.raises(UserError, match=r"00001-of-00002: No such file"):
+    source.read(6)
+  with pytest.raises(UserError, match=r"00001-of-00002: No such file"):
+    opened()
+  # Content that is no example.
+  frames = frame(b"\xff" * 9) * 3
+  shard.write_bytes(frames)
+  for size in (30, 32):
+    with pytest.raises(UserError, match=r"data.name=few: records 0 to 6 of tr"):
+      sources.open_source("few", root, "train", size)
+
+
+def test_tfrecords_are_searched_once(few, tmp_path, monkeypatch):
+  root, shard = few
+  searched = []
+  scan = tfrecord._scan
+  monkeypatch.setattr(
+    tfrecord, "_scan", lambda *x: searched.append(x[0]) or scan(*x)
+  )
+
+  def images(searches):
+    searched.clear()
+    found = sources.open_source("few", root, "train", 32).images
+    assert len(searched) == searches
+    return found
+
+  first = images(2)
+  assert np.array_equal(images(0), first)
+  (kept,) = (tmp_path / "cache" / "convmixer_jax").glob("tfrecord-*")
+  for damaged in (kept.read_bytes()[:-3], b"", bytes(kept.stat().st_size)):
+    kept.write_bytes(damaged)
+    assert np.array_equal(images(2), first)
+    assert np.array_equal(images(0), first)
+  os.utime(shard, ns=(1, 1))
+  assert np.array_equal(images(2), first)
+  kept.parent.chmod(0o777)  # Others could write there.
+  assert np.array_equal(images(2), first)
+  kept.parent.chmod(0o700)
+  os.utime(shard, ns=(2, 2))
+  full = OSError(errno.ENOSPC, "No space left on device")
+  monkeypatch.setattr(np, "save", mock.Mock(side_effect=full))
+  assert np.array_equal(images(2), first)
+  assert np.array_equal(images(2), first)
 
 
 @pytest.mark.parametrize(
@@ -584,7 +758,11 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
       sources.open_source(*args, 8)
     assert "\n" not in str(e.value)
 
-  refused("format tfrecord.*convert_format.*old", "old", str(root), "train")
+  bucket = (SimpleNamespace(filename="gs://b/x", examples_in_shard=1),)
+  with pytest.raises(
+    UserError, match=r"gs://b/x: .* copy the data set to a dis"
+  ):
+    tfrecord.open_records(bucket)
   refused("small.*|digits", "smal", str(root), "train")
   refused("cifar10", "cifar11", str(root), "train")
   refused("no such directory", "cifar10", str(tmp_path / "none"), "train")
@@ -608,3 +786,8 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   (broken / "val" / "0.jpeg").touch()
   refused("val contains no folders .*val/CLASS", "folder", path, "val")
   refused("not an image classification set", "voc/2007", str(root), "train")
+  riegeli = shutil.copytree(root / "old", tmp_path / "old") / "1.0.0"
+  info = (riegeli / "dataset_info.json").read_text()
+  info = info.replace("tfrecord", "riegeli")
+  (riegeli / "dataset_info.json").write_text(info)
+  refused("format riegeli; ArrayRecord and", "old", str(tmp_path), "train")

@@ -17,11 +17,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 import tensorflow_datasets as tfds
+from tensorflow_datasets.core.data_sources import base
 import tqdm
 
 from convmixer_jax.data import decode
 from convmixer_jax.data import folder
 from convmixer_jax.data import splits
+from convmixer_jax.data import tfrecord
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
@@ -34,6 +36,8 @@ SIZES = {
 
 # Larger splits, such as ImageNet at 64 pixels, are decoded batch by batch.
 IN_MEMORY_BYTES = 2 * 2**30
+
+_ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,7 +242,23 @@ def _tfds(name, directory, split, image_size):
     split, {k: v.num_examples for k, v in builder.info.splits.items()}
   )
   encoded = {image: tfds.decode.SkipDecoding()}
-  source = builder.as_data_source(split, decoders=encoded)
+  if _ARRAY_RECORD in builder.info.available_file_formats():
+    source = builder.as_data_source(split, decoders=encoded)
+  else:
+    source = base.BaseDataSource(builder.info, split, decoders=encoded)
+    instructions = base.file_instructions(builder.info, split)
+    source.data_source = tfrecord.open_records(instructions)
+
+  def records(indices):
+    try:
+      return source.__getitems__(indices)
+    except UserError:
+      raise
+    except Exception as e:  # protobuf and ArrayRecord have their own.
+      text = f"records {indices[0]} to {indices[-1]} of {split}"
+      raise UserError(
+        f"data.name={name}: {text} cannot be read: {first_line(e)}"
+      ) from e
 
   size = len(source)
   classes = builder.info.features[label].names
@@ -247,7 +267,7 @@ def _tfds(name, directory, split, image_size):
   )
   read = _TfdsReader(source, image, label, split, known.num_classes)
   if not known.in_memory:
-    read.check([x[label] for x in source.__getitems__(range(min(size, 100)))])
+    read.check([x[label] for x in records(range(min(size, 100)))])
     return Encoded(read, size, classes, known.crop_on_device)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)
@@ -255,7 +275,7 @@ def _tfds(name, directory, split, image_size):
   with tqdm.tqdm(total=size, desc=text, unit="img", disable=None) as progress:
     for start in range(0, size, 1000):  # Reading in chunks is faster.
       chunk = range(start, min(start + 1000, size))
-      for i, record in zip(chunk, source.__getitems__(chunk)):
+      for i, record in zip(chunk, records(chunk)):
         try:
           images[i] = decode.whole_image(record[image], image_size)
         except Exception as e:  # Pillow may raise anything for a damaged file.
@@ -299,10 +319,11 @@ def _builder(name, directory):
 def _prepared_builder(name, directory):
   """As `_builder`; downloads and prepares the data if they are not on disk."""
   builder, image, label = _builder(name, directory)
-  array_record = tfds.core.FileFormat.ARRAY_RECORD
   if not builder.is_prepared():
     try:
-      builder = tfds.builder(name, data_dir=directory, file_format=array_record)
+      builder = tfds.builder(
+        name, data_dir=directory, file_format=_ARRAY_RECORD
+      )
       builder.download_and_prepare()
     except Exception as e:
       advice = " ".join((builder.MANUAL_DOWNLOAD_INSTRUCTIONS or "").split())
@@ -313,14 +334,13 @@ def _prepared_builder(name, directory):
         f"data.name={name}: not prepared in {builder.data_dir}, and preparing"
         f" it failed: {first_line(e)}. {advice}"
       ) from e
-  elif array_record not in builder.info.available_file_formats():
+  elif (
+    builder.info.file_format != tfds.core.FileFormat.TFRECORD
+    and _ARRAY_RECORD not in builder.info.available_file_formats()
+  ):
     raise UserError(
       f"data.name={name}: {builder.data_path} is in the format"
-      f" {builder.info.file_format.value}, which has no random access. Add an"
-      " ArrayRecord copy with: python -m venv /tmp/convert &&"
-      " /tmp/convert/bin/pip install apache-beam array_record mlcroissant"
-      " importlib_resources tensorflow-cpu tensorflow-datasets &&"
-      " /tmp/convert/bin/tfds convert_format --out_file_format=array_record"
-      f" --dataset_dir={builder.data_path.parent}"
+      f" {builder.info.file_format.value}; ArrayRecord and TFRecord are read."
+      " Prepare it again with file_format='array_record' in another data.dir"
     )
   return builder, image, label
