@@ -35,14 +35,16 @@ def make_evaluate(
 
   Returns:
     (state, stopped=never) -> top1 and top5 in percent, loss in nats, and count,
-    the number of images. It raises an error unless every readable image was
-    counted. `stopped` is called before each batch; once it returns true, the
-    result is None.
+    the number of images. It raises an error unless every readable image with a
+    label was counted. `stopped` is called before each batch; once it returns
+    true, the result is None.
   """
   data, mesh = recipe.config.data, recipe.mesh
   batch_size = -(-recipe.config.batch_size // mesh.size) * mesh.size
   batch = recipe.batch_shapes(batch_size)
   batch["mask"] = batch["label"].update(dtype=np.dtype(bool))
+  shape = (batch_size, *source.label_shape)
+  batch["label"] = batch["label"].update(shape=shape)
   eval_step = recipe.eval_step.lower(state, batch).compile()
 
   def evaluate(state: TrainState, stopped: Callable = lambda: False):
@@ -65,7 +67,7 @@ def make_evaluate(
     total = jax.tree.map(
       lambda *x: np.sum(x, dtype=np.float64), *jax.device_get(sums)
     )
-    missing = len(source) - total["count"]
+    missing = len(source) - total["count"] - total.get("unlabelled", 0)
     if not total["count"]:
       raise UserError("data.eval_split: none of its images can be decoded")
     if not 0 <= missing <= data.max_unreadable * jax.process_count():

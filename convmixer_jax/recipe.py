@@ -126,7 +126,9 @@ class Recipe:
     """Jitted (state, batch) -> sums; see `step.make_eval_step`."""
     data = self.config.data
     eval_step = step_lib.make_eval_step(
-      self.model, augment.make_normalize(data.mean, data.std)
+      self.model,
+      augment.make_normalize(data.mean, data.std),
+      getattr(self.data, "subset", None),
     )
 
     def score(state, batch):

@@ -8,6 +8,7 @@ import flax
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 Batch = dict[str, jax.Array]
@@ -207,18 +208,23 @@ def make_train_step(
 
 
 def make_eval_step(
-  model: nn.Module, normalize: Callable[[jax.Array], jax.Array]
+  model: nn.Module,
+  normalize: Callable[[jax.Array], jax.Array],
+  subset: np.ndarray | None = None,
 ) -> Callable[[TrainState, Batch], dict[str, jax.Array]]:
   """Returns the function that evaluates one batch.
 
   Args:
     model: called with `train=False`.
     normalize: uint8 images -> the model's floats.
+    subset: bool [K], the classes that may be an answer; None: all.
 
   Returns:
     (state, batch) -> sums over the batch's real images: count, loss (nats),
     top1 and top5 (numbers of hits). batch: image, label int [B], and mask bool
-    [B], False for padding.
+    [B], False for padding. Or label is int [B, L], several right answers and
+    then -1: the loss is that of any of them, and images without any are not
+    counted, but their number is `unlabelled`.
   """
 
   def eval_step(state, batch):
@@ -227,13 +233,25 @@ def make_eval_step(
       "batch_stats": state.batch_stats,
     }
     logits = model.apply(variables, normalize(batch["image"]), train=False)
-    labels, mask = batch["label"], batch["mask"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    if subset is not None:
+      logits = jnp.where(subset, logits, -jnp.inf)
+    labels, mask, more = batch["label"], batch["mask"], {}
     _, best = jax.lax.top_k(logits, min(5, model.num_classes))
+    if labels.ndim == 1:
+      losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+      right = best == labels[:, None]
+    else:
+      any_of = jax.nn.one_hot(labels, model.num_classes, dtype=bool).any(1)
+      losses = jax.nn.logsumexp(logits, -1) - jax.nn.logsumexp(
+        logits, -1, where=any_of
+      )
+      right = jnp.take_along_axis(any_of, best, axis=-1)
+      more["unlabelled"] = (mask & ~any_of.any(-1)).sum(dtype=jnp.float32)
+      mask &= any_of.any(-1)
     # top_k ranks NaN first. Such an image is no hit, and the loss is NaN.
-    hits = (best == labels[:, None]) & ~jnp.isnan(losses)[:, None]
+    hits = right & ~jnp.isnan(losses)[:, None]
     total = lambda x: jnp.where(mask, x, 0).sum(dtype=jnp.float32)
-    return {
+    return more | {
       "count": total(mask),
       "loss": total(losses),
       "top1": total(hits[:, 0]),

@@ -73,6 +73,9 @@ def train_and_evaluate(
       f"data.eval_split={data.eval_split}: its classes are not those of"
       f" data.train_split={data.train_split}"
     )
+  if train_source.label_shape:
+    text = "has several labels an image: for --mode eval only"
+    raise UserError(f"data.name={data.name}: {text}")
   recipe = recipe_lib.build(config, train_source)
   mesh, total_steps = recipe.mesh, recipe.total_steps
   if (saved := checkpoint.latest_step(workdir)) is not None:

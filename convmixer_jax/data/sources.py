@@ -21,8 +21,10 @@ from tensorflow_datasets.core.data_sources import base
 import tqdm
 
 from convmixer_jax.data import decode
+from convmixer_jax.data import digits
 from convmixer_jax.data import folder
 from convmixer_jax.data import splits
+from convmixer_jax.data import test_sets
 from convmixer_jax.data import tfrecord
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
@@ -32,6 +34,7 @@ SIZES = {
   "cifar10": {"train": 50_000, "test": 10_000},
   "cifar100": {"train": 50_000, "test": 10_000},
   "imagenet2012": {"train": 1_281_167, "validation": 50_000},
+  "imagenet_resized": {"train": 1_281_167, "validation": 50_000},
 }
 
 # Larger splits, such as ImageNet at 64 pixels, are decoded batch by batch.
@@ -48,6 +51,8 @@ class InMemory:
   labels: np.ndarray
   class_names: Sequence[str]
   crop_on_device = True
+  subset = None
+  label_shape = ()
 
   def __len__(self) -> int:
     return len(self.labels)
@@ -66,13 +71,17 @@ class Encoded:
   """Image files that are not decoded yet, `size` of them.
 
   read(index) returns a file's bytes and label, read.name(index) its name.
-  `crop_on_device` says that all images have the config's image_size.
+  `crop_on_device` says that all images have the config's image_size. `subset`,
+  bool [K], says which classes may be an answer; None: all. `label_shape` is ()
+  for one label an image, and (L,) for up to L of them, filled up with -1.
   """
 
   read: Any
   size: int
   class_names: Sequence[str]
   crop_on_device: bool = False
+  subset: np.ndarray | None = None
+  label_shape: tuple[int, ...] = ()
 
   def __len__(self) -> int:
     return self.size
@@ -102,7 +111,10 @@ def open_source(
     UserError: names the invalid field of `config.data`.
   """
   if name == "digits":
-    return _digits(split, image_size)
+    images, labels, classes = digits.labelled(split)
+    if image_size == images.shape[1]:
+      return InMemory(images, labels, classes)
+    return Encoded(_ArrayReader(images, labels), len(images), classes)
   here = os.path.isdir(os.path.expanduser(directory or ""))
   bucket = "://" in (directory or "")  # TFDS reads from buckets too.
   if directory is not None and not here and not bucket:
@@ -162,25 +174,6 @@ def describe(
   return Description(size, label.num_classes, image.shape, image_size)
 
 
-def _digits(split, image_size):
-  """1,797 real handwritten digits, 8 x 8; every fifth is in the test split."""
-  # Imported here because scikit-learn takes a second and only this needs it.
-  from sklearn import datasets
-
-  digits = datasets.load_digits()
-  images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-  images = np.repeat(images[..., None], 3, axis=-1)
-  held_out = np.arange(len(images)) % 5 == 0
-  ids = {"train": np.flatnonzero(~held_out), "test": np.flatnonzero(held_out)}
-  ranges = splits.parse(split, {k: len(v) for k, v in ids.items()})
-  chosen = np.concatenate([ids[name][list(rows)] for name, rows in ranges])
-  images, labels = images[chosen], digits.target[chosen].astype(np.int32)
-  classes = [str(i) for i in range(10)]
-  if image_size == images.shape[1]:
-    return InMemory(images, labels, classes)
-  return Encoded(_ArrayReader(images, labels), len(images), classes)
-
-
 @dataclasses.dataclass(frozen=True)
 class _ArrayReader:
   images: np.ndarray
@@ -214,11 +207,15 @@ class _TfdsReader:
   label: str
   split: str
   num_classes: int
+  label_shape: tuple[int, ...]
 
   def __call__(self, index):
     record = self.source[index]
-    self.check([record[self.label]])
-    return record[self.image], int(record[self.label])
+    found = np.ravel(record[self.label])
+    self.check(found)
+    label = np.full(self.label_shape, -1, np.int32)
+    label.flat[np.arange(found.size)] = found
+    return record[self.image], label
 
   def check(self, labels):
     """Raises UserError if there are labels that no class has."""
@@ -265,10 +262,14 @@ def _tfds(name, directory, split, image_size):
   known = Description(
     size, len(classes), builder.info.features[image].shape, image_size
   )
-  read = _TfdsReader(source, image, label, split, known.num_classes)
+  usual = test_sets.TestSet()
+  shape = test_sets.TEST_SETS.get(builder.name, usual).label_shape
+  read = _TfdsReader(source, image, label, split, known.num_classes, shape)
   if not known.in_memory:
-    read.check([x[label] for x in records(range(min(size, 100)))])
-    return Encoded(read, size, classes, known.crop_on_device)
+    read.check(np.hstack([x[label] for x in records(range(min(size, 100)))]))
+    subset = test_sets.subset(builder.name, classes)
+    on_device = known.crop_on_device
+    return Encoded(read, size, classes, on_device, subset, shape)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)
   text = f"reading {name} {split}"
@@ -304,6 +305,8 @@ def _builder(name, directory):
   of_type = lambda kind: [k for k, feature in features if type(feature) is kind]
   images = of_type(tfds.features.Image)
   labels = of_type(tfds.features.ClassLabel)
+  if builder.name in test_sets.TEST_SETS:
+    labels = [test_sets.TEST_SETS[builder.name].label]
   supervised = info.supervised_keys or ()
   if len(supervised) == 2:
     images = [k for k in images if k == supervised[0]] or images

@@ -153,8 +153,8 @@ def eval_batches(
     stopped: see `train_batches`.
 
   Yields:
-    image, uint8 [R, S, S, 3]; label, int32 [R]; mask, bool [R], False for
-    padding and unreadable files.
+    image, uint8 [R, S, S, 3]; label, int32 [R] or [R, L], see
+    `sources.Encoded`; mask, bool [R], False for padding and unreadable files.
 
   Raises:
     UserError: too many unreadable files, or a worker died or is stuck.
@@ -178,7 +178,8 @@ def eval_batches(
   def load(position):
     step, row = divmod(position, len(rows))
     sample = int(step * batch_size + rows[row])
-    image, label = np.zeros((image_size, image_size, 3), np.uint8), 0
+    image = np.zeros((image_size, image_size, 3), np.uint8)
+    label = np.zeros(source.label_shape, np.int32)
     mask, unreadable = sample < size, -1
     if mask:
       decode_image = lambda data: decode.eval_image(data, image_size, crop_pct)
