@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import contextlib
-import difflib
 import errno
 import functools
 import inspect
@@ -18,7 +17,6 @@ import warnings
 from absl import app
 from absl import flags
 from absl import logging
-import ml_collections
 from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
@@ -33,11 +31,9 @@ class _ConfigParser(flags.ArgumentParser):
   """Loads a config file, or the config.json of a run."""
 
   def parse(self, path):
-    if path.endswith(".json"):
-      config = workdir_lib.load_config(path)
-    else:
-      config = config_lib.load_file(path)
-    return config.lock() if hasattr(config, "lock") else config
+    own = path.endswith(".json")
+    load = workdir_lib.load_config if own else config_lib.load_file
+    return load(path).lock()
 
 
 class _OrNone(flags.ArgumentParser):
@@ -142,7 +138,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
   fields = config_lib.FIELDS
   for field, value in overrides.items():
     if field not in fields:
-      near = difflib.get_close_matches(field, fields, 1, cutoff=0)[0]
+      near = config_lib.nearest(field)
       text = field if value is None else f"{field}={value}"
       raise UserError(f"--config.{text}: no such field; nearest is {near}")
   file = os.path.expanduser((path or "").partition(":")[0])
@@ -155,12 +151,7 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
     rest = flag_values(argv)
     flags.FLAGS(argv[:1])  # Parses absl's own flags, which grain reads.
     if "config" in flag_values and path is not None:
-      config = flag_values.config
-      getattr(config, "get", None)  # Raises if the file did not load.
-      if not isinstance(config, ml_collections.ConfigDict):
-        kind = type(config).__name__
-        raise TypeError(f"get_config() gives a {kind}, not a ConfigDict")
-      config_lib.flatten(config)
+      getattr(flag_values.config, "get", None)  # Raises if it did not load.
     return rest
   except KeyboardInterrupt:
     raise

@@ -1,6 +1,7 @@
 """Every field of a config: default, accepted values and meaning; checks."""
 
 from collections.abc import Mapping
+import difflib
 import os
 import runpy
 import sys
@@ -30,7 +31,7 @@ class Field(NamedTuple):
 # fmt: off
 FIELDS: dict[str, Field] = {
   "model.name": Field("convmixer_256_8", rules.TEXT,
-    "Variant; a key of models.VARIANTS."),
+    "A key of models.VARIANTS, or MODULE:VARIANT of your own."),
   "model.dim": Field(None, rules.optional(rules.integer(1, 2**16)),
     "Width of every block."),
   "model.depth": Field(None, rules.optional(rules.integer(1, 1000)),
@@ -213,14 +214,32 @@ def markdown() -> str:
 def load_file(name: str) -> ml_collections.ConfigDict:
   """Runs a config file's `get_config`: 'configs/imagenet.py:768_32'.
 
-  After the colon is a variant, if it has some. It may import files beside it.
+  After the colon is a variant, if it has some. It may import files beside it,
+  and returns a ConfigDict or a nested dict: fields that it lacks have their
+  defaults. Raises UserError for an unknown field or an invalid value, TypeError
+  for another result, and whatever the file raises.
   """
   path, *variant = os.path.expanduser(name).split(":", 1)
   sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
   try:
-    return runpy.run_path(path)["get_config"](*variant)
+    given = runpy.run_path(path)["get_config"](*variant)
   finally:
     del sys.path[0]
+  if not isinstance(given, (dict, ml_collections.ConfigDict)):
+    kind = type(given).__name__
+    raise TypeError(f"get_config() gives a {kind}, neither dict nor ConfigDict")
+  values = flatten(given)
+  check_values(values, "")
+  return complete(values)
+
+
+def complete(values: Mapping[str, Any]) -> ml_collections.ConfigDict:
+  """A config with these values, flat and valid, and defaults for the rest."""
+  config = defaults()
+  config.update_from_flattened_dict(
+    {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+  )
+  return config
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -247,10 +266,16 @@ def check_values(values: Mapping[str, Any], where: str) -> None:
   """
   for name, value in values.items():
     if name not in FIELDS:
-      raise UserError(f"{where}{name}={_shown(value)}: no such field")
+      text = f"no such field; nearest is {nearest(name)}"
+      raise UserError(f"{where}{name}={_shown(value)}: {text}")
     rule = FIELDS[name].rule
     if not rule.accepts(value):
       raise UserError(f"{where}{name}={_shown(value)}: must be {rule.text}")
+
+
+def nearest(name: str) -> str:
+  """The field whose name is most like `name`."""
+  return difflib.get_close_matches(name, FIELDS, 1, cutoff=0)[0]
 
 
 def _shown(value):

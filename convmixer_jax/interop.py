@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import itertools
+import json
 import logging
 import os
 import re
@@ -74,7 +75,8 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   # The family is the one that knows most of the names.
   candidates = [
     (family, {name: _to_ours(family, name) for name in names})
-    for family in models.FAMILIES
+    for family in models.families()
+    if "TORCH_NAMES" in vars(family)
   ]
   family, found = max(
     candidates, key=lambda c: sum(path is not None for path in c[1].values())
@@ -83,7 +85,10 @@ def from_torch(state_dict: Mapping[str, Any]) -> dict[str, Any]:
   for name, match in found.items():
     if match is None:
       model = family.MODEL.__name__
-      raise UserError(f"{name}: not a tensor of timm's {model}")
+      raise UserError(
+        f"{name}: not a tensor of timm's {model}; if the model is your own,"
+        " name it: MODULE:VARIANT"
+      )
     path, kind = match
     value = state_dict[name]
     if not jnp.issubdtype(value.dtype, jnp.floating):
@@ -140,6 +145,7 @@ def to_torch(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
   known = models.infer(variables["params"])
   if known is None:
     raise UserError("not the variables of a known model")
+  models.require(known[0], "TORCH_NAMES")
   state_dict = {}
   for path, value in traverse_util.flatten_dict(variables).items():
     name, kind = _to_theirs(known[0], path)
@@ -172,6 +178,7 @@ def _to_theirs(family, path):
 _WEIGHTS = ("state_dict_ema", "model_ema", "ema", "state_dict", "model",
             "model_state_dict")  # fmt: skip
 _HUB_FILE = "model.safetensors"
+HEADER = "convmixer_jax"  # The text in a safetensors file's metadata.
 # Modules that hold another one: of DataParallel and of torch.compile.
 _WRAPPERS = ("module", "_orig_mod")
 
@@ -225,12 +232,13 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   return _without_prefix(_tensors(found, path))
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, str]:
-  """The texts in the header of a safetensors file that `load` has read.
+def read_header(path: str | os.PathLike) -> dict[str, Any] | None:
+  """What `weights.save` told of the model in a file that `load` has read.
 
-  Of other files, {}.
+  It is flat like a config; None of other files. Raises UserError if it is
+  damaged.
   """
-  path = os.fspath(path)
+  path = where = os.fspath(path)
   if match := re.fullmatch("hf-hub:([^/]+/[^/]+)", path):
     import huggingface_hub
 
@@ -238,9 +246,18 @@ def read_metadata(path: str | os.PathLike) -> dict[str, str]:
     path = str(cached)
   try:
     with safetensors.safe_open(path, "numpy") as file:
-      return file.metadata() or {}
+      text = (file.metadata() or {}).get(HEADER)
   except (OSError, safetensors.SafetensorError):
-    return {}
+    return None
+  if text is None:
+    return None
+  try:
+    told = json.loads(text)
+    if not isinstance(told, dict):
+      raise ValueError("is no JSON object")
+  except (ValueError, RecursionError) as e:
+    raise UserError(f"{where}: header {HEADER}: {first_line(e)}") from e
+  return told
 
 
 def _tensors(found, path):

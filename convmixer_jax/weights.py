@@ -19,10 +19,8 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
-from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-_HEADER = "convmixer_jax"  # What `save` calls its text in a file's metadata.
 # Fields that `save` leaves out: the variant's name, which it adds, and how a
 # model is trained or run, which is not part of it.
 _NOT_SAVED = ("model.name", "model.bn_group_size", "model.dtype",
@@ -133,6 +131,8 @@ def load_init_from(
   """Loads the weights that `config.init_from` names; see `match`."""
   name = os.path.expanduser(init_from)
   try:
+    if not os.path.isdir(name):
+      models.require(models.family_of(model), "TORCH_NAMES")
     loaded = load(name)
     matched = match(loaded, wanted, name, new_head=new_head)
   except UserError as e:
@@ -162,7 +162,8 @@ def architecture(
   if known is None:
     families = " or ".join(f.MODEL.__name__ for f in models.FAMILIES)
     raise UserError(f"{name}: not the weights of a {families}")
-  sizes = {f"model.{k}": v for k, v in known[1].items() if k != "num_classes"}
+  sizes = {f"model.{k}": v for k, v in known[1].items()}
+  sizes = {k: v for k, v in sizes.items() if k in config_lib.FIELDS}
   config_lib.check_values(sizes, f"{name}: ")
   return known
 
@@ -214,10 +215,10 @@ def load_model(
   Raises:
     UserError: no such weights, or they do not belong to `model_name`.
   """
+  folder, own = Path(where).expanduser(), models.is_own(model_name)
+  if own:
+    models.find(model_name)
   variables = load(where)
-  family, found = architecture(variables, where)
-  classes = found["num_classes"]
-  folder = Path(where).expanduser()
   if folder.is_dir():
     if model_name is not None:
       raise UserError(
@@ -226,10 +227,19 @@ def load_model(
     origin = folder / "config.json"
     config = config_lib.flatten(workdir_lib.read_config(folder))
   else:
-    if classes is None:
-      raise UserError(f"{where}: has no head, so its classes are unknown")
     origin = where
-    config = None if model_name else _read_header(where)
+    config = interop.read_header(where) if own or not model_name else None
+  name = config.get("model.name") if config else model_name
+  if models.is_own(name):
+    told = not own or name == model_name
+    if not folder.is_dir() and not (told and models.is_known(name)):
+      # Reading a file must not run code that the user did not name.
+      raise UserError(f"{where}: holds {name}; pass --model={name}")
+    models.require(models.find(name)[0], "infer")
+  family, found = architecture(variables, where)
+  classes = found["num_classes"]
+  if classes is None and not folder.is_dir():
+    raise UserError(f"{where}: has no head, so its classes are unknown")
   if config is not None:
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}
     data = of("data", family.preprocessing(None))
@@ -287,9 +297,10 @@ def save(
     UserError: the file cannot be written, or timm's model lacks a tensor.
   """
   variants = models.family_of(model).VARIANTS
-  told = min((_arguments(model, name) for name in variants), key=len)
+  known = filter(None, (_arguments(model, name) for name in variants))
+  told = min(known, key=len)
   told |= {k if k == "class_names" else f"data.{k}": v for k, v in data.items()}
-  metadata = {"format": "pt", _HEADER: json.dumps(told)}
+  metadata = {"format": "pt", interop.HEADER: json.dumps(told)}
   content = safetensors.numpy.save(interop.to_torch(variables), metadata)
   try:
     Path(path).write_bytes(content)
@@ -298,8 +309,16 @@ def save(
 
 
 def _arguments(model, name):
-  """A variant, and the fields in which a model differs from it."""
+  """A variant, and the fields in which a model differs from it.
+
+  None if it also differs in an attribute that is no field.
+  """
   variant, told = models.create_model(name), {"model.name": name}
+  for attribute in models.find(name)[1]:
+    if f"model.{attribute}" not in config_lib.FIELDS and (
+      getattr(model, attribute) != getattr(variant, attribute)
+    ):
+      return None
   for field in config_lib.FIELDS:
     section, _, attribute = field.partition(".")
     is_saved = section == "model" and field not in _NOT_SAVED
@@ -307,20 +326,6 @@ def _arguments(model, name):
       value = getattr(model, attribute)
       if value != getattr(variant, attribute):
         told[field] = value
-  return told
-
-
-def _read_header(where):
-  """What `save` told of a file's model, flat like a config; else None."""
-  text = interop.read_metadata(where).get(_HEADER)
-  if text is None:
-    return None
-  try:
-    told = json.loads(text)
-    if not isinstance(told, dict):
-      raise ValueError("is no JSON object")
-  except (ValueError, RecursionError) as e:
-    raise UserError(f"{where}: header {_HEADER}: {first_line(e)}") from e
   return told
 
 

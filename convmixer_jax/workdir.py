@@ -67,11 +67,7 @@ def load_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
     if isinstance(holder, ml_collections.ConfigDict) and leaf not in holder:
       holder[leaf] = value
   config_lib.check(found, num_devices=None)
-  values, config = config_lib.flatten(found), config_lib.defaults()
-  config.update_from_flattened_dict(
-    {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-  )
-  return config
+  return config_lib.complete(config_lib.flatten(found))
 
 
 def read_config(where: str | os.PathLike) -> ml_collections.ConfigDict:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 import dataclasses
 import functools
+import os
 from pathlib import Path
 import sys
 from typing import Any
@@ -25,7 +26,7 @@ class Cell:
 
   Attributes:
     name: name of its folder.
-    config: config file, with variant.
+    config: config file, with variant; relative to this project.
     overrides: dotted field -> value.
     table: the table in paper.csv; '' if the cell was not published.
     row: the model or label of its row in that table.
@@ -40,17 +41,18 @@ class Cell:
   def resolve(self, seed: int) -> ml_collections.ConfigDict:
     """The config of one run."""
     config = config_lib.load_file(str(ROOT / self.config)).lock()
+    config_lib.check_values(self.overrides, "")
     config.update_from_flattened_dict({**self.overrides, "seed": seed})
     return config
 
   def command(self, seed: int, workdir: Path) -> list[str]:
-    """The command line that trains it."""
+    """The command line that trains it, in the current folder."""
     fields = {**self.overrides, "seed": seed}
     return [
       sys.executable,
       "-m",
       "convmixer_jax.main",
-      f"--config={self.config}",
+      f"--config={os.path.relpath(ROOT / self.config)}",
       f"--workdir={workdir.absolute()}",
       *(f"--config.{name}={value}" for name, value in fields.items()),
     ]

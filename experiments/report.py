@@ -43,7 +43,7 @@ def main(*names: str) -> None:
   sweep, folder = scores.locate(names, root)
   results, problems = scores.collect(sweep, folder)
   pictures = plots.draw(results)
-  page = render(names[0], sweep, folder, results, problems, pictures)
+  page = render(sweep.name, sweep, folder, results, problems, pictures)
   try:
     # File names may not be valid Unicode.
     Path(out).expanduser().write_text(page, "utf-8", "backslashreplace")
@@ -58,7 +58,7 @@ def main(*names: str) -> None:
   for problem in problems:
     print(f"left out: {problem}", file=sys.stderr)
   done = sum(len(result.runs) for result in results)
-  print(f"{out}: {done} of {len(sweep.runs())} runs of {names[0]}")
+  print(f"{out}: {done} of {len(sweep.runs())} runs of {sweep.name}")
 
 
 def render(

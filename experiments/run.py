@@ -3,6 +3,7 @@
   python -m experiments.run smoke --root runs
   python -m experiments.run cifar10_ablation --root runs --dry_run
   python -m experiments.run patch_kernel --root runs --only 3/16
+  python -m experiments.run my_sweeps.py:WIDTHS --root runs
 
 A run's workdir is ROOT/SWEEP/CELL/seedS; its output is log.txt in there. Rerun
 the command to continue: finished runs are skipped, interrupted runs resume, and
@@ -82,7 +83,7 @@ class Run:
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   sweep = sweeps.get(*names)
-  root = Path(cli.required(_ROOT)).expanduser() / names[0]
+  root = Path(cli.required(_ROOT)).expanduser() / sweep.name
   runs = [
     Run(cell, seed, root / cell.name / f"seed{seed}")
     for cell, seed in _part(sweep.runs(), _ONLY.value)
@@ -90,7 +91,7 @@ def main(*names: str) -> None:
   for run in runs:
     if scores.finished(run.workdir):
       run.status = "finished"
-  print(f"{names[0]}: {sweep.about} {len(runs)} runs")
+  print(f"{sweep.name}: {sweep.about} {len(runs)} runs")
   if not runs:  # More parts than runs.
     return
   if _DRY_RUN.value:
@@ -204,7 +205,6 @@ def _start(run, slot, jobs, gpus):
       stderr=subprocess.STDOUT,
       stdin=subprocess.DEVNULL,
       env=env,
-      cwd=cells.ROOT,
       start_new_session=True,  # Ctrl-C reaches it through this process only.
     )
   if not gpus and hasattr(os, "sched_setaffinity"):

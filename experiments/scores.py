@@ -74,10 +74,11 @@ def locate(names: Sequence[str], root: str) -> tuple[sweeps.Sweep, Path]:
   Raises:
     UserError: there is no such sweep, or `root` has no folder of that name.
   """
-  sweep, folder = sweeps.get(*names), Path(root).expanduser() / names[0]
+  sweep = sweeps.get(*names)
+  folder = Path(root).expanduser() / sweep.name
   if not folder.is_dir():
     raise UserError(
-      f"--root={root}: has no folder {names[0]}; run experiments.run first"
+      f"--root={root}: has no folder {sweep.name}; run experiments.run first"
     )
   return sweep, folder
 

@@ -24,7 +24,6 @@ import time
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax.errors import UserError
-from experiments import cells
 from experiments import scores
 from experiments import sweeps
 
@@ -117,7 +116,7 @@ def main(*words: str) -> None:
   if words and words[0].startswith("-"):
     name, tasks = "convmixer", [_single(words)]
   elif len(words) == 1:
-    name, tasks = words[0], _sweep(words[0], root)
+    name, tasks = _sweep(words[0], root)
   else:
     raise UserError(
       "Give the name of a sweep, or -- and the flags of convmixer_jax.main."
@@ -149,13 +148,14 @@ def _single(args):
   return Task(command, os.getcwd())
 
 
-def _sweep(name, root):
-  tasks = []
-  for cell, seed in sweeps.get(name).runs():
-    workdir = root / name / cell.name / f"seed{seed}"
+def _sweep(words, root):
+  """The sweep's name, and a task for each run that is not finished."""
+  sweep, tasks = sweeps.get(words), []
+  for cell, seed in sweep.runs():
+    workdir = root / sweep.name / cell.name / f"seed{seed}"
     if not scores.finished(workdir):
-      tasks.append(Task(cell.command(seed, workdir), str(cells.ROOT)))
-  return tasks
+      tasks.append(Task(cell.command(seed, workdir), os.getcwd()))
+  return sweep.name, tasks
 
 
 def _submit(name, tasks, folder):

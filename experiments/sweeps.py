@@ -3,9 +3,12 @@
 from collections.abc import Sequence
 import dataclasses
 import difflib
+import os
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import imports
 from convmixer_jax import models
+from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 from experiments import paper
 from experiments.cells import Cell
@@ -13,11 +16,15 @@ from experiments.cells import Cell
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-  """The question, the cells, and the seeds that each cell is trained with."""
+  """The question, the cells, and the seeds that each cell is trained with.
+
+  `name` is that of its folder; `get` sets it.
+  """
 
   about: str
   cells: Sequence[Cell]
   seeds: Sequence[int] = (0, 1, 2)
+  name: str = ""
 
   def runs(self) -> list[tuple[Cell, int]]:
     """All cells with the first seed, then all with the second, and so on."""
@@ -289,17 +296,55 @@ SWEEPS: dict[str, Sweep] = {
 def get(*names: str) -> Sweep:
   """Finds a sweep by its name, the only argument of a command line.
 
+  The name is a key of `SWEEPS`, or module:NAME or path/to/file.py:NAME for a
+  sweep of one's own. A config file of its cells is looked for in the current
+  folder, and then among ours.
+
   Raises:
     UserError: no such sweep, or a cell with an invalid config.
   """
   if len(names) != 1:
-    raise UserError(f"SWEEP: give one of {', '.join(SWEEPS)}")
+    raise UserError(
+      f"SWEEP: give one of {', '.join(SWEEPS)}, or FILE.py:NAME of your own"
+    )
   (name,) = names
-  if name not in SWEEPS:
+  if ":" in name:
+    sweep = _own(name)
+  elif name in SWEEPS:
+    sweep = dataclasses.replace(SWEEPS[name], name=name)
+  else:
     near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
     raise UserError(
       f"{name}: no such sweep; nearest is {near}; known are {', '.join(SWEEPS)}"
     )
-  for cell, seed in SWEEPS[name].runs():
-    config_lib.check(cell.resolve(seed), num_devices=1)
-  return SWEEPS[name]
+  for cell, seed in sweep.runs():
+    try:
+      config_lib.check(cell.resolve(seed), num_devices=1)
+    except Exception as e:  # A config file may raise anything.
+      kind = "" if isinstance(e, UserError) else f"{type(e).__name__}: "
+      text = f"cell {cell.name}: {cell.config}: {kind}{first_line(e)}"
+      raise UserError(f"{name}: {text}") from e
+  return sweep
+
+
+def _own(name):
+  """The sweep that a module or file of the user's own defines."""
+  module, attribute = imports.load(name)
+  if not hasattr(module, attribute):
+    found = [k for k, v in vars(module).items() if isinstance(v, Sweep)]
+    raise UserError(f"{name}: not there; its sweeps are {', '.join(found)}")
+  sweep = getattr(module, attribute)
+  cells = sweep.cells if isinstance(sweep, Sweep) else [None]
+  if not all(isinstance(cell, Cell) for cell in cells):
+    text = "must be an experiments.sweeps.Sweep of experiments.cells.Cells"
+    raise UserError(f"{name}: {text}")
+  cells = [
+    dataclasses.replace(cell, config=os.path.abspath(path))
+    if os.path.exists((path := os.path.expanduser(cell.config)).split(":")[0])
+    else cell
+    for cell in cells
+  ]
+  names = [cell.name for cell in cells]
+  if twice := {x for x in names if names.count(x) > 1}:
+    raise UserError(f"{name}: several cells are called {min(twice)}")
+  return dataclasses.replace(sweep, name=attribute, cells=cells)

@@ -162,34 +162,78 @@ def test_mistakes_get_one_line_and_exit_code_2(tmp_path):
   assert not workdir.exists()
 
 
+def parse(monkeypatch, *argv):
+  """The config of a command line."""
+  command = cli.Flags()
+  config = command.define_config()
+  monkeypatch.setattr("sys.argv", ["main", *argv])  # config_flags reads it.
+  cli.parse_flags(["main", *argv], command)
+  return config.value
+
+
 def test_fields_take_none_from_the_command_line(monkeypatch):
   optional = [
     field
     for field, (_, rule, _) in config_lib.FIELDS.items()
     if rule.accepts(None)
   ]
-  command = cli.Flags()
-  config = command.define_config()
-  argv = ["main", DIGITS, *(f"--config.{field}=None" for field in optional)]
-  monkeypatch.setattr("sys.argv", argv)  # config_flags reads it.
-  cli.parse_flags(argv, command)
-  values = config_lib.flatten(config.value)
+  none = [f"--config.{field}=None" for field in optional]
+  config = parse(monkeypatch, DIGITS, *none)
+  values = config_lib.flatten(config)
   assert "model.kernel_size" in optional
   assert all(values[field] is None for field in optional)
   config_lib.check_values(values, "")
 
 
-def test_a_config_imports_a_file_beside_it(tmp_path, monkeypatch):
-  (tmp_path / "beside_it.py").write_text("SIZE = 0")
+@pytest.mark.parametrize("kind", ["", ":ConfigDict"])
+def test_a_config_states_what_differs(tmp_path, monkeypatch, kind):
+  """A file anywhere, with a file beside it; flags set what it leaves out."""
+  (tmp_path / "beside_it.py").write_text("DIM = 24\n")
   (tmp_path / "x.py").write_text(
-    "import beside_it\nfrom convmixer_jax import config as config_lib\n"
-    "def get_config():\n  config = config_lib.defaults()\n"
-    "  config.model.kernel_size = beside_it.SIZE\n  return config\n"
+    "import beside_it\nimport ml_collections\n"
+    "def get_config(kind='dict'):\n"
+    "  model = {'dim': beside_it.DIM, 'scan': True}\n"
+    "  own = {'model': model, 'optim': {'betas': [0.5, 0.9]}, 'epochs': 2}\n"
+    "  return own if kind == 'dict' else ml_collections.ConfigDict(own)\n"
   )
   monkeypatch.setenv("HOME", str(tmp_path))
-  code, _, err = common.call("convmixer_jax.main", "--config=~/x.py")
-  assert (code, err[:34]) == (2, "error: config.model.kernel_size=0:")
+  config = parse(
+    monkeypatch, f"--config=~/x.py{kind}", "--config.optim.eps=0.5",
+    "--config.model.depth=3", "--config.model.scan=false",
+  )  # fmt: skip
   assert str(tmp_path) not in sys.path
+  assert config.is_locked
+  default = config_lib.flatten(config_lib.defaults())
+  assert config_lib.flatten(config) == default | {
+    "model.dim": 24,
+    "model.scan": False,
+    "optim.betas": (0.5, 0.9),
+    "epochs": 2,
+    "optim.eps": 0.5,
+    "model.depth": 3,
+  }
+  config_lib.check(config, 1)
+
+
+@pytest.mark.parametrize(
+  ("returns", "says"),
+  [
+    ("{'modle': {'dim': 3}}", "modle.dim=3: no such field; nearest is model.d"),
+    (
+      "{'model': {'kernel_size': 0}}",
+      "model.kernel_size=0: must be an integer",
+    ),
+    ("{'model': 3}", "model=3: no such field; nearest is model."),
+    ("None", "get_config() gives a NoneType, neither dict nor"),
+  ],
+)
+def test_a_config_that_states_a_mistake(tmp_path, returns, says):
+  path = tmp_path / "x.py"
+  path.write_text(f"def get_config():\n  return {returns}\n")
+  code, out, err = common.call("convmixer_jax.main", f"--config={path}")
+  assert (code, out) == (2, "")
+  assert err.startswith(f"error: --config={path}: {says}"), err
+  assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow
@@ -264,7 +308,7 @@ def test_output_that_is_lost_is_an_error(monkeypatch):
 
 LAYERS = (
   ("errors",),
-  ("files",),
+  ("files", "imports"),
   ("ops",),
   ("augment", "optim", "sharding"),
   ("models", "runtime"),

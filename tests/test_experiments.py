@@ -187,8 +187,8 @@ def test_tables(tmp_path, monkeypatch):
   markdown = tables.render(results, "markdown").splitlines()
   assert len(markdown) == 2 + len(rows)
   assert {line.count("|") for line in markdown} == {len(scores.COLUMNS) + 1}
-  collected = {(id(sweep), folder): (results, problems)}  # Once.
-  collect = lambda sweep, folder: collected[id(sweep), folder]
+  collected = {(sweep.name, folder): (results, problems)}  # Once.
+  collect = lambda sweep, folder: collected[sweep.name, folder]
   monkeypatch.setattr(scores, "collect", collect)
   args = ("cifar10_ablation", f"--root={tmp_path}", "--format=latex")
   code, latex, err = common.call("experiments.tables", *args)

@@ -1,7 +1,7 @@
 """Models by name.
 
-A family is a module of this package with these names, and the only way in which
-the rest of the code knows its models:
+A family is a module with these names, and the only way in which the rest of the
+code knows its models:
 
   MODEL              a linen module with attributes `num_classes` and `dtype`,
                      called (images [B, H, W, C], train) -> logits [B, K], and
@@ -20,8 +20,14 @@ the rest of the code knows its models:
   flops              (model, image_size) -> int, of one image's forward pass
   describe           model -> text for reports
 
-To add one, add its module to `FAMILIES`, and attributes that no other family
-has to `config.FIELDS`.
+A module outside this package is a family too: its variants are called
+module:variant or path/to/file.py:variant. It needs MODEL and VARIANTS. `infer`
+is needed to load its weights without a config, `flops` to plan and for tables,
+and TORCH_NAMES for files of PyTorch; all else has a default. Attributes that
+`config.FIELDS` lacks are what its variants say.
+
+To add a family to this package, add its module to `FAMILIES`, and attributes
+that no other family has to `config.FIELDS`.
 """
 
 from collections.abc import Mapping
@@ -33,9 +39,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from convmixer_jax import imports
 from convmixer_jax.errors import UserError
 from convmixer_jax.models import convmixer
 from convmixer_jax.models import gmlp
+from convmixer_jax.models import layers
 from convmixer_jax.models import mlp_mixer
 from convmixer_jax.models import mobilenet_v3
 from convmixer_jax.models import resmlp
@@ -62,13 +70,97 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+# Families outside this package that `find` was asked for, by their module.
+_OWN: dict[str, types.ModuleType] = {}
+_DEFAULTS = {
+  "preprocessing": lambda name: layers.IMAGENET,
+  "timm_module": str,
+  "num_patches": layers.any_number,
+  "at_resolution": layers.any_resolution,
+  "describe": lambda model: type(model).__name__,
+}
+
+
+def families() -> tuple[types.ModuleType, ...]:
+  """All families: `FAMILIES`, after those outside that this process uses."""
+  return *_OWN.values(), *FAMILIES
+
+
+def is_own(name: Any) -> bool:
+  """Whether this names a variant outside this package; see `find`."""
+  return isinstance(name, str) and ":" in name
+
+
+def is_known(name: str) -> bool:
+  """Whether `find` needs to import nothing for this name."""
+  return any(name in family.VARIANTS for family in families())
+
+
+def find(name: str) -> tuple[types.ModuleType, dict[str, Any]]:
+  """The family of a variant, and the arguments of its model.
+
+  Args:
+    name: key of a family's `VARIANTS`, or a module or file and its variant,
+      'module:variant', which is imported.
+
+  Raises:
+    UserError: no such variant; or no such module, it raises an exception, or it
+      is not a family.
+  """
+  source, _, _ = name.rpartition(":")
+  if source and source not in _OWN:
+    _OWN[source] = _import_family(name, source)
+  known = {
+    variant: family
+    for family in ((_OWN[source],) if source else FAMILIES)
+    for variant in family.VARIANTS
+  }
+  if name not in known:
+    near = difflib.get_close_matches(name, known, 3, cutoff=0)
+    raise UserError(
+      f"model.name={name}: unknown; nearest of {len(known)} are"
+      f" {', '.join(near)}"
+    )
+  return known[name], known[name].VARIANTS[name]
+
+
+def _import_family(name, source):
+  """The module, whose variants have names that `find` takes."""
+  try:
+    module, _ = imports.load(name)
+  except UserError as e:
+    raise UserError(f"model.name={e}") from e
+  model, variants = (getattr(module, x, None) for x in ("MODEL", "VARIANTS"))
+  is_module = isinstance(model, type) and issubclass(model, nn.Module)
+  if not is_module or not hasattr(model, "check"):
+    text = "MODEL, a linen module with check(image_size)"
+    raise UserError(f"model.name={name}: {source} lacks {text}")
+  if not isinstance(variants, dict) or not variants:
+    text = "VARIANTS, a dict: name -> arguments of MODEL"
+    raise UserError(f"model.name={name}: {source} lacks {text}")
+  family = types.ModuleType(source)
+  vars(family).update(_DEFAULTS | vars(module))
+  family.VARIANTS = {f"{source}:{k}": v for k, v in variants.items()}
+  return family
+
+
+def require(family: types.ModuleType, *parts: str) -> None:
+  """Raises UserError if a family outside this package lacks one of `parts`."""
+  for part in parts:
+    if part not in vars(family):
+      raise UserError(
+        f"model.name={next(iter(family.VARIANTS))}: its module has no {part},"
+        " which this needs; convmixer_jax/models/__init__.py says what it is"
+      )
+
+
 def create_model(
   name: str, num_classes: int = 1000, **overrides: Any
 ) -> nn.Module:
   """Builds a model by its name.
 
   Args:
-    name: key of a family's `VARIANTS`.
+    name: of a variant; see `find`.
     num_classes: size of the head.
     **overrides: attributes of the model; None keeps the variant's own value.
 
@@ -78,28 +170,22 @@ def create_model(
   Raises:
     UserError: no such variant, or an attribute that its family lacks.
   """
-  families = {name: family for family in FAMILIES for name in family.VARIANTS}
-  if name not in families:
-    near = difflib.get_close_matches(name, families, 3, cutoff=0)
-    raise UserError(
-      f"model.name={name}: unknown; nearest of {len(families)} are"
-      f" {', '.join(near)}"
-    )
-  family = families[name]
+  family, arguments = find(name)
   given = {k: v for k, v in overrides.items() if v is not None}
   for field, value in given.items():
     if field not in family.MODEL.__dataclass_fields__:
       raise UserError(
         f"model.{field}={value!r}: {name} has no such field; leave it None"
       )
-  return family.MODEL(
-    num_classes=num_classes, **(family.VARIANTS[name] | given)
-  )
+  try:
+    return family.MODEL(num_classes=num_classes, **(arguments | given))
+  except TypeError as e:
+    raise UserError(f"model.name={name}: {e}") from e
 
 
 def family_of(model: nn.Module) -> types.ModuleType:
-  """The module of `FAMILIES` that `model` belongs to."""
-  return next(f for f in FAMILIES if isinstance(model, f.MODEL))
+  """The module of `families` that `model` belongs to."""
+  return next(f for f in families() if isinstance(model, f.MODEL))
 
 
 def unrolled(model: nn.Module) -> nn.Module:
@@ -109,7 +195,9 @@ def unrolled(model: nn.Module) -> nn.Module:
 
 def flops(model: nn.Module, image_size: int) -> int:
   """Floating-point operations of one image's forward pass."""
-  return family_of(model).flops(model, image_size)
+  family = family_of(model)
+  require(family, "flops")
+  return family.flops(model, image_size)
 
 
 def describe(model: nn.Module) -> str:
@@ -124,9 +212,9 @@ def infer(
 
   num_classes is None if there is no head. Returns None if no family matches.
   """
-  for family in FAMILIES:
+  for family in families():
     try:
-      found = family.infer(params)
+      found = family.infer(params) if "infer" in vars(family) else None
     except (LookupError, ValueError):  # Tensors are missing, or of other ranks.
       continue
     if found is not None:

@@ -50,6 +50,7 @@ def plan(
   """
   recipe, state, batch, traced = trace_step(config, devices, data)
   model = recipe.model
+  forward = models.flops(model, config.data.image_size)
   batch_size, count = config.batch_size, len(devices)
   # The state is replicated, the batch is sharded.
   memory = {
@@ -83,7 +84,6 @@ def plan(
   if needed is not None:
     memory["activations"] = needed - sum(memory.values())
   available = topology.available_memory(devices)
-  forward = models.flops(model, config.data.image_size)
   return {
     "model": config.model.name,
     "description": models.describe(model),
