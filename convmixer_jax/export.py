@@ -11,7 +11,8 @@ ROCm and TPU:
   data = bytearray(open("exported/model.stablehlo", "rb").read())
   logits = jax.export.deserialize(data).call(images)
 
-DIR/model.json has the image size, how to resize, and the names of the classes.
+DIR/model.json says how to make these images of any others, and has the names of
+the classes. Mean and standard deviation are part of the program.
 
 timm: DIR/model.safetensors has the weights by the names of timm's model, which
 loads them with load_state_dict(safetensors.torch.load_file(path)). Its header
@@ -27,8 +28,10 @@ are constants, which XLA turns into one scale and one shift.
 """
 
 from collections.abc import Callable
+from collections.abc import Mapping
 from collections.abc import Sequence
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -79,7 +82,8 @@ def main() -> None:
     function = inference_function(model, variables, *stats)
     try:
       path = write_stablehlo(function, size, out)
-      (out / "model.json").write_text(json.dumps(data, indent=2), "utf-8")
+      text = json.dumps(description(data, model.num_classes), indent=2)
+      (out / "model.json").write_text(text, "utf-8")
     except OSError as e:
       raise UserError(f"{e.filename}: {e.strerror}") from e
     call = jax_export.deserialize(bytearray(path.read_bytes())).call
@@ -118,6 +122,36 @@ def inference_function(
     return jnp.asarray(logits)
 
   return function
+
+
+def description(data: Mapping[str, Any], num_classes: int) -> dict[str, Any]:
+  """What model.json says; `data` is from `weights.load_model`."""
+  size = data["image_size"]
+  return {
+    "preprocessing": {  # `decode.eval_image`; what the caller does.
+      "color": "RGB",
+      "resize": "short side as below, other side int(below * long / short)",
+      "resize_short_side": math.floor(size / data["crop_pct"]),
+      "interpolation": "bicubic",
+      "antialias": True,  # As in Pillow.
+      "crop": "center: left and top are round((side - image_size) / 2)",
+      "image_size": size,
+      "crop_pct": data["crop_pct"],
+    },
+    "input": {
+      "shape": ["batch", size, size, 3],
+      "layout": "NHWC",
+      "dtype": "uint8",
+      "range": [0, 255],
+    },
+    "normalized_by_the_program": {"mean": data["mean"], "std": data["std"]},
+    "output": {
+      "shape": ["batch", num_classes],
+      "dtype": "float32",
+      "content": "logits",
+    },
+    "class_names": data["class_names"],
+  }
 
 
 def write_stablehlo(

@@ -8,6 +8,7 @@ import os
 import pathlib
 import pickle
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -589,14 +590,43 @@ def test_what_is_exported_is_the_model(options, tmp_path):
 
 def test_the_export_command(run, tmp_path):
   _, path, _ = run
+  workdir = tmp_path / "run"
+  shutil.copytree(run[0], workdir)
+  config = json.loads((workdir / "config.json").read_text())
+  config["data"] |= {"crop_pct": 0.8, "mean": (0.1, 0.2, 0.3)}
+  (workdir / "config.json").write_text(json.dumps(config))
   out = tmp_path / "exported"
   export = functools.partial(common.call, "convmixer_jax.export")
-  code, text, err = export(f"--weights={run[0]}", f"--out={out}")
+  code, text, err = export(f"--weights={workdir}", f"--out={out}")
   assert code == 0, err
   assert "read back, it differs" in text
   about = json.loads((out / "model.json").read_text())
-  assert about["image_size"] == 8
   assert about["class_names"] == [str(i) for i in range(10)]
+  # With Pillow, the two files alone give what predict computes.
+  rng = np.random.default_rng(0)
+  pixels = rng.integers(0, 256, (30, 50, 3), np.uint8)
+  file = tmp_path / "photo.png"
+  Image.fromarray(pixels).save(file)
+  how, given = about["preprocessing"], about["input"]
+  image = Image.open(file).convert(how["color"])
+  short, size = how["resize_short_side"], how["image_size"]
+  assert how["antialias"]  # Pillow's resize has no other way.
+  filters = {"bicubic": Image.Resampling.BICUBIC}
+  image = image.resize((short * 50 // 30, short), filters[how["interpolation"]])
+  left, top = (round((side - size) / 2) for side in image.size)
+  image = image.crop((left, top, left + size, top + size))
+  assert (given["layout"], given["range"]) == ("NHWC", [0, 255])
+  batch = np.asarray(image, given["dtype"])[None]
+  assert ["batch", *batch.shape[1:]] == given["shape"]
+  program = (out / "model.stablehlo").read_bytes()
+  logits = jax.export.deserialize(bytearray(program)).call(batch)
+  assert ["batch", *logits.shape[1:]] == about["output"]["shape"]
+  code, text, err = predict("--json", f"--weights={workdir}", file)
+  top = json.loads(text)["predictions"][0]
+  assert top["class"] == int(logits.argmax())
+  assert top["probability"] == pytest.approx(
+    float(jax.nn.softmax(logits).max()), rel=1e-4
+  )
   code, _, err = export(f"--weights={path}", f"--out={path}")
   assert code == 2
   assert err.startswith(f"error: --out={path}: File exists")
