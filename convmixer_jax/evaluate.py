@@ -5,6 +5,7 @@ import os
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
@@ -24,7 +25,7 @@ from convmixer_jax.step import TrainState
 
 def make_evaluate(
   recipe: recipe_lib.Recipe, source: sources.Source, state: TrainState
-) -> Callable[..., dict[str, float] | None]:
+) -> Callable[..., dict[str, Any] | None]:
   """Compiles the function that scores a state on all images of `source`.
 
   Args:
@@ -34,10 +35,11 @@ def make_evaluate(
     state: one like those that will be scored.
 
   Returns:
-    (state, stopped=never) -> top1 and top5 in percent, loss in nats, and count,
-    the number of images. It raises an error unless every readable image with a
-    label was counted. `stopped` is called before each batch; once it returns
-    true, the result is None.
+    (state, stopped=never) -> top1 and top5 in percent, loss in nats, count, the
+    number of images, and, for at most `step.MOST_COUNTED` classes, confusion,
+    int32 [K, K], see `step.confusion`. It raises an error unless every readable
+    image with a label was counted. `stopped` is called before each batch; once
+    it returns true, the result is None.
   """
   data, mesh = recipe.config.data, recipe.mesh
   batch_size = -(-recipe.config.batch_size // mesh.size) * mesh.size
@@ -46,6 +48,7 @@ def make_evaluate(
   shape = (batch_size, *source.label_shape)
   batch["label"] = batch["label"].update(shape=shape)
   eval_step = recipe.eval_step.lower(state, batch).compile()
+  add = jax.jit(jnp.add, donate_argnums=0)
 
   def evaluate(state: TrainState, stopped: Callable = lambda: False):
     batches = stream.eval_batches(
@@ -58,9 +61,12 @@ def make_evaluate(
       max_unreadable=data.max_unreadable,
       stopped=stopped,
     )
-    sums = []
+    sums, confusion = [], None
     for batch in logger.progress(batches, -(-len(source) // batch_size)):
       sums.append(eval_step(state, sharding.to_global(mesh, batch, batch_size)))
+      # Added on the device: those of all batches would take too much memory.
+      counts = sums[-1].pop("confusion", None)
+      confusion = counts if confusion is None else add(confusion, counts)
       runtime.bound_memory(sums)
     if stopped():
       return None
@@ -74,12 +80,15 @@ def make_evaluate(
       raise RuntimeError(
         f"scored {total['count']:.0f} of {len(source)} images: a bug"
       )
-    return {
+    metrics = {
       "top1": 100 * total["top1"] / total["count"],
       "top5": 100 * total["top5"] / total["count"],
       "loss": total["loss"] / total["count"],
       "count": int(total["count"]),
     }
+    if confusion is not None:
+      metrics["confusion"] = jax.device_get(confusion)
+    return metrics
 
   return evaluate
 
@@ -93,10 +102,14 @@ def evaluate_checkpoint(
   checkpoint, they are those that `config.init_from` names.
 
   Returns:
-    step (None for `init_from`), and what `make_evaluate`'s function returns.
+    step (None for `init_from`), what `make_evaluate`'s function returns, and,
+    with confusion, per_class: for each class name; images, their number; top1
+    in percent, None without images; mistaken_for, the class most often
+    predicted instead, None if none is; and mistakes, how often.
 
   Raises:
-    UserError: invalid config or workdir, or no weights.
+    UserError: invalid config or workdir, no weights, or weights of other
+      classes than the data's; see `weights.match`.
   """
   config_lib.check(config, num_devices=None)
   # The model and its input are fixed; where and how it is evaluated is free.
@@ -118,11 +131,36 @@ def evaluate_checkpoint(
     data.name, data.dir, data.eval_split, data.image_size
   )
   recipe = recipe_lib.build(config, source)
-  model, shapes = recipe.model, recipe.shapes
+  model, shapes, names = recipe.model, recipe.shapes, source.class_names
   if step is None:
-    variables = weights.load_init_from(config.init_from, model, shapes)
+    variables = weights.load_init_from(
+      config.init_from, model, shapes, class_names=names
+    )
   else:
-    variables = weights.match(weights.load(workdir), shapes, str(workdir))
+    variables = weights.match(
+      weights.load(workdir), shapes, str(workdir), class_names=names
+    )
   variables = jax.device_put(variables, sharding.replicated(recipe.mesh))
   state = TrainState(step=step, opt_state=(), **variables)
-  return make_evaluate(recipe, source, state)(state) | {"step": step}
+  metrics = make_evaluate(recipe, source, state)(state) | {"step": step}
+  if "confusion" in metrics:
+    metrics["per_class"] = _per_class(metrics["confusion"], names)
+  return metrics
+
+
+def _per_class(confusion, names):
+  """See `evaluate_checkpoint`."""
+  wrong = confusion * (1 - np.eye(len(confusion), dtype=confusion.dtype))
+  found = []
+  for k, (name, row) in enumerate(zip(names, confusion)):
+    images, most = int(row.sum()), wrong[k].argmax()
+    found.append(
+      {
+        "name": name,
+        "images": images,
+        "top1": 100 * int(row[k]) / images if images else None,
+        "mistaken_for": names[most] if wrong[k, most] else None,
+        "mistakes": int(wrong[k, most]),
+      }
+    )
+  return found

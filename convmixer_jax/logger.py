@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import datetime
+import io
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 import tqdm
 
 from convmixer_jax import runtime
@@ -155,8 +157,11 @@ class Logger:
         speed = f"{rate:.0f} img/s  {wait}  {left} left"
       self.say(f"{done}  {loss}  {speed}")
 
-  def log_eval(self, step: int, metrics: Mapping[str, float] | None) -> None:
-    """Records and prints the metrics of a split; None if it was interrupted."""
+  def log_eval(self, step: int, metrics: Mapping[str, Any] | None) -> None:
+    """Records and prints the metrics of a split; None if it was interrupted.
+
+    The confusion matrix goes to TensorBoard alone, as a picture.
+    """
     self.start_clock(step)
     if metrics is not None:
       self._record(step, "eval", metrics)
@@ -182,10 +187,11 @@ class Logger:
     if not self._active:
       return
     record = {"step": step, "kind": kind, "time": _now(), **scalars}
+    confusion = record.pop("confusion", None)
     with writing(self._workdir):
       self._records.write(json.dumps(record) + "\n")
       if self._tensorboard is not None:
-        self._tensorboard.write(record)
+        self._tensorboard.write(record, confusion)
 
   def _write_run(self):
     workdir_lib.write_run(self._workdir, self._starts)
@@ -199,7 +205,7 @@ def progress(
   return tqdm.tqdm(batches, doing, total, leave=False, delay=1, disable=hide)
 
 
-def eval_line(metrics: Mapping[str, float]) -> str:
+def eval_line(metrics: Mapping[str, Any]) -> str:
   """The metrics of an evaluation as one line of text."""
   return (
     f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %"
@@ -224,8 +230,11 @@ class _TensorBoard:
   """Writes the records of metrics.jsonl as TensorBoard events.
 
   All go into one file, which replaces those of earlier starts and begins with
-  their records. Raises ImportError if tensorboard is not installed.
+  their records. Confusion matrices of at most MOST_DRAWN classes become heat
+  maps. Raises ImportError if tensorboard is not installed.
   """
+
+  MOST_DRAWN = 100
 
   def __init__(self, workdir, records):
     from tensorboard.compat.proto import event_pb2  # Without tensorflow.
@@ -250,7 +259,7 @@ class _TensorBoard:
     for file in earlier:
       file.unlink(missing_ok=True)
 
-  def write(self, record):
+  def write(self, record, confusion=None):
     scalars = {**record}
     step, kind = scalars.pop("step"), scalars.pop("kind")
     seconds = datetime.datetime.fromisoformat(scalars.pop("time")).timestamp()
@@ -258,6 +267,9 @@ class _TensorBoard:
       self._summary.Value(tag=f"{kind}/{name}", simple_value=value)
       for name, value in scalars.items()
     ]
+    if confusion is not None and len(confusion) <= self.MOST_DRAWN:
+      image = self._summary.Image(**_heat_map(confusion))
+      values.append(self._summary.Value(tag=f"{kind}/confusion", image=image))
     self._add(seconds, step=step, summary=self._summary(value=values))
 
   def _add(self, seconds, **fields):
@@ -267,6 +279,23 @@ class _TensorBoard:
 
   def close(self):
     self._writer.close()
+
+
+def _heat_map(confusion):
+  """Shares of each true class, a row, from white to dark blue, as a PNG."""
+  shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
+  side = max(1, 400 // len(shares))  # Of a cell, in pixels.
+  shares = shares.repeat(side, 0).repeat(side, 1)[..., None]
+  pixels = 255 - shares * (255 - np.array([8, 48, 107]))
+  file = io.BytesIO()
+  Image.fromarray(pixels.round().astype(np.uint8)).save(file, "png")
+  height, width, _ = pixels.shape
+  return {
+    "height": height,
+    "width": width,
+    "colorspace": 3,  # RGB.
+    "encoded_image_string": file.getvalue(),
+  }
 
 
 def _now():

@@ -5,7 +5,8 @@
       --workdir runs/p4 --config.model.patch_size=4 --config.seed=1
   python -m convmixer_jax.main --config configs/imagenet.py:768_32 \\
       --config.data.name=folder --config.data.dir=/data/imagenet
-  python -m convmixer_jax.main --workdir runs/cifar10 --mode eval
+  python -m convmixer_jax.main --workdir runs/cifar10 --mode eval \\
+      --confusion matrix.csv
   python -m convmixer_jax.main --config configs/imagenet.py --mode eval \\
       --workdir runs/published --config.init_from=convmixer_1536_20.safetensors
 
@@ -18,6 +19,8 @@ config or files; 75 (--distributed) another process ended or did not start;
 """
 
 import contextlib
+import csv
+import io
 import json
 import os
 from pathlib import Path
@@ -30,6 +33,7 @@ from convmixer_jax import distributed
 from convmixer_jax import evaluate
 from convmixer_jax import logger
 from convmixer_jax import ops
+from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
@@ -46,9 +50,15 @@ _MODE = _FLAGS.enum(
   "mode",
   "--mode train trains and evaluates. --mode eval evaluates the newest"
   " checkpoint of the workdir, or --config.init_from if it has none, and prints"
-  " a line and a JSON object.",
+  " a line, a table of classes (the worst 10 of more than 20), and, as the last"
+  " line, a JSON object.",
   "train",
   enum_values=["train", "eval"],
+)
+_CONFUSION = _FLAGS.string(
+  "confusion",
+  "With --mode eval: CSV file for the confusion matrix, a row for each true"
+  " class and a column for each predicted one: --confusion matrix.csv.",
 )
 _DISTRIBUTED = _FLAGS.boolean(
   "distributed",
@@ -104,6 +114,14 @@ def main() -> None:
     raise UserError(
       "--coordinator, --num_processes, --process_id: need --distributed"
     )
+  evaluates = _MODE.value == "eval"
+  csv_file = _CONFUSION.value and Path(_CONFUSION.value).expanduser()
+  if csv_file and not evaluates:
+    raise UserError(f"--confusion={csv_file}: needs --mode eval")
+  if csv_file and not csv_file.parent.is_dir():
+    raise UserError(f"--confusion={csv_file}: its folder does not exist")
+  if csv_file and csv_file.exists() and not csv_file.is_file():
+    raise UserError(f"--confusion={csv_file}: exists and is not a file")
   accept = _ACCEPT_CHANGES.value
   session = contextlib.nullcontext()
   if _DISTRIBUTED.value:
@@ -122,15 +140,53 @@ def main() -> None:
       ),
     )
   with session:
-    if _MODE.value == "train":
+    if not evaluates:
       train.train_and_evaluate(config, workdir, accept_changes=accept)
       return
     metrics = evaluate.evaluate_checkpoint(config, workdir)
     if jax.process_index() == 0:
+      confusion = metrics.pop("confusion", None)
       step = metrics["step"]
       source = config.init_from if step is None else f"step {step}"
       print(f"{source}  {logger.eval_line(metrics)}")
-      print(json.dumps(metrics))
+      if "per_class" in metrics:
+        print(_table(metrics["per_class"]))
+      print(json.dumps(metrics), flush=True)
+      if csv_file:
+        _write_csv(csv_file, metrics.get("per_class"), confusion)
+
+
+def _table(per_class):
+  """The classes as lines of text: all if at most 20, or else the 10 worst."""
+  shown, first = per_class, f"{len(per_class)} classes"
+  if len(per_class) > 20:
+    known = (c for c in per_class if c["images"])
+    shown = sorted(known, key=lambda c: c["top1"])[:10]
+    first = f"the {len(shown)} worst of {first}"
+  rows = [(first, "images", "top-1 %", "most often taken for")]
+  for c in shown:
+    top1 = f"{c['top1']:.2f}" if c["images"] else ""
+    taken = f"{c['mistaken_for']} ({c['mistakes']})" if c["mistakes"] else ""
+    rows.append((c["name"], str(c["images"]), top1, taken))
+  width = max(len(row[0]) for row in rows)
+  lines = (f"{a:<{width}}  {b:>6}  {c:>7}  {d}".rstrip() for a, b, c, d in rows)
+  return "\n".join(lines)
+
+
+def _write_csv(path, per_class, confusion):
+  if confusion is None:
+    raise UserError(
+      f"--confusion={path}: not written; the matrix is counted for at most"
+      f" {step_lib.MOST_COUNTED} classes"
+    )
+  names, text = [c["name"] for c in per_class], io.StringIO()
+  writer = csv.writer(text, lineterminator="\n")
+  writer.writerow(["true \\ predicted", *names])
+  writer.writerows([name, *row] for name, row in zip(names, confusion.tolist()))
+  try:
+    workdir_lib.write_whole(path, text.getvalue())
+  except OSError as e:
+    raise UserError(f"--confusion={path}: {e.strerror}") from e
 
 
 if __name__ == "__main__":

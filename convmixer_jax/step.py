@@ -13,6 +13,7 @@ import optax
 
 Batch = dict[str, jax.Array]
 DROPOUT = 0xD0  # Folded into a step's key, for the model's own randomness.
+MOST_COUNTED = 1000  # Classes of a confusion matrix; one for them takes 4 MB.
 # (key, images uint8 [B, H, W, C], targets [B, K]) -> (float images, targets)
 Augment = Callable[
   [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]
@@ -207,6 +208,24 @@ def make_train_step(
   return train_step
 
 
+def confusion(
+  labels: jax.Array, predicted: jax.Array, mask: jax.Array, num_classes: int
+) -> jax.Array:
+  """Counts the pairs of true and predicted class.
+
+  Args:
+    labels: int [B].
+    predicted: int [B]; one outside 0, ..., num_classes - 1 is not counted.
+    mask: bool [B]; where it is False, nothing is counted.
+    num_classes: K.
+
+  Returns:
+    int32 [K, K]: a row for each true class, a column for each predicted one.
+  """
+  counts = jnp.zeros((num_classes, num_classes), jnp.int32)
+  return counts.at[labels, predicted].add(mask.astype(jnp.int32), mode="drop")
+
+
 def make_eval_step(
   model: nn.Module,
   normalize: Callable[[jax.Array], jax.Array],
@@ -221,10 +240,12 @@ def make_eval_step(
 
   Returns:
     (state, batch) -> sums over the batch's real images: count, loss (nats),
-    top1 and top5 (numbers of hits). batch: image, label int [B], and mask bool
-    [B], False for padding. Or label is int [B, L], several right answers and
-    then -1: the loss is that of any of them, and images without any are not
-    counted, but their number is `unlabelled`.
+    top1 and top5 (numbers of hits), and, for K = num_classes of at most
+    `MOST_COUNTED`, confusion [K, K], see `confusion`. batch: image, label int
+    [B], and mask bool [B], False for padding. Or label is int [B, L], several
+    right answers and then -1: the loss is that of any of them, there is no
+    confusion, and images without any are not counted, but their number is
+    `unlabelled`.
   """
 
   def eval_step(state, batch):
@@ -249,13 +270,18 @@ def make_eval_step(
       more["unlabelled"] = (mask & ~any_of.any(-1)).sum(dtype=jnp.float32)
       mask &= any_of.any(-1)
     # top_k ranks NaN first. Such an image is no hit, and the loss is NaN.
-    hits = right & ~jnp.isnan(losses)[:, None]
+    valid = ~jnp.isnan(losses)
+    hits = right & valid[:, None]
     total = lambda x: jnp.where(mask, x, 0).sum(dtype=jnp.float32)
-    return more | {
+    more |= {
       "count": total(mask),
       "loss": total(losses),
       "top1": total(hits[:, 0]),
       "top5": total(hits.any(-1)),
     }
+    if labels.ndim == 1 and (classes := model.num_classes) <= MOST_COUNTED:
+      counted = mask & valid
+      more["confusion"] = confusion(labels, best[:, 0], counted, classes)
+    return more
 
   return eval_step

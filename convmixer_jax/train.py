@@ -80,13 +80,18 @@ def train_and_evaluate(
   mesh, total_steps = recipe.mesh, recipe.total_steps
   if (saved := checkpoint.latest_step(workdir)) is not None:
     _check_progress(recipe, workdir, changes, saved)
+    weights.check_names(workdir, train_source.class_names, trains=False)
 
   # --- 2. State: the newest checkpoint > weights of another run > scratch.
   state = recipe.init_state()
   if config.init_from is not None and saved is None:
     fresh = {"params": state.params, "batch_stats": state.batch_stats}
     loaded = weights.load_init_from(
-      config.init_from, recipe.model, fresh, new_head=True
+      config.init_from,
+      recipe.model,
+      fresh,
+      class_names=train_source.class_names,
+      new_head=True,
     )
     loaded = jax.device_put(loaded, sharding.replicated(mesh))
     # Copied, because the step donates every buffer.

@@ -1,6 +1,7 @@
 """Loads variables from workdirs, files and the Hugging Face Hub; saves them."""
 
 from collections.abc import Mapping
+from collections.abc import Sequence
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import jax
 import safetensors.numpy
 
 from convmixer_jax import checkpoint
+from convmixer_jax import classes
 from convmixer_jax import config as config_lib
 from convmixer_jax import interop
 from convmixer_jax import models
@@ -54,6 +56,7 @@ def match(
   wanted: Mapping[str, Any],
   name: str,
   *,
+  class_names: Sequence[str] | None = None,
   new_head: bool = False,
 ) -> dict[str, Any]:
   """Fits variables to the image size, and checks them tensor by tensor.
@@ -61,7 +64,8 @@ def match(
   Args:
     loaded: from `load`; those of an unrolled model.
     wanted: the model's variables, arrays or shapes; it may be a scanned one.
-    name: where `loaded` is from, for messages.
+    name: where `loaded` is from.
+    class_names: of the data; see `check_names`.
     new_head: if `loaded` has no head or one of another shape, take it from
       `wanted`, and print that.
 
@@ -70,7 +74,7 @@ def match(
 
   Raises:
     UserError: a tensor is missing, unknown or of another shape; the weights are
-      another family's, or fit another image size alone.
+      another family's, of other classes, or fit another image size alone.
   """
   shapes = jax.eval_shape(models.unstack_blocks, wanted)
   known, model = (models.infer(x.get("params", {})) for x in (loaded, shapes))
@@ -88,14 +92,15 @@ def match(
   has = traverse_util.flatten_dict(loaded, sep="/")
   fresh = traverse_util.flatten_dict(wanted, sep="/")
   wants = traverse_util.flatten_dict(shapes, sep="/")
-  anew = []
-  if new_head:
-    for head in [path for path in wants if path.startswith("params/head/")]:
-      shape = has[head].shape if head in has else "not"
-      if shape != wants[head].shape:
-        text = f"{head}: {shape} in {name}; starts anew as {wants[head].shape}"
-        anew.append(text)
-        has[head] = fresh[head]
+  size = lambda tree: getattr(tree.get("params/head/bias"), "size", "no")
+  theirs, ours = size(has), size(wants)
+  anew = [
+    path
+    for path in wants
+    if new_head and path.startswith("params/head/")
+    if path not in has or has[path].shape != wants[path].shape
+  ]
+  has |= {path: fresh[path] for path in anew}
   for path in sorted(has.keys() | wants.keys()):
     if path not in has:
       text = f"has no {path}; the model's is {wants[path].shape}"
@@ -105,28 +110,46 @@ def match(
       has[path] = has[path].astype(wants[path].dtype, copy=False)
       continue
     elif path == "params/head/bias":
+      names = f" ({classes.listed(class_names)})" if class_names else ""
       text = (
-        f"is of {has[path].size} classes and the data of {wants[path].size};"
-        " evaluate on data of its classes, or train on these with"
+        f"the weights have {theirs} classes, the data {ours}{names}: evaluate"
+        " on data of the weights' classes, or train on these with"
         " config.init_from, which starts a new head"
       )
     else:
       text = f"{path} is {has[path].shape}; the model's is {wants[path].shape}"
     raise UserError(f"{name}: {text}")
-  for text in anew:
-    print(text)
+  if anew and jax.process_index() == 0:
+    print(
+      f"init_from: the weights have {theirs} classes, the data {ours}: the head"
+      " starts anew"
+    )
+  if class_names and not anew:
+    check_names(name, class_names, trains=new_head)
   fitted = traverse_util.unflatten_dict(has, sep="/")
   if "blocks" in wanted["params"]:
     fitted = models.stack_blocks(fitted)
   return {"batch_stats": {}} | fitted
 
 
+def check_names(
+  where: str | os.PathLike, class_names: Sequence[str], *, trains: bool
+) -> None:
+  """Calls `classes.compare` if `where` tells the names of as many classes.
+
+  A workdir does, and a file that `save` wrote. `class_names` are the data's.
+  """
+  header = None if os.path.isdir(where) else interop.read_header(where)
+  theirs = classes.told(where, header, len(class_names))
+  if theirs is not None:
+    classes.compare(str(where), theirs, class_names, trains=trains)
+
+
 def load_init_from(
   init_from: str,
   model: nn.Module,
   wanted: Mapping[str, Any],
-  *,
-  new_head: bool = False,
+  **options: Any,
 ) -> dict[str, Any]:
   """Loads the weights that `config.init_from` names; see `match`."""
   name = os.path.expanduser(init_from)
@@ -134,7 +157,7 @@ def load_init_from(
     if not os.path.isdir(name):
       models.require(models.family_of(model), "TORCH_NAMES")
     loaded = load(name)
-    matched = match(loaded, wanted, name, new_head=new_head)
+    matched = match(loaded, wanted, name, **options)
   except UserError as e:
     raise UserError(f"config.init_from={e}") from e
   if not os.path.isdir(name):
@@ -237,8 +260,8 @@ def load_model(
       raise UserError(f"{where}: holds {name}; pass --model={name}")
     models.require(models.find(name)[0], "infer")
   family, found = architecture(variables, where)
-  classes = found["num_classes"]
-  if classes is None and not folder.is_dir():
+  count = found["num_classes"]
+  if count is None and not folder.is_dir():
     raise UserError(f"{where}: has no head, so its classes are unknown")
   if config is not None:
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}
@@ -253,7 +276,7 @@ def load_model(
       f"{origin}: ",
     )
     try:
-      model = models.create_model(**arguments | {"num_classes": classes})
+      model = models.create_model(**arguments | {"num_classes": count})
     except UserError as e:
       raise UserError(f"{origin}: {e}") from e
     model = models.unrolled(model)
@@ -266,13 +289,13 @@ def load_model(
     if name is None:
       model = family.MODEL(**found)
     else:
-      model = models.create_model(name, num_classes=classes)
+      model = models.create_model(name, num_classes=count)
     _warn_of_other_arguments(variables, model, where)
   wanted = models.variable_shapes(model, data["image_size"])
   variables = match(variables, wanted, where)
-  names = (config or {}).get("class_names")
-  if not _are_names(names, classes):
-    names = _class_names(folder, classes)
+  names = classes.told(where, config, count)
+  if names is None and count == len(classes.imagenet()):
+    names = classes.imagenet()
   return model, variables, data | {"class_names": names}
 
 
@@ -327,24 +350,3 @@ def _arguments(model, name):
       if value != getattr(variant, attribute):
         told[field] = value
   return told
-
-
-def _are_names(names, classes):
-  texts = isinstance(names, list) and all(isinstance(n, str) for n in names)
-  return texts and len(names) == classes
-
-
-def _class_names(folder, classes):
-  own = folder / "classes.txt"
-  builtin = Path(__file__).parent / "data" / "imagenet_names.txt"
-  for path in (own, builtin):
-    if path.exists():
-      try:
-        text = path.read_text("utf-8", "surrogateescape")
-      except (OSError, ValueError) as e:
-        raise UserError(f"{path}: {e}") from e
-      # A name may hold what splitlines() takes for the end of a line.
-      names = text.removesuffix("\n").split("\n")
-      if len(names) == classes:
-        return names
-  return None

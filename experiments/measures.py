@@ -15,6 +15,7 @@ import numpy as np
 import tqdm
 
 from convmixer_jax import augment
+from convmixer_jax import step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,7 @@ def score(
     rows = np.asarray(classify(trained.variables, batch["image"]))
     labels, predicted = batch["label"], rows.argmax(-1)
     mask = batch["mask"]
-    np.add.at(counts, (labels[mask], predicted[mask]), 1)
+    counts += np.asarray(step.confusion(labels, predicted, mask, classes))
     mistakes += [
       Mistake(batch["image"][i], labels[i], predicted[i], rows[i].max())
       for i in np.flatnonzero(mask & (labels != predicted))

@@ -84,6 +84,7 @@ def main() -> None:
       f"--workdir={workdir}: the model has {trained.model.num_classes} classes,"
       f" the data {len(source.class_names)}"
     )
+  weights.check_names(workdir, source.class_names, trains=False)
   against = trained
   if _AGAINST.value:
     against, _ = _load(_AGAINST.value, data.image_size)

@@ -316,7 +316,7 @@ LAYERS = (
   ("interop",),
   ("rules",),
   ("config",),
-  ("workdir", "distributed", "checkpoint"),
+  ("workdir", "distributed", "checkpoint", "classes"),
   ("logger",),
   ("weights", "data"),
   ("recipe",),

@@ -142,6 +142,9 @@ def test_every_image_counts_once(batch_size, devices):
   assert metrics["top1"] == pytest.approx(100 * np.mean(distance == 0))
   assert metrics["top5"] == pytest.approx(100 * np.mean(distance < 5))
   assert metrics["loss"] == pytest.approx(np.mean(losses), rel=1e-6)
+  pairs = np.zeros((7, 7), int)
+  np.add.at(pairs, (labels, guesses), 1)
+  assert np.array_equal(metrics["confusion"], pairs)
   assert score(state, stopped=lambda: True) is None
 
 
@@ -156,6 +159,7 @@ def test_nan_logits_are_no_hits_and_show():
   batch = {"image": logits, "label": jnp.arange(4), "mask": jnp.ones(4, bool)}
   sums = eval_step(state, batch)
   assert (sums["count"], sums["top1"], sums["top5"]) == (4, 2, 2)
+  assert sums["confusion"].sum() == jnp.trace(sums["confusion"]) == 2
   assert jnp.isnan(sums["loss"])
 
 

@@ -1,5 +1,6 @@
 import contextlib
 import functools
+import io
 import json
 import os
 import shutil
@@ -174,6 +175,27 @@ def test_five_steps_and_five_more_equal_ten(
     found = accumulator.Scalars(f"{kind}/{name}")
     assert {e.step: e.value for e in found} == pytest.approx(expected, rel=1e-6)
     assert len(found) == len(expected)
+
+
+def test_tensorboard_shows_the_confusion_matrix(unbroken):
+  """A heat map of 40 pixels a class: white is none, dark blue all of a row."""
+  workdir, _ = unbroken
+  confusion = evaluate.evaluate_checkpoint(
+    workdir_lib.load_config(workdir), workdir
+  )["confusion"]
+  (events,) = workdir.glob("events.*")
+  accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
+  images = accumulator.Images("eval/confusion")
+  assert [e.step for e in images] == [4, 8, 10]
+  last = images[-1]
+  pixels = np.asarray(Image.open(io.BytesIO(last.encoded_image_string)))
+  assert pixels.shape == (last.height, last.width, 3) == (400, 400, 3)
+  shares = confusion / confusion.sum(1, keepdims=True)
+  assert confusion.sum() == 360
+  shades = 255 - shares[..., None] * (255 - np.array([8, 48, 107]))
+  for corner in (0, 39):
+    found = pixels[corner::40, corner::40]
+    np.testing.assert_allclose(found, shades, atol=0.51)
 
 
 def test_the_commit_is_of_the_package_s_own_repository(tmp_path, monkeypatch):
