@@ -73,6 +73,18 @@ class Checkpointer:
         custom_metadata={"crc32": _checksums(state)},
       )
 
+  def save_only(self, step: int, state: TrainState) -> None:
+    """As `save`; waits for the disk, and then removes all other checkpoints.
+
+    `step` must be later than theirs.
+    """
+    self.save(step, state)
+    with writing(self._directory, ValueError, RuntimeError):
+      self._finish()
+      for other in self._manager.all_steps():
+        if other != step:
+          self._manager.delete(other)
+
   def _finish(self):
     """Waits until the last checkpoint is written, and forces it to the disk."""
     self._manager.wait_until_finished()

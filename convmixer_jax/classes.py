@@ -9,6 +9,7 @@ import re
 import sys
 from typing import Any
 
+from convmixer_jax import interop
 from convmixer_jax.errors import UserError
 
 
@@ -43,6 +44,20 @@ def told(
     names = text.removesuffix("\n").split("\n")
   good = isinstance(names, list) and all(isinstance(n, str) for n in names)
   return names if good and len(names) == count else None
+
+
+def check(
+  where: str | os.PathLike, class_names: Sequence[str], *, trains: bool
+) -> None:
+  """Calls `compare` if `where` tells the names of as many classes.
+
+  A workdir does, and a file that `weights.save` wrote. `class_names` are the
+  data's.
+  """
+  header = None if os.path.isdir(where) else interop.read_header(where)
+  theirs = told(where, header, len(class_names))
+  if theirs is not None:
+    compare(str(where), theirs, class_names, trains=trains)
 
 
 def compare(

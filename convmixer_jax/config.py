@@ -164,6 +164,8 @@ FIELDS: dict[str, Field] = {
     "Steps between two evaluations; None is once an epoch."),
   "save_every": Field(None, rules.optional(rules.integer(1)),
     "Steps between two checkpoints; None is once an epoch."),
+  "keep_best": Field("", rules.choice("top1", "loss", ""),
+    "Keep the state of the best evaluation in WORKDIR/best, by this metric."),
   "init_from": Field(None, rules.optional(rules.TEXT),
     "Weights to start from: a workdir, a file, or hf-hub:OWNER/NAME."),
   "freeze": Field((), rules.NAMES,
@@ -184,6 +186,7 @@ FREE_FIELDS = (
   "log_every",
   "eval_every",
   "save_every",
+  "keep_best",
 )
 
 

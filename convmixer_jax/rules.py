@@ -64,7 +64,7 @@ def interval(low: float, high: float = _LARGEST) -> Rule:
 def choice(*names: str) -> Rule:
   """One of these strings."""
   test = lambda v: isinstance(v, str) and v in names
-  return Rule(f"one of {', '.join(names)}", test, str)
+  return Rule(f"one of {', '.join(n or 'empty' for n in names)}", test, str)
 
 
 def optional(rule: Rule) -> Rule:

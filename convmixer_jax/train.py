@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from convmixer_jax import best as best_lib
 from convmixer_jax import checkpoint
+from convmixer_jax import classes
 from convmixer_jax import config as config_lib
 from convmixer_jax import evaluate as evaluate_lib
 from convmixer_jax import logger as logger_lib
@@ -49,6 +51,7 @@ def train_and_evaluate(
   """
   # --- 1. Data and recipe. Mistakes are found before anything is written.
   config_lib.check(config, jax.device_count())
+  best = best_lib.Best(config, workdir)
   changes = workdir_lib.config_changes(config, workdir, config_lib.FREE_FIELDS)
   if changes and not accept_changes:
     texts = "; ".join(changes.values())
@@ -80,7 +83,7 @@ def train_and_evaluate(
   mesh, total_steps = recipe.mesh, recipe.total_steps
   if (saved := checkpoint.latest_step(workdir)) is not None:
     _check_progress(recipe, workdir, changes, saved)
-    weights.check_names(workdir, train_source.class_names, trains=False)
+    classes.check(workdir, train_source.class_names, trains=False)
 
   # --- 2. State: the newest checkpoint > weights of another run > scratch.
   state = recipe.init_state()
@@ -116,6 +119,7 @@ def train_and_evaluate(
         print(
           f"{workdir}: finished at step {first_step}; nothing to do\n"
           + logger_lib.eval_line(metrics)
+          + best.describe()
         )
       return state
 
@@ -141,6 +145,8 @@ def train_and_evaluate(
       config.model.implementation, config.model.dtype or "float32"
     )
     logger.say(f"convolutions and BatchNorm: {operations}")
+    if warning := best.warning(train_source, eval_source):
+      logger.say(warning)
     seed = recipe.seed
     train_step = recipe.train_step.lower(
       seed, state, recipe.batch_shapes()
@@ -157,6 +163,7 @@ def train_and_evaluate(
     if first_step and not metrics and recipe.is_due(step, config.eval_every):
       metrics = evaluate(state, stopped)
       logger.log_eval(step, metrics)
+    best.offer(step, metrics, state)
     batches = stack.enter_context(
       contextlib.closing(recipe.train_batches(step, total_steps, stopped))
     )
@@ -180,6 +187,7 @@ def train_and_evaluate(
         pending = []
       if recipe.is_due(step, config.eval_every):
         metrics = evaluate(state, stopped)
+        best.offer(step, metrics, state)
         logger.log_eval(step, metrics)
       if recipe.is_due(step, config.save_every):
         _check_finite(recipe, workdir, checkpointer, step, pending)
@@ -201,7 +209,8 @@ def train_and_evaluate(
       f" {workdir}; rerun the same command to resume"
     )
     raise SystemExit(128 + signum)
-  logger.say(f"finished: {logger_lib.eval_line(metrics)}; workdir {workdir}")
+  line = f"{logger_lib.eval_line(metrics)}; workdir {workdir}{best.describe()}"
+  logger.say(f"finished: {line}")
   return state
 
 

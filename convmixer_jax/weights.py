@@ -65,7 +65,7 @@ def match(
     loaded: from `load`; those of an unrolled model.
     wanted: the model's variables, arrays or shapes; it may be a scanned one.
     name: where `loaded` is from.
-    class_names: of the data; see `check_names`.
+    class_names: of the data; see `classes.check`.
     new_head: if `loaded` has no head or one of another shape, take it from
       `wanted`, and print that.
 
@@ -125,24 +125,11 @@ def match(
       " starts anew"
     )
   if class_names and not anew:
-    check_names(name, class_names, trains=new_head)
+    classes.check(name, class_names, trains=new_head)
   fitted = traverse_util.unflatten_dict(has, sep="/")
   if "blocks" in wanted["params"]:
     fitted = models.stack_blocks(fitted)
   return {"batch_stats": {}} | fitted
-
-
-def check_names(
-  where: str | os.PathLike, class_names: Sequence[str], *, trains: bool
-) -> None:
-  """Calls `classes.compare` if `where` tells the names of as many classes.
-
-  A workdir does, and a file that `save` wrote. `class_names` are the data's.
-  """
-  header = None if os.path.isdir(where) else interop.read_header(where)
-  theirs = classes.told(where, header, len(class_names))
-  if theirs is not None:
-    classes.compare(str(where), theirs, class_names, trains=trains)
 
 
 def load_init_from(

@@ -150,12 +150,14 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   return records
 
 
+SCORES = ("top1", "top5", "loss", "count")  # Of each evaluation.
+
+
 def read_eval(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
   """The last valid record of the evaluation at `step`, or None."""
-  names = ("top1", "top5", "loss", "count")
   for record in reversed(read_metrics(workdir)):
     found = record["kind"] == "eval" and record["step"] == step
-    if found and all(isinstance(record.get(n), (int, float)) for n in names):
+    if found and all(isinstance(record.get(n), (int, float)) for n in SCORES):
       return record
   return None
 

@@ -25,6 +25,7 @@ from matplotlib import figure
 import numpy as np
 import tqdm
 
+from convmixer_jax import classes
 from convmixer_jax import cli
 from convmixer_jax import logger
 from convmixer_jax import models
@@ -84,7 +85,7 @@ def main() -> None:
       f"--workdir={workdir}: the model has {trained.model.num_classes} classes,"
       f" the data {len(source.class_names)}"
     )
-  weights.check_names(workdir, source.class_names, trains=False)
+  classes.check(workdir, source.class_names, trains=False)
   against = trained
   if _AGAINST.value:
     against, _ = _load(_AGAINST.value, data.image_size)

@@ -319,6 +319,7 @@ LAYERS = (
   ("workdir", "distributed", "checkpoint", "classes"),
   ("logger",),
   ("weights", "data"),
+  ("best",),
   ("recipe",),
   ("evaluate",),
   ("train",),

@@ -97,6 +97,7 @@ def test_processes_equal_one(tmp_path, data):
   if data == "cifar10" and (why := common.cifar10_absent()):
     pytest.skip(why)
   flags = {"digits": DIGITS, "cifar10": CIFAR10}[data]
+  flags = (*flags, "--config.keep_best=loss")
   scored = {"digits": 360, "cifar10": 100}[data]
   one = tmp_path / "one"
   finish(common.run_main(*flags, f"--workdir={one}"))
@@ -110,6 +111,10 @@ def test_processes_equal_one(tmp_path, data):
     (begun,) = json.loads((workdir / "run.json").read_text())["starts"]
     assert begun["num_processes"] == begun["num_devices"] == count
     assert_same_run(workdir, one)
+    best, theirs = (
+      checkpoint.load_state(x / "best")["step"] for x in (workdir, one)
+    )
+    assert best == theirs
   if data == "cifar10":
     return
   # Two processes evaluate the checkpoint of four.

@@ -27,8 +27,11 @@ def images(top: str | os.PathLike) -> list[str]:
 
 def labelled(
   directory: str, split: str
-) -> tuple[Sequence[str], np.ndarray, Sequence[str]]:
-  """The image files of a split, their labels, int32, and the classes' names.
+) -> tuple[
+  Sequence[str], np.ndarray, Sequence[str], Sequence[tuple[str, range]]
+]:
+  """The image files of a split, their labels, int32, the classes' names, and
+  the ranges of the split; see `splits.parse`.
 
   Args:
     directory: ROOT.
@@ -72,7 +75,7 @@ def labelled(
   ranges = splits.parse(split, {name: len(x) for name, x in listing.items()})
   chosen = (listing[name][i] for name, rows in ranges for i in rows)
   files, labels = zip(*chosen)
-  return files, np.array(labels, np.int32), classes
+  return files, np.array(labels, np.int32), classes, ranges
 
 
 def _walk(top) -> Iterator[tuple[str, list[str], list[str]]]:

@@ -9,13 +9,11 @@ training crops are cut on the device, otherwise from the files on the host.
 from collections.abc import Sequence
 import dataclasses
 import difflib
-import io
 import os
 import sys
 from typing import Any
 
 import numpy as np
-from PIL import Image
 import tensorflow_datasets as tfds
 from tensorflow_datasets.core.data_sources import base
 import tqdm
@@ -50,6 +48,7 @@ class InMemory:
   images: np.ndarray
   labels: np.ndarray
   class_names: Sequence[str]
+  ranges: Sequence[tuple[str, range]] = ()  # See `splits.parse`.
   crop_on_device = True
   subset = None
   label_shape = ()
@@ -74,6 +73,7 @@ class Encoded:
   `crop_on_device` says that all images have the config's image_size. `subset`,
   bool [K], says which classes may be an answer; None: all. `label_shape` is ()
   for one label an image, and (L,) for up to L of them, filled up with -1.
+  `ranges` are those of its split; see `splits.parse`.
   """
 
   read: Any
@@ -82,6 +82,7 @@ class Encoded:
   crop_on_device: bool = False
   subset: np.ndarray | None = None
   label_shape: tuple[int, ...] = ()
+  ranges: Sequence[tuple[str, range]] = ()
 
   def __len__(self) -> int:
     return self.size
@@ -111,10 +112,11 @@ def open_source(
     UserError: names the invalid field of `config.data`.
   """
   if name == "digits":
-    images, labels, classes = digits.labelled(split)
+    images, labels, classes, ranges = digits.labelled(split)
     if image_size == images.shape[1]:
-      return InMemory(images, labels, classes)
-    return Encoded(_ArrayReader(images, labels), len(images), classes)
+      return InMemory(images, labels, classes, ranges)
+    reader = digits.Reader(images, labels)
+    return Encoded(reader, len(images), classes, ranges=ranges)
   here = os.path.isdir(os.path.expanduser(directory or ""))
   bucket = "://" in (directory or "")  # TFDS reads from buckets too.
   if directory is not None and not here and not bucket:
@@ -125,8 +127,9 @@ def open_source(
         "data.dir: required with data.name=folder: a directory that contains"
         " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
       )
-    files, labels, classes = folder.labelled(directory, split)
-    return Encoded(_FolderReader(files, labels), len(files), classes)
+    files, labels, classes, ranges = folder.labelled(directory, split)
+    reader = _FolderReader(files, labels)
+    return Encoded(reader, len(files), classes, ranges=ranges)
   return _tfds(name, directory, split, image_size)
 
 
@@ -175,20 +178,6 @@ def describe(
 
 
 @dataclasses.dataclass(frozen=True)
-class _ArrayReader:
-  images: np.ndarray
-  labels: np.ndarray
-
-  def __call__(self, index):
-    file = io.BytesIO()
-    Image.fromarray(self.images[index]).save(file, "png")
-    return file.getvalue(), int(self.labels[index])
-
-  def name(self, index):
-    return f"image {index}"
-
-
-@dataclasses.dataclass(frozen=True)
 class _FolderReader:
   files: Sequence[str]
   labels: np.ndarray
@@ -234,8 +223,8 @@ class _TfdsReader:
 
 def _tfds(name, directory, split, image_size):
   builder, image, label = _prepared_builder(name, directory)
-  # Called for its errors, which are clearer than those of TFDS.
-  splits.parse(
+  # Its errors are clearer than those of TFDS.
+  ranges = splits.parse(
     split, {k: v.num_examples for k, v in builder.info.splits.items()}
   )
   encoded = {image: tfds.decode.SkipDecoding()}
@@ -269,7 +258,7 @@ def _tfds(name, directory, split, image_size):
     read.check(np.hstack([x[label] for x in records(range(min(size, 100)))]))
     subset = test_sets.subset(builder.name, classes)
     on_device = known.crop_on_device
-    return Encoded(read, size, classes, on_device, subset, shape)
+    return Encoded(read, size, classes, on_device, subset, shape, ranges)
   images = np.empty((size, image_size, image_size, 3), np.uint8)
   labels = np.empty(size, np.int32)
   text = f"reading {name} {split}"
@@ -285,7 +274,7 @@ def _tfds(name, directory, split, image_size):
         labels[i] = record[label]
       progress.update(len(chunk))
   read.check(labels)
-  return InMemory(images, labels, classes)
+  return InMemory(images, labels, classes, ranges)
 
 
 def _builder(name, directory):

@@ -55,6 +55,17 @@ def parse(split: str, lengths: Mapping[str, int]) -> list[tuple[str, range]]:
   return ranges
 
 
+def overlap(
+  a: Iterable[tuple[str, range]], b: Iterable[tuple[str, range]]
+) -> bool:
+  """Whether an image is in both splits, which are as `parse` returns them."""
+  return any(
+    name == other and max(x.start, y.start) < min(x.stop, y.stop)
+    for name, x in a
+    for other, y in b
+  )
+
+
 def _pattern(name):
   """A split's name in a text such as 'train[:90%] + val'."""
   return rf"(^|\+)\s*{re.escape(name)}\s*(?=$|[+\[])"
