@@ -285,6 +285,11 @@ SWEEPS: dict[str, Sweep] = {
     _imagenet("imagenet"),
     seeds=(0,),
   ),
+  "imagenet_small": Sweep(
+    "Patch and kernel size for ConvMixer-512/16 on ImageNet at 32 pixels.",
+    _grid("configs/imagenet_small.py:32", "", (1, 2), (3, 5, 9)),
+    seeds=(0,),
+  ),
   "imagenet_timm": Sweep(
     "Further models, beside the accuracy of timm's weights.",
     _imagenet("imagenet_timm"),

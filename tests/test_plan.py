@@ -395,6 +395,8 @@ def test_find_batch_where_none_fits(monkeypatch):
     ("cifar10", "train[:45000]", 45_000, 10, True),
     ("imagenet2012", "train", 1_281_167, 1000, False),
     ("imagenet2012", "train[:98%]", 1_255_544, 1000, False),
+    ("imagenet_resized/32x32", "train", 1_281_167, 1000, False),
+    ("imagenet_resized/32x32", "validation", 50_000, 1000, True),
     ("folder", "train", None, None, False),
   ],
 )

@@ -137,6 +137,7 @@ def test_only_a_grid_has_a_heat_map():
   }
   assert {name for name in grid if grid[name]} == {
     "smoke", "patch_kernel", "patch_kernel_small", "cifar10_script",
+    "imagenet_small",
   }  # fmt: skip
 
 
