@@ -1,9 +1,14 @@
 import importlib.metadata
+import io
 import json
 import os
 from pathlib import Path
+import pty
+import re
+import signal
 import subprocess
 import sys
+import termios
 from unittest import mock
 
 import jax
@@ -447,6 +452,56 @@ def test_the_report(grouped, synchronised):
   assert caveat in report.report(grouped | {"topology": "l4:1"})
   for name in (None, "v5e:1x1"):
     assert caveat not in report.report(grouped | {"topology": name})
+
+
+def test_the_report_of_a_short_run(grouped):
+  step = dict.fromkeys(("at_best", "arithmetic", "memory", "interconnect"), 1.0)
+  for hours, says in ((30, "30.0 hours"), (0.5, "30.0 minutes"),
+                      (0.01, "36.0 seconds")):  # fmt: skip
+    result = grouped | {"seconds": step, "hours": {"at_best": hours}}
+    assert f"epochs: {says}\n" in report.report(result)
+
+
+class Terminal(io.StringIO):
+  def isatty(self):
+    return True
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_what_is_under_way_is_shown_on_a_terminal(monkeypatch, kind):
+  monkeypatch.setenv("COLUMNS", "120")
+  monkeypatch.setattr(sys, "stderr", kind())
+  config = common.digits_config(**{"model.scan": True})
+  plan.plan(config, jax.devices()[:1], DIGITS)
+  what = "convmixer_128_4, batch 32, for 1 x cpu: 00:"
+  shown = re.findall(r"\r(\w+) (.*?:.*?:)", sys.stderr.getvalue())
+  if kind is Terminal:
+    assert [*dict.fromkeys(shown)] == [("tracing", what), ("compiling", what)]
+  else:
+    assert sys.stderr.getvalue() == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_a_compilation(signum):
+  """At once, without a word, and with all that it started."""
+  read, write = pty.openpty()
+  termios.tcsetwinsize(write, (40, 120))
+  process = subprocess.Popen(
+    [sys.executable, "-m", "convmixer_jax.plan", "--topology=cpu:2",
+     "--config=configs/cifar10.py"],
+    cwd=common.ROOT, stdout=write, stderr=write, start_new_session=True,
+  )  # fmt: skip
+  os.close(write)
+  said = b""
+  while b"compiling" not in said:
+    said += os.read(read, 1000)
+  process.send_signal(signum)
+  assert process.wait(60) == -signum  # A shell says 128 + signum.
+  with pytest.raises(ProcessLookupError):
+    os.killpg(process.pid, 0)
+  assert b"Traceback" not in said
+  os.close(read)
 
 
 RESULTS = sorted((common.ROOT / "benchmarks/results").glob("plan_*.json"))

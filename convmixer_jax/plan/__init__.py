@@ -7,6 +7,7 @@
 from collections.abc import Sequence
 import contextlib
 import re
+import threading
 import time
 from typing import Any
 
@@ -14,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import tqdm
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import models
@@ -48,7 +50,12 @@ def plan(
     needs too much memory to compile, and times, if the chip is not in
     `topology.CHIPS`.
   """
-  recipe, state, batch, traced = trace_step(config, devices, data)
+  what = (
+    f"{config.model.name}, batch {config.batch_size:,}, for {len(devices)} x"
+    f" {devices[0].device_kind}"
+  )
+  with _shown(f"tracing {what}"):
+    recipe, state, batch, traced = trace_step(config, devices, data)
   model = recipe.model
   forward = models.flops(model, config.data.image_size)
   batch_size, count = config.batch_size, len(devices)
@@ -62,7 +69,8 @@ def plan(
   }
   flops = cost.flops(traced.jaxpr.jaxpr) // count
   start = time.perf_counter()
-  compiled, needed = _compile(traced)
+  with _shown(f"compiling {what}"):
+    compiled, needed = _compile(traced)
   compile_seconds = time.perf_counter() - start
   chip = topology.CHIPS.get(devices[0].device_kind)
   traffic = collectives = seconds = hours = None
@@ -129,6 +137,28 @@ def trace_step(
   with contextlib.nullcontext() if on_cpu else ops.portable():
     traced = recipe.train_step.trace(seed, state, batch)
   return recipe, state, batch, traced
+
+
+@contextlib.contextmanager
+def _shown(doing):
+  """Shows what is under way, and for how long, if stderr is a terminal."""
+  bar = tqdm.tqdm(
+    desc=doing, bar_format="{desc}: {elapsed}", leave=False, disable=None
+  )
+  ended = threading.Event()
+
+  def tick():
+    while not ended.wait(1):
+      bar.refresh()
+
+  thread = threading.Thread(target=tick, daemon=True)
+  thread.start()
+  try:
+    yield
+  finally:
+    ended.set()
+    thread.join()
+    bar.close()
 
 
 def _compile(traced):

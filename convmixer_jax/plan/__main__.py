@@ -25,6 +25,7 @@ import dataclasses
 import importlib.metadata
 import json
 import shlex
+import signal
 import sys
 
 import jax
@@ -68,6 +69,9 @@ _JSON = _FLAGS.boolean("json", "Print a JSON object instead: --json.")
 def main() -> None:
   """Prints the plan that the flags ask for; see --help."""
   config = cli.required(_CONFIG)
+  # Python would notice Ctrl-C only when the compiler is done.
+  if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
   devices = topology.open_topology(_TOPOLOGY.value)
   # A cached program may name operations of another version of the source.
   jax.config.update("jax_enable_compilation_cache", False)

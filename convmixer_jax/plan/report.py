@@ -64,7 +64,7 @@ def report(result: dict[str, Any]) -> str:
   rate = result["batch_size"] / seconds["at_best"]
   lines.append(
     f"at best: {_duration(seconds['at_best'])} a step, {rate:,.0f} images/s;"
-    f" the run, {run}: {hours['at_best']:.1f} hours"
+    f" the run, {run}: {_long(hours['at_best'])}"
   )
   for name in ("arithmetic", "memory", "interconnect"):
     row(name, _duration(seconds[name]))
@@ -72,7 +72,7 @@ def report(result: dict[str, Any]) -> str:
     lines.append(
       "by the compiler's own estimates:"
       f" {_duration(seconds['compiler_estimate'])} a step; the run:"
-      f" {hours['compiler_estimate']:.1f} hours"
+      f" {_long(hours['compiler_estimate'])}"
     )
     if seconds.get("kernels"):
       row("kernels, by their schedule", _duration(seconds["kernels"]))
@@ -102,3 +102,11 @@ def _duration(seconds):
   """0.01234 -> '12.3 ms'."""
   power = next((n for n in range(3) if seconds * 1000**n >= 1), 2)
   return f"{seconds * 1000**power:.3g} {('s', 'ms', 'us')[power]}"
+
+
+def _long(hours):
+  """0.05 -> '3.0 minutes'."""
+  for factor, unit in ((1, "hours"), (60, "minutes")):
+    if factor * hours >= 1:
+      return f"{factor * hours:.1f} {unit}"
+  return f"{3600 * hours:.1f} seconds"
