@@ -26,10 +26,11 @@ from tests import common
 CONFIGS = str.split("""
 configs/digits.py configs/cifar10.py configs/cifar10.py:script100
 configs/cifar10.py:paper configs/cifar10.py:keras configs/imagenet.py
-configs/imagenet_small.py configs/imagenet_small.py:64""")
+configs/imagenet_small.py configs/imagenet_small.py:64 configs/folder.py""")
 # They differ from another one in sizes or the weight decay alone.
 SLOW_CONFIGS = str.split("""configs/cifar10.py:paper_wd1e-2
-configs/imagenet.py:768_32 configs/imagenet.py:1024_20""")
+configs/imagenet.py:768_32 configs/imagenet.py:1024_20
+configs/folder.py:finetune""")
 
 
 def test_no_config_is_missing_here():

@@ -1,0 +1,61 @@
+"""Your own photographs, in folders: ConvMixer-256/8, or a fine-tuned 768/32.
+
+  /data/mine/train/CLASS/*.jpg and /data/mine/val/CLASS/*.jpg, of any size:
+
+  python -m convmixer_jax.main --config configs/folder.py:finetune \\
+      --config.data.dir=/data/mine
+  python -m convmixer_jax.main --config configs/folder.py \\
+      --config.data.dir=/data/mine
+
+finetune starts from the published ImageNet weights and is the choice for some
+dozens to thousands of images a class. Without it the model starts from random
+weights: that needs thousands of images. Values without a source are our choice.
+docs/own_data.md explains the steps, from the folder to predictions.
+"""
+
+from convmixer_jax import config as config_lib
+
+VARIANTS = ("scratch", "finetune")
+
+
+def get_config(variant: str = "scratch"):
+  if variant not in VARIANTS:
+    raise ValueError(f"configs/folder.py:{variant}: has {', '.join(VARIANTS)}")
+  config = config_lib.defaults()
+  config.model.name = "convmixer_256_8"
+  config.model.patch_size = 7  # As the paper's models for 224 pixels, and next.
+  config.model.kernel_size = 7
+
+  config.data.name = "folder"
+  config.data.image_size = 224
+  config.data.eval_split = "val"
+  config.data.mean = (0.485, 0.456, 0.406)  # ImageNet's: the published weights'
+  config.data.std = (0.229, 0.224, 0.225)  # own, and good for photographs.
+  config.data.crop_pct = 0.96  # timm's models.
+
+  config.augment.crop_scale = (0.35, 1.0)  # From 0.08 many miss the object.
+  config.augment.crop_ratio = (3 / 4, 4 / 3)
+  config.augment.interpolation = "random"
+  # No RandAugment: on CIFAR-10 it did not help short runs (README, Results).
+  config.augment.label_smoothing = 0.1  # configs/imagenet.py, timm's default.
+
+  config.optim.schedule = "cosine"
+  config.optim.learning_rate = 0.01  # This and the next three: as cifar10.py's
+  config.optim.weight_decay = 0.01  # paper_wd1e-2, which has batches of 64 too.
+  config.optim.eps = 1e-3
+  config.optim.clip_norm = 1.0
+  config.optim.warmup_epochs = 5.0
+
+  config.epochs = 60
+  config.batch_size = 64  # BatchNorm's statistics are of 64 images, as theirs.
+  config.log_every = 20
+
+  if variant == "finetune":
+    config.model.name = "convmixer_768_32"
+    config.model.patch_size = config.model.kernel_size = None  # Its own.
+    config.init_from = "hf-hub:timm/convmixer_768_32.in1k"
+    config.optim.learning_rate = 1e-3  # Of the head, which starts anew.
+    config.backbone_lr_scale = 0.1  # Smaller steps keep what it has learned.
+    config.optim.warmup_epochs = 1.0
+    config.epochs = 15
+  return config
