@@ -5,9 +5,12 @@
       --out sheet.png --step 2002 --num 36 --config.data.dir=/data
 
 The images are the first of the batch on which a run with the same config trains
-at that step, with the same crops and the same noise.
+at that step, with the same crops and the same noise. Without --step it is the
+first step, or with mixup or cutmix the first one whose mixing is visible: the
+weight that a step draws may leave all images as they are.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence
 import math
 import os
@@ -31,7 +34,10 @@ _OUT = _FLAGS.string(
   "out", "File to write; its suffix is the format: --out sheet.png."
 )
 _STEP = _FLAGS.integer(
-  "step", "Updates done before that batch: --step 1000.", 0, lower_bound=0
+  "step",
+  "Updates done before that batch: --step 1000. Default: 0, or the first step"
+  " whose mixing is visible.",
+  lower_bound=0,
 )
 _NUM = _FLAGS.positive("num", "Number of images: --num 36.", 64)
 
@@ -42,22 +48,41 @@ LINE = 12  # Height of a line of text.
 def main() -> None:
   """Runs what the flags say; see --help."""
   config, out = cli.required(_CONFIG), cli.required(_OUT)
-  images, targets, names = training_images(config, _STEP.value)
-  sheet = contact_sheet(images[: _NUM.value], targets[: _NUM.value], names)
+  num, step = _NUM.value, _STEP.value
+  draw, names = open_run(config)
+  if step is None:
+    mixes = config.augment.mixup_alpha or config.augment.cutmix_alpha
+    step = _visible_step(draw, num) if mixes else 0
+  images, targets = draw(step)
+  sheet = contact_sheet(images[:num], targets[:num], names, f"step {step}")
   try:
     sheet.save(os.path.expanduser(out))
   except (OSError, ValueError) as e:
     raise UserError(f"--out={out}: {e}") from e
-  print(f"{out}: {min(_NUM.value, len(images))} images of step {_STEP.value}")
+  print(f"{out}: {min(num, len(images))} images of step {step}")
 
 
-def training_images(
-  config: ml_collections.ConfigDict, step: int
-) -> tuple[np.ndarray, np.ndarray, Sequence[str]]:
-  """The batch on which a run trains after `step` updates, augmented.
+def _visible_step(draw, num):
+  """The first step that mixes a quarter of its `num` images by 1 to 4 or more.
 
-  Returns float [B, S, S, 3], as the model gets them but scaled back to
-  [0, 255]; float [B, K] probabilities; and the K names of the classes.
+  0 if none of the first 30 steps does.
+  """
+  for step in range(30):
+    second = np.sort(draw(step)[1][:num], axis=1)[:, -2]
+    if (second >= 0.2).mean() >= 0.25:
+      return step
+  return 0
+
+
+def open_run(
+  config: ml_collections.ConfigDict,
+) -> tuple[Callable[[int], tuple[np.ndarray, np.ndarray]], Sequence[str]]:
+  """Opens the training images of a run.
+
+  Returns:
+    A function that draws the augmented batch on which the run trains after that
+    many updates: float [B, S, S, 3], as the model gets them but scaled back to
+    [0, 255], and float [B, K] probabilities; and the K names of the classes.
   """
   config_lib.check(config, num_devices=1)
   data = config.data
@@ -65,35 +90,42 @@ def training_images(
     data.name, data.dir, data.train_split, data.image_size
   )
   recipe = recipe_lib.build(config, source, jax.devices()[:1])
-  images, targets = jax.jit(step_lib.augmented, static_argnums=(0, 2, 3))(
-    recipe.augment,
-    next(recipe.train_batches(step, step + 1)),
-    source.num_classes,
-    config.augment.label_smoothing,
-    config.seed,
-    step,
-  )
-  images = 255 * (np.asarray(images) * np.array(data.std) + np.array(data.mean))
-  return images, np.asarray(targets), source.class_names
+  augmented = jax.jit(step_lib.augmented, static_argnums=(0, 2, 3))
+  augment = recipe.augment
+
+  def draw(step):
+    images, targets = augmented(
+      augment,
+      next(recipe.train_batches(step, step + 1)),
+      source.num_classes,
+      config.augment.label_smoothing,
+      config.seed,
+      step,
+    )
+    images = np.asarray(images) * np.array(data.std) + np.array(data.mean)
+    return 255 * images, np.asarray(targets)
+
+  return draw, source.class_names
 
 
 def contact_sheet(
-  images: np.ndarray, targets: np.ndarray, names: Sequence[str]
+  images: np.ndarray, targets: np.ndarray, names: Sequence[str], title: str
 ) -> Image.Image:
-  """Draws a grid of images, each with its two likeliest labels.
+  """Draws a grid of images, each with its two likeliest labels, and a title.
 
-  The arguments are those that `training_images` returns; images are clipped.
+  The first arguments are what `open_run` describes; images are clipped.
   """
   images = np.clip(np.round(images), 0, 255).astype(np.uint8)
   side = images.shape[1] * max(1, round(CELL / images.shape[1]))
   columns = math.ceil(math.sqrt(len(images)))
   rows = math.ceil(len(images) / columns)
-  size = (columns * (side + 4) + 4, rows * (side + 2 * LINE + 8) + 4)
+  size = (columns * (side + 4) + 4, LINE + rows * (side + 2 * LINE + 8) + 4)
   sheet = Image.new("RGB", size, "white")
   draw = ImageDraw.Draw(sheet)
+  draw.text((4, 1), title, fill="black")
   for i, (image, target) in enumerate(zip(images, targets)):
     x = 4 + i % columns * (side + 4)
-    y = 4 + i // columns * (side + 2 * LINE + 8)
+    y = LINE + 4 + i // columns * (side + 2 * LINE + 8)
     picture = Image.fromarray(image)
     sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
     for line, k in enumerate(np.argsort(-target)[:2]):

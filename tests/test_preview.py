@@ -22,9 +22,10 @@ def test_the_sheet_shows_what_the_step_trains_on(tmp_path):
       "augment.color_jitter": 0.4,
     }
   )
-  images, targets, names = preview.training_images(config, 3)
-  again, *_ = preview.training_images(config, 3)
-  other, *_ = preview.training_images(config, 4)
+  draw, names = preview.open_run(config)
+  images, targets = draw(3)
+  again, _ = preview.open_run(config)[0](3)
+  other, _ = draw(4)
   assert np.array_equal(images, again)
   assert not np.array_equal(images, other)
 
@@ -55,14 +56,15 @@ def test_the_sheet_shows_what_the_step_trains_on(tmp_path):
   assert np.abs(shown - seen[0]).max() < 1e-4
   assert targets.sum(1) == pytest.approx(np.ones(32))
 
-  sheet = preview.contact_sheet(images, targets, names)
+  sheet = preview.contact_sheet(images, targets, names, "step 3")
   sheet.save(tmp_path / "sheet.png")
   pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
   first = np.clip(np.round(images[0]), 0, 255)
   assert np.array_equal(
-    pixels[4:132, 4:132], np.kron(first, np.ones((16, 16, 1)))
+    pixels[16:144, 4:132], np.kron(first, np.ones((16, 16, 1)))
   )
-  assert (pixels[132:160, 4:132] < 128).any()  # Its labels.
+  assert (pixels[144:172, 4:132] < 128).any()  # Its labels.
+  assert (pixels[:14, :60] < 128).any()  # The title.
 
 
 def test_the_command_draws_and_refuses(tmp_path):
@@ -79,4 +81,24 @@ def test_the_command_draws_and_refuses(tmp_path):
   config = common.digits_config()
   config.model.kernel_size = 0
   with pytest.raises(UserError, match="kernel_size"):
-    preview.training_images(config, 0)
+    preview.open_run(config)
+
+
+def test_the_default_step_mixes_visibly(tmp_path):
+  """Not step 0 where its weight leaves the images as they are."""
+  config = common.digits_config(
+    **{"augment.mixup_alpha": 0.2, "augment.label_smoothing": 0.1}
+  )
+  draw, _ = preview.open_run(config)
+  shares = [np.sort(draw(step)[1], axis=1)[:, -2] for step in range(8)]
+  visible = [(share >= 0.2).mean() >= 0.25 for share in shares]
+  command = [
+    "convmixer_jax.preview", "--config=configs/digits.py",
+    "--config.augment.mixup_alpha=0.2", "--config.batch_size=32",
+    "--config.augment.label_smoothing=0.1", f"--out={tmp_path / 'a.png'}",
+  ]  # fmt: skip
+  code, out, err = common.call(*command)
+  assert code == 0, err
+  assert not visible[0]  # The weight is nearly 0 or 1.
+  assert out.endswith(f" 32 images of step {visible.index(True)}\n")
+  assert common.call(*command, "--step=0")[1].endswith("of step 0\n")
