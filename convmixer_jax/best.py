@@ -133,7 +133,7 @@ class Best:
         text = path.read_text("utf-8", "surrogateescape")
         workdir_lib.write_whole(self._folder / name, text)
     records = workdir_lib.read_metrics(self._folder)
-    scores = {name: metrics[name] for name in workdir_lib.SCORES}
+    scores = {k: metrics[k] for k in workdir_lib.SCORES if k in metrics}
     records.append({"step": step, "kind": "eval", **scores})
     text = "".join(json.dumps(r) + "\n" for r in records)
     workdir_lib.write_whole(self._folder / "metrics.jsonl", text)

@@ -35,11 +35,12 @@ def make_evaluate(
     state: one like those that will be scored.
 
   Returns:
-    (state, stopped=never) -> top1 and top5 in percent, loss in nats, count, the
-    number of images, and, for at most `step.MOST_COUNTED` classes, confusion,
-    int32 [K, K], see `step.confusion`. It raises an error unless every readable
-    image with a label was counted. `stopped` is called before each batch; once
-    it returns true, the result is None.
+    (state, stopped=never) -> top1 and, of more than five classes, top5 in
+    percent, loss in nats, count, the number of images, and, for at most
+    `step.MOST_COUNTED` classes, confusion, int32 [K, K], see `step.confusion`.
+    It raises an error unless every readable image with a label was counted.
+    `stopped` is called before each batch; once it returns true, the result is
+    None.
   """
   data, mesh = recipe.config.data, recipe.mesh
   batch_size = -(-recipe.config.batch_size // mesh.size) * mesh.size
@@ -80,9 +81,9 @@ def make_evaluate(
       raise RuntimeError(
         f"scored {total['count']:.0f} of {len(source)} images: a bug"
       )
+    names = ("top1", "top5") if recipe.model.num_classes > 5 else ("top1",)
     metrics = {
-      "top1": 100 * total["top1"] / total["count"],
-      "top5": 100 * total["top5"] / total["count"],
+      **{name: 100 * total[name] / total["count"] for name in names},
       "loss": total["loss"] / total["count"],
       "count": int(total["count"]),
     }

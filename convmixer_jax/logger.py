@@ -207,9 +207,10 @@ def progress(
 
 def eval_line(metrics: Mapping[str, Any]) -> str:
   """The metrics of an evaluation as one line of text."""
+  top5 = f"  top-5 {metrics['top5']:.2f} %" if "top5" in metrics else ""
   return (
-    f"top-1 {metrics['top1']:.2f} %  top-5 {metrics['top5']:.2f} %"
-    f"  loss {metrics['loss']:.4f}  on {metrics['count']} images"
+    f"top-1 {metrics['top1']:.2f} %{top5}  loss {metrics['loss']:.4f}"
+    f"  on {metrics['count']} images"
   )
 
 

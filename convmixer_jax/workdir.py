@@ -150,14 +150,16 @@ def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   return records
 
 
-SCORES = ("top1", "top5", "loss", "count")  # Of each evaluation.
+# Of each evaluation; of up to five classes there is no top5.
+SCORES = ("top1", "top5", "loss", "count")
 
 
 def read_eval(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
   """The last valid record of the evaluation at `step`, or None."""
   for record in reversed(read_metrics(workdir)):
     found = record["kind"] == "eval" and record["step"] == step
-    if found and all(isinstance(record.get(n), (int, float)) for n in SCORES):
+    values = {"top5": 0.0} | record
+    if found and all(isinstance(values.get(n), (int, float)) for n in SCORES):
       return record
   return None
 

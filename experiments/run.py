@@ -108,10 +108,11 @@ def main(*names: str) -> None:
     if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN:
       signal.signal(signum, lambda signum, frame: received.append(signum))
   _run_all(runs, _JOBS.value or max(1, len(gpus)), gpus, received)
-  print(_counts(runs))
   for run in runs:
     if run.reason:
-      print(f"{run.status}: {run.workdir}: {run.reason}", file=sys.stderr)
+      text = f"{run.status}: {run.workdir}: {run.reason}"
+      print(text, file=sys.stderr, flush=True)
+  print(_counts(runs))
   if received:
     sys.exit(128 + received[0])
   if any(run.status == "failed" for run in runs):
@@ -168,6 +169,8 @@ def _run_all(runs, jobs, gpus, received=()):
           try:
             _start(run, i, jobs, gpus)
             slots[i] = run
+            if bar.disable:
+              _say(f"{run.name}: started; output in {run.workdir}/log.txt")
           except OSError as e:
             run.status = "failed"
             run.reason = f"{e.strerror}: {e.filename or run.workdir}"

@@ -1,3 +1,4 @@
+import contextlib
 import csv
 import functools
 import io
@@ -383,6 +384,46 @@ def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, monkeypatch, signum):
     assert code == 1
     assert out.endswith("\n1 finished, 2 failed\n")
     assert err.count("seed1: no\n") == 2
+
+
+def test_a_log_ends_with_what_failed_and_the_counts(tmp_path, monkeypatch):
+  """Standard output and error in one file, without a bar."""
+  good, bad = (cells_lib.Cell(x, "configs/digits.py", {}) for x in ("a", "b"))
+  monkeypatch.setitem(
+    sweeps.SWEEPS, "two", sweeps.Sweep("?", [good, bad], (0,))
+  )
+  done = common.finished_run(tmp_path / "ready", good, 0, 95.0)
+  shell = {"a": f"cp {done}/* .; exit 0", "b": "echo why; exit 3"}
+  command = lambda cell, seed, workdir: [
+    "sh", "-c", f"cd {workdir}; {shell[cell.name]}"]  # fmt: skip
+  monkeypatch.setattr(cells_lib.Cell, "command", command)
+  none = subprocess.CompletedProcess([], 0, "")
+  monkeypatch.setattr(subprocess, "run", lambda *args, **options: none)
+  signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+  handlers = {s: signal.getsignal(s) for s in signals}
+  log = io.StringIO()
+  run_lib._FLAGS(["run", f"--root={tmp_path}"])
+  try:
+    with (
+      contextlib.redirect_stdout(log),
+      contextlib.redirect_stderr(log),
+      pytest.raises(SystemExit) as e,
+    ):
+      run_lib.main("two")
+  finally:
+    for s, handler in handlers.items():
+      signal.signal(s, handler)
+  assert e.value.code == 1
+  a, b = (tmp_path / "two" / x / "seed0" for x in "ab")
+  assert log.getvalue().splitlines() == [
+    "two: ? 2 runs",
+    f"a/seed0: started; output in {a}/log.txt",
+    "a/seed0: finished  top-1 95.00 %",
+    f"b/seed0: started; output in {b}/log.txt",
+    "b/seed0: failed",
+    f"failed: {b}: why",
+    "1 finished, 1 failed",
+  ]
 
 
 @pytest.mark.slow

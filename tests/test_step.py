@@ -7,6 +7,7 @@ import pytest
 
 from convmixer_jax import augment
 from convmixer_jax import evaluate
+from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import recipe as recipe_lib
@@ -146,6 +147,21 @@ def test_every_image_counts_once(batch_size, devices):
   np.add.at(pairs, (labels, guesses), 1)
   assert np.array_equal(metrics["confusion"], pairs)
   assert score(state, stopped=lambda: True) is None
+
+
+@pytest.mark.parametrize("classes", [5, 6])
+def test_top5_of_more_than_five_classes(monkeypatch, classes):
+  labels = np.arange(classes, dtype=np.int32)
+  images = np.zeros((classes, 2, 2, 3), np.uint8)
+  images[:, 0, 0, 0] = labels
+  source = sources.InMemory(images, labels, list("abcdef")[:classes])
+  monkeypatch.setattr(Scores, "num_classes", classes)
+  state = step_lib.TrainState(jnp.zeros(()), {}, {}, ())
+  metrics = make_score(source, state, classes, 1)(state)
+  assert ("top5" in metrics) == (classes > 5)
+  line = logger.eval_line(metrics)
+  assert line.startswith("top-1 100.00 %  ")
+  assert ("top-5" in line) == (classes > 5)
 
 
 def test_nan_logits_are_no_hits_and_show():

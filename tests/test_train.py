@@ -336,8 +336,9 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
     assert record["loss"] == 2
 
 
-def test_records_up_to_the_first_step_stay(tmp_path):
-  score = {"top1": 1, "top5": 2, "loss": 3, "count": 4}
+@pytest.mark.parametrize("more", [{}, {"top5": 2}])  # Of few classes, and old.
+def test_records_up_to_the_first_step_stay(tmp_path, more):
+  score = {"top1": 1, "loss": 3, "count": 4} | more
   rows = [(4, "train"), (5, "train"), (5, "eval"), (5, "eval"), (6, "eval")]
   lines = [
     json.dumps({"step": step, "kind": kind, "row": i} | score)
