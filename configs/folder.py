@@ -36,7 +36,8 @@ def get_config(variant: str = "scratch"):
   config.augment.crop_scale = (0.35, 1.0)  # From 0.08 many miss the object.
   config.augment.crop_ratio = (3 / 4, 4 / 3)
   config.augment.interpolation = "random"
-  # No RandAugment: on CIFAR-10 it did not help short runs (README, Results).
+  # The example of docs/own_data.md: 63.2 %, without it 60.2 % (one seed).
+  config.augment.randaugment = "rand-m9-mstd0.5-inc1"
   config.augment.label_smoothing = 0.1  # configs/imagenet.py, timm's default.
 
   config.optim.schedule = "cosine"
@@ -54,8 +55,11 @@ def get_config(variant: str = "scratch"):
     config.model.name = "convmixer_768_32"
     config.model.patch_size = config.model.kernel_size = None  # Its own.
     config.init_from = "hf-hub:timm/convmixer_768_32.in1k"
-    config.optim.learning_rate = 1e-3  # Of the head, which starts anew.
-    config.backbone_lr_scale = 0.1  # Smaller steps keep what it has learned.
+    config.model.dtype = "bfloat16"  # Half the memory; as configs/imagenet.py.
+    config.optim.learning_rate = 3e-3  # Of the head, which starts anew.
+    config.backbone_lr_scale = 0.3  # The example: 63.5 %; with 0.1 61.4 %.
+    config.optim.eps = 1e-8  # PyTorch's. With 1e-3 small gradients do little.
+    config.augment.randaugment = ""  # The example: no gain in so few epochs.
     config.optim.warmup_epochs = 1.0
     config.epochs = 15
   return config
