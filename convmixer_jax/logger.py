@@ -6,24 +6,26 @@ from collections.abc import Mapping
 from collections.abc import Sequence
 import contextlib
 import datetime
-import io
 import json
 import os
 from pathlib import Path
-import platform
+import secrets
 import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 import tqdm
 
 from convmixer_jax import runtime
+from convmixer_jax import sheet
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax import writers
 from convmixer_jax.errors import UserError
 from convmixer_jax.files import writing
+
+_SHEET = "first_batch.png"
 
 
 class Logger:
@@ -45,23 +47,36 @@ class Logger:
     batch_size: int,
     active: bool,
     changes: Sequence[str] = (),
+    num_devices: int = 1,
+    peak_rate: float | None = None,
+    profile: range | None = None,
+    wandb: writers.Wandb | None = None,
   ):
     """Creates the workdir if it does not exist, and opens the files.
 
     Of `total_steps` updates, `first_step` are done. Records of later ones, made
     after the last checkpoint, are removed from metrics.jsonl. `changes` are
     those of the config since the last start. Only one process of a run is
-    `active`; the others write and print nothing.
+    `active`; the others write and print nothing. Batches are shared by
+    `num_devices`, each of `peak_rate` (see `recipe.Recipe`). `profile` are the
+    updates to trace (see `start_profile`), and `wandb` is one more writer.
     """
     self._active = active
     self._total = total_steps
     self._batch_size = batch_size
+    self._num_devices, self._peak_rate = num_devices, peak_rate
     self._clock, self._step, self._waited = None, first_step, 0.0
+    self._profile, self._tracing, self._wandb = profile, False, wandb
     if not active:
       return
     self._workdir = Path(workdir)
     with writing(self._workdir):
       self._open(config_json, changes)
+    if profile and profile.stop <= first_step:
+      self.say(
+        f"--profile: nothing will be traced, because {first_step} updates are"
+        " done"
+      )
     self._bar = tqdm.tqdm(
       total=total_steps * batch_size,
       initial=first_step * batch_size,
@@ -79,7 +94,11 @@ class Logger:
     if changes:
       start["changes"] = [*changes]
     self._starts["starts"].append(start)
+    if self._wandb:
+      self._starts.setdefault("wandb", secrets.token_hex(4))
     self._write_run()
+    if self._wandb:
+      self._wandb.start(self._workdir, self._starts["wandb"], config_json)
     path = self._workdir / "metrics.jsonl"
     records = workdir_lib.read_metrics(self._workdir)
     records = [r for r in records if r["step"] <= self._step]
@@ -87,7 +106,9 @@ class Logger:
     workdir_lib.write_whole(path, text)
     self._records = path.open("a", buffering=1, encoding="utf-8")
     try:
-      self._tensorboard = _TensorBoard(self._workdir, records)
+      self._tensorboard = writers.TensorBoard(self._workdir, records)
+      if self._step and (path := self._workdir / _SHEET).exists():
+        self._tensorboard.write_sheet(path)
     except ImportError as e:
       print(f"no TensorBoard events: {e}; all other files are written")
       self._tensorboard = None
@@ -113,6 +134,47 @@ class Logger:
       overview = parameter_overview.get_parameter_overview
       self.say(overview(params, include_stats=False))
 
+  def log_images(
+    self, images: np.ndarray, targets: np.ndarray, names: Sequence[str]
+  ) -> None:
+    """Writes images of step 0 to first_batch.png and to TensorBoard.
+
+    For the arguments see `sheet.draw`.
+    """
+    if not self._active:
+      return
+    path = self._workdir / _SHEET
+    with writing(self._workdir):
+      sheet.draw(images, targets, names, "step 0").save(path)
+      if self._tensorboard is not None:
+        self._tensorboard.write_sheet(path)
+    self.start_clock(0)
+
+  def start_profile(self, step: int, state: Any) -> None:
+    """Call it before each update; `step` are done, and led to `state`.
+
+    Of the updates `profile` (0 is the first) a trace is written to
+    WORKDIR/profile. The device's earlier work is not part of it.
+    """
+    if self._active and self._profile and step in self._profile:
+      if not self._tracing:
+        jax.block_until_ready(state)
+        jax.profiler.start_trace(self._workdir / "profile")
+      self._tracing = True
+
+  def stop_profile(self, step: int, state: Any) -> None:
+    """Call it after each update, as `start_profile`."""
+    if self._tracing and step not in self._profile:
+      jax.block_until_ready(state)
+      self._end_trace()
+      self.start_clock(step)  # Writing takes seconds.
+
+  def _end_trace(self):
+    self._tracing = False
+    with writing(self._workdir, RuntimeError):
+      jax.profiler.stop_trace()
+    self.say(f"trace: {self._workdir / 'profile'}")
+
   def start_clock(self, step: int) -> None:
     """Restarts the timing of rates: call it after compilation and pauses."""
     self._clock, self._step, self._waited = time.perf_counter(), step, 0.0
@@ -131,14 +193,19 @@ class Logger:
     """Records the means of `metrics`, the scalars of each step since the last
     record.
 
-    Adds images_per_second, data_wait, the percentage of the time spent waiting
-    for batches, and `more`.
+    Adds images_per_second, of all devices and of each, mfu, the percentage of
+    the peak FLOP/s if that is known, data_wait, the percentage of the time
+    spent waiting for batches, and `more`.
     """
     means = {k: float(np.mean([m[k] for m in metrics])) for k in metrics[0]}
     images = (step - self._step) * self._batch_size
     elapsed = time.perf_counter() - self._clock if self._clock else 0.0
     if images and elapsed:
       means["images_per_second"] = images / elapsed
+      each = images / elapsed / self._num_devices
+      means["images_per_second_per_device"] = each
+      if self._peak_rate:
+        means["mfu"] = 100 * each / self._peak_rate
       means["data_wait"] = 100 * self._waited / elapsed
     self.start_clock(step)  # The time of logging counts in the next rate.
     self._record(step, "train", {"steps": len(metrics)} | means | more)
@@ -146,6 +213,8 @@ class Logger:
       return
     done, loss = f"step {step}/{self._total}", f"loss {means['loss']:.4f}"
     wait = f"data wait {means.get('data_wait', 0.0):.0f} %"
+    if "mfu" in means:
+      wait = f"MFU {means['mfu']:.1f} %  {wait}"
     self._bar.set_description(done, refresh=False)
     self._bar.set_postfix_str(f"{loss}, {wait}", refresh=False)
     self._bar.update(step * self._batch_size - self._bar.n)
@@ -171,6 +240,8 @@ class Logger:
     """Closes the files; `status` is 'finished', 'interrupted' or 'failed'."""
     if not self._active:
       return
+    if self._tracing:
+      self._end_trace()
     self._bar.close()
     start = self._starts["starts"][-1]
     start.update(status=status, last_step=step, ended=_now())
@@ -182,6 +253,8 @@ class Logger:
     for write in writes:
       with contextlib.suppress(*quiet), writing(self._workdir):
         write()
+    if self._wandb:
+      self._wandb.finish(status)
 
   def _record(self, step, kind, scalars):
     if not self._active:
@@ -192,6 +265,8 @@ class Logger:
       self._records.write(json.dumps(record) + "\n")
       if self._tensorboard is not None:
         self._tensorboard.write(record, confusion)
+    if self._wandb:
+      self._wandb.write(record)
 
   def _write_run(self):
     workdir_lib.write_run(self._workdir, self._starts)
@@ -224,78 +299,6 @@ def _environment():
     "num_devices": len(devices),
     "num_processes": jax.process_count(),
     "cpu_count": os.cpu_count(),
-  }
-
-
-class _TensorBoard:
-  """Writes the records of metrics.jsonl as TensorBoard events.
-
-  All go into one file, which replaces those of earlier starts and begins with
-  their records. Confusion matrices of at most MOST_DRAWN classes become heat
-  maps. Raises ImportError if tensorboard is not installed.
-  """
-
-  MOST_DRAWN = 100
-
-  def __init__(self, workdir, records):
-    from tensorboard.compat.proto import event_pb2  # Without tensorflow.
-    from tensorboard.compat.proto import summary_pb2
-    from tensorboard.summary.writer import record_writer
-
-    self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-    now, host = int(time.time()), platform.node()
-    prefix = "events.out.tfevents."
-    path = workdir / f"{prefix}{now:010}.{host}.{os.getpid()}"
-    earlier = {*workdir.glob(f"{prefix}*")} - {path}
-    self._writer = record_writer.RecordWriter(path.open("wb"))
-    self._add(time.time(), file_version="brain.Event:2")
-    # Tells a running TensorBoard to forget the earlier files.
-    start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._add(time.time(), step=0, session_log=start)
-    # A record of an edited file may hold anything.
-    invalid = (ValueError, TypeError, LookupError, OverflowError)
-    for record in records:
-      with contextlib.suppress(*invalid):
-        self.write(record)
-    for file in earlier:
-      file.unlink(missing_ok=True)
-
-  def write(self, record, confusion=None):
-    scalars = {**record}
-    step, kind = scalars.pop("step"), scalars.pop("kind")
-    seconds = datetime.datetime.fromisoformat(scalars.pop("time")).timestamp()
-    values = [
-      self._summary.Value(tag=f"{kind}/{name}", simple_value=value)
-      for name, value in scalars.items()
-    ]
-    if confusion is not None and len(confusion) <= self.MOST_DRAWN:
-      image = self._summary.Image(**_heat_map(confusion))
-      values.append(self._summary.Value(tag=f"{kind}/confusion", image=image))
-    self._add(seconds, step=step, summary=self._summary(value=values))
-
-  def _add(self, seconds, **fields):
-    event = self._event(wall_time=seconds, **fields)
-    self._writer.write(event.SerializeToString())
-    self._writer.flush()
-
-  def close(self):
-    self._writer.close()
-
-
-def _heat_map(confusion):
-  """Shares of each true class, a row, from white to dark blue, as a PNG."""
-  shares = confusion / np.maximum(confusion.sum(1, keepdims=True), 1)
-  side = max(1, 400 // len(shares))  # Of a cell, in pixels.
-  shares = shares.repeat(side, 0).repeat(side, 1)[..., None]
-  pixels = 255 - shares * (255 - np.array([8, 48, 107]))
-  file = io.BytesIO()
-  Image.fromarray(pixels.round().astype(np.uint8)).save(file, "png")
-  height, width, _ = pixels.shape
-  return {
-    "height": height,
-    "width": width,
-    "colorspace": 3,  # RGB.
-    "encoded_image_string": file.getvalue(),
   }
 
 

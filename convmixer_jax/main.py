@@ -24,6 +24,7 @@ import io
 import json
 import os
 from pathlib import Path
+import re
 
 import jax
 
@@ -36,6 +37,7 @@ from convmixer_jax import ops
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax import writers
 from convmixer_jax.errors import UserError
 
 _FLAGS = cli.Flags()
@@ -83,6 +85,16 @@ _ACCEPT_CHANGES = _FLAGS.boolean(
   "Resume although the workdir holds a run of another config. The changes are"
   " recorded in its run.json: --accept_changes.",
 )
+_PROFILE = _FLAGS.string(
+  "profile",
+  "Write a trace of the updates after START are done and until STOP are to"
+  " WORKDIR/profile, for TensorBoard and Perfetto: --profile 100:110.",
+)
+_WANDB = _FLAGS.string(
+  "wandb",
+  "Write the records to this project of Weights & Biases too: --wandb mixers."
+  " Needs the package wandb.",
+)
 _TIMEOUT = _FLAGS.positive(
   "timeout",
   "With --distributed: seconds after which all processes end because one has"
@@ -114,7 +126,10 @@ def main() -> None:
     raise UserError(
       "--coordinator, --num_processes, --process_id: need --distributed"
     )
-  evaluates = _MODE.value == "eval"
+  evaluates, profile = _MODE.value == "eval", None
+  for flag in (_PROFILE, _WANDB):
+    if flag.value is not None and evaluates:
+      raise UserError(f"--{flag.name}={flag.value}: needs --mode train")
   csv_file = _CONFUSION.value and Path(_CONFUSION.value).expanduser()
   if csv_file and not evaluates:
     raise UserError(f"--confusion={csv_file}: needs --mode eval")
@@ -122,6 +137,15 @@ def main() -> None:
     raise UserError(f"--confusion={csv_file}: its folder does not exist")
   if csv_file and csv_file.exists() and not csv_file.is_file():
     raise UserError(f"--confusion={csv_file}: exists and is not a file")
+  if _PROFILE.value is not None:
+    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", _PROFILE.value)
+    profile = range(*map(int, match.groups())) if match else None
+    if not profile:
+      raise UserError(
+        f"--profile={_PROFILE.value}: must be START:STOP, two numbers of"
+        " updates, the first below the second, as in --profile 100:110"
+      )
+  wandb = None if _WANDB.value is None else writers.Wandb(_WANDB.value)
   accept = _ACCEPT_CHANGES.value
   session = contextlib.nullcontext()
   if _DISTRIBUTED.value:
@@ -130,6 +154,7 @@ def main() -> None:
       "--workdir": os.path.abspath(workdir),
       "--mode": _MODE.value,
       "--accept_changes": accept,
+      "--profile": _PROFILE.value,
     } | {f"config.{name}": value for name, value in fields}
     session = distributed.session(
       *where,
@@ -141,7 +166,9 @@ def main() -> None:
     )
   with session:
     if not evaluates:
-      train.train_and_evaluate(config, workdir, accept_changes=accept)
+      train.train_and_evaluate(
+        config, workdir, accept_changes=accept, profile=profile, wandb=wandb
+      )
       return
     metrics = evaluate.evaluate_checkpoint(config, workdir)
     if jax.process_index() == 0:

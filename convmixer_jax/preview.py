@@ -12,19 +12,16 @@ weight that a step draws may leave all images as they are.
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import math
 import os
 
 import jax
 import ml_collections
 import numpy as np
-from PIL import Image
-from PIL import ImageDraw
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import recipe as recipe_lib
-from convmixer_jax import step as step_lib
+from convmixer_jax import sheet
 from convmixer_jax.data import sources
 from convmixer_jax.errors import UserError
 
@@ -41,9 +38,6 @@ _STEP = _FLAGS.integer(
 )
 _NUM = _FLAGS.positive("num", "Number of images: --num 36.", 64)
 
-CELL = 128  # Smallest side of an image on the sheet, in pixels.
-LINE = 12  # Height of a line of text.
-
 
 def main() -> None:
   """Runs what the flags say; see --help."""
@@ -54,9 +48,9 @@ def main() -> None:
     mixes = config.augment.mixup_alpha or config.augment.cutmix_alpha
     step = _visible_step(draw, num) if mixes else 0
   images, targets = draw(step)
-  sheet = contact_sheet(images[:num], targets[:num], names, f"step {step}")
+  picture = sheet.draw(images[:num], targets[:num], names, f"step {step}")
   try:
-    sheet.save(os.path.expanduser(out))
+    picture.save(os.path.expanduser(out))
   except (OSError, ValueError) as e:
     raise UserError(f"--out={out}: {e}") from e
   print(f"{out}: {min(num, len(images))} images of step {step}")
@@ -90,52 +84,12 @@ def open_run(
     data.name, data.dir, data.train_split, data.image_size
   )
   recipe = recipe_lib.build(config, source, jax.devices()[:1])
-  augmented = jax.jit(step_lib.augmented, static_argnums=(0, 2, 3))
-  augment = recipe.augment
 
   def draw(step):
-    images, targets = augmented(
-      augment,
-      next(recipe.train_batches(step, step + 1)),
-      source.num_classes,
-      config.augment.label_smoothing,
-      config.seed,
-      step,
-    )
-    images = np.asarray(images) * np.array(data.std) + np.array(data.mean)
-    return 255 * images, np.asarray(targets)
+    batch = next(recipe.train_batches(step, step + 1))
+    return recipe.training_images(batch, step)
 
   return draw, source.class_names
-
-
-def contact_sheet(
-  images: np.ndarray, targets: np.ndarray, names: Sequence[str], title: str
-) -> Image.Image:
-  """Draws a grid of images, each with its two likeliest labels, and a title.
-
-  The first arguments are what `open_run` describes; images are clipped.
-  """
-  images = np.clip(np.round(images), 0, 255).astype(np.uint8)
-  side = images.shape[1] * max(1, round(CELL / images.shape[1]))
-  columns = math.ceil(math.sqrt(len(images)))
-  rows = math.ceil(len(images) / columns)
-  size = (columns * (side + 4) + 4, LINE + rows * (side + 2 * LINE + 8) + 4)
-  sheet = Image.new("RGB", size, "white")
-  draw = ImageDraw.Draw(sheet)
-  draw.text((4, 1), title, fill="black")
-  for i, (image, target) in enumerate(zip(images, targets)):
-    x = 4 + i % columns * (side + 4)
-    y = LINE + 4 + i // columns * (side + 2 * LINE + 8)
-    picture = Image.fromarray(image)
-    sheet.paste(picture.resize((side, side), Image.Resampling.NEAREST), (x, y))
-    for line, k in enumerate(np.argsort(-target)[:2]):
-      if target[k] < 0.005:
-        continue
-      text = f"{target[k]:.2f} {names[k]}"
-      while draw.textlength(text) > side:
-        text = text[:-1]
-      draw.text((x, y + side + 1 + line * LINE), text, fill="black")
-  return sheet
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from convmixer_jax import augment
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import optim
+from convmixer_jax import peaks
 from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
@@ -72,6 +73,23 @@ class Recipe:
     else:
       due = step % every == 0
     return due or step == self.total_steps
+
+  @property
+  def peak_rate(self) -> float | None:
+    """Images per second of a device that trains at its peak FLOP/s.
+
+    None if its peak, see `peaks.PEAKS`, or the model's FLOPs are unknown. A
+    training step is counted as three forward passes (`models.flops`): one, and
+    two for the gradients of the activations and of the weights. What
+    `model.remat` computes again, augmentation and the optimiser do not count.
+    """
+    kind = self.mesh.devices.flat[0].device_kind
+    dtype = np.dtype(self.model.dtype or np.float32).name
+    peak = peaks.PEAKS.get(kind, {}).get(dtype)
+    counted = "flops" in vars(models.family_of(self.model))
+    if peak is None or not counted:
+      return None
+    return peak / (3 * models.flops(self.model, self.config.data.image_size))
 
   @property
   def augment(self) -> step_lib.Augment:
@@ -137,27 +155,48 @@ class Recipe:
 
     return jax.jit(score, out_shardings=sharding.replicated(self.mesh))
 
-  def init_state(self) -> step_lib.TrainState:
-    """The state of step 0, on all devices."""
-    config = self.config
-    init = lambda key: step_lib.init_state(
-      key, self.model, self.tx, config.data.image_size, config.ema_decay > 0
-    )
-    init = jax.jit(init, out_shardings=sharding.replicated(self.mesh))
-    return init(jax.random.key(config.seed))
+  def training_images(
+    self, batch: Any, step: int | jax.Array, num: int | None = None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """The first `num` images of a batch as the model gets them.
 
-  def batch_shapes(
-    self, batch_size: int | None = None
-  ) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch, image uint8 [B, S, S, 3] and label int32 [B], as shapes."""
-    b, size = batch_size or self.config.batch_size, self.config.data.image_size
-    like = functools.partial(
-      jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
+    Args:
+      batch: see `batch_shapes`.
+      step: updates done before it.
+      num: None is all.
+
+    Returns:
+      Float images [num, S, S, 3], scaled back to [0, 255] though some pixels
+      may lie outside, and float targets [num, K].
+    """
+    data = self.config.data
+    drawn = self._draw(self.seed, batch, step, num)
+    images, targets = jax.device_get(drawn)
+    return 255 * (images * np.array(data.std) + np.array(data.mean)), targets
+
+  @functools.cached_property
+  def _draw(self):
+    def draw(seed, batch, step, num):
+      with ops.over(self.mesh):
+        images, targets = step_lib.augmented(
+          self.augment,
+          batch,
+          self.model.num_classes,
+          self.config.augment.label_smoothing,
+          seed,
+          step,
+        )
+      return images[:num], targets[:num]
+
+    on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+    # Less optimised: it runs once or twice, and compiles in half of the time.
+    options = {"xla_backend_optimization_level": 0} if on_cpu else None
+    return jax.jit(
+      draw,
+      static_argnums=3,
+      out_shardings=sharding.replicated(self.mesh),
+      compiler_options=options,
     )
-    return {
-      "image": like((b, size, size, 3), np.uint8),
-      "label": like((b,), np.int32),
-    }
 
   def train_batches(
     self,

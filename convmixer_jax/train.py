@@ -24,6 +24,7 @@ from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax import weights
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax import writers
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
@@ -34,6 +35,8 @@ def train_and_evaluate(
   workdir: str | os.PathLike,
   *,
   accept_changes: bool = False,
+  profile: range | None = None,
+  wandb: writers.Wandb | None = None,
 ) -> step_lib.TrainState:
   """Trains as `config` says, and resumes the run that `workdir` holds.
 
@@ -41,6 +44,8 @@ def train_and_evaluate(
     config: see `config.FIELDS`.
     workdir: see `logger.Logger`. If its run is finished, nothing is done.
     accept_changes: resume although `workdir` holds another config.
+    profile: the updates of which a trace is written; 0 is the first.
+    wandb: where records are written too.
 
   Returns:
     The last state.
@@ -81,6 +86,9 @@ def train_and_evaluate(
     raise UserError(f"data.name={data.name}: {text}")
   recipe = recipe_lib.build(config, train_source)
   mesh, total_steps = recipe.mesh, recipe.total_steps
+  if profile and profile.stop > total_steps:
+    text = f"--profile={profile.start}:{profile.stop}"
+    raise UserError(f"{text}: the run has only {total_steps} steps")
   if (saved := checkpoint.latest_step(workdir)) is not None:
     _check_progress(recipe, workdir, changes, saved)
     classes.check(workdir, train_source.class_names, trains=False)
@@ -133,6 +141,10 @@ def train_and_evaluate(
       batch_size=batch_size,
       active=jax.process_index() == 0,
       changes=[*changes.values()],
+      num_devices=mesh.size,
+      peak_rate=recipe.peak_rate,
+      profile=profile,
+      wandb=wandb,
     )
     status = "failed"
     stack.callback(lambda: logger.close(status, step))
@@ -172,8 +184,14 @@ def train_and_evaluate(
     for batch in logger.timed(
       sharding.to_global(mesh, batch, batch_size) for batch in batches
     ):
-      state, scalars = train_step(seed, state, batch)
+      if step == 0:
+        images, targets = recipe.training_images(batch, state.step, num=16)
+        logger.log_images(images, targets, train_source.class_names)
+      logger.start_profile(step, state)
+      with jax.profiler.StepTraceAnnotation("train", step_num=step):
+        state, scalars = train_step(seed, state, batch)
       step += 1
+      logger.stop_profile(step, state)
       pending.append(scalars)
       runtime.bound_memory(pending)
       if recipe.is_due(step, config.log_every):

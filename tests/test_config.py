@@ -309,8 +309,8 @@ def test_output_that_is_lost_is_an_error(monkeypatch):
 # and others of its own row only where it is a package.
 
 LAYERS = (
-  ("errors",),
-  ("files", "imports"),
+  ("errors", "peaks"),
+  ("files", "imports", "sheet", "writers"),
   ("ops",),
   ("augment", "optim", "sharding"),
   ("models", "runtime"),

@@ -6,6 +6,7 @@ import pytest
 
 from convmixer_jax import augment
 from convmixer_jax import preview
+from convmixer_jax import sheet
 from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
@@ -56,8 +57,8 @@ def test_the_sheet_shows_what_the_step_trains_on(tmp_path):
   assert np.abs(shown - seen[0]).max() < 1e-4
   assert targets.sum(1) == pytest.approx(np.ones(32))
 
-  sheet = preview.contact_sheet(images, targets, names, "step 3")
-  sheet.save(tmp_path / "sheet.png")
+  picture = sheet.draw(images, targets, names, "step 3")
+  picture.save(tmp_path / "sheet.png")
   pixels = np.asarray(Image.open(tmp_path / "sheet.png"))
   first = np.clip(np.round(images[0]), 0, 255)
   assert np.array_equal(

@@ -51,7 +51,8 @@ def same_state(a, b):
 
 def records(workdir):
   """metrics.jsonl without what depends on the clock."""
-  clock = ("time", "images_per_second", "data_wait")
+  rate = "images_per_second"
+  clock = ("time", rate, f"{rate}_per_device", "mfu", "data_wait")
   return [
     {k: v for k, v in record.items() if k not in clock}
     for record in workdir_lib.read_metrics(workdir)
@@ -318,8 +319,9 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
       yield step
 
   log = logger.Logger(
-    tmp_path, "{}", first_step=0, total_steps=8, batch_size=2, active=True
-  )
+    tmp_path, "{}", first_step=0, total_steps=8, batch_size=2, active=True,
+    num_devices=4, peak_rate=1.0,
+  )  # fmt: skip
   for step in log.timed(batches()):
     now[0] += 1
     if step == 1:
@@ -333,6 +335,8 @@ def test_data_wait_is_the_share_of_the_time(tmp_path, monkeypatch):
   for record in workdir_lib.read_metrics(tmp_path):
     assert record["data_wait"] == 75
     assert record["images_per_second"] == 0.5
+    assert record["images_per_second_per_device"] == 0.125
+    assert record["mfu"] == 12.5
     assert record["loss"] == 2
 
 

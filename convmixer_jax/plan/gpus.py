@@ -17,7 +17,7 @@ from convmixer_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-  """A card, as its driver describes it to XLA, and its peak rates."""
+  """A card, as its driver describes it to XLA, and its bandwidths."""
 
   kind: str  # JAX's device_kind.
   capability: str  # Fields of XLA's CudaComputeCapability.
@@ -28,7 +28,6 @@ class Gpu:
   l2: int  # Bytes of the L2 cache.
   clock: float  # GHz.
   memory: int  # Bytes that programs can use, less than the card's name says.
-  flops: float  # Peak bfloat16 FLOP/s of dense products.
   bandwidth: float  # Of its memory, bytes/s.
   link: float  # Bytes/s that it can send to other GPUs.
 
@@ -36,21 +35,21 @@ class Gpu:
 _KIB, _MIB, _GIB = 2**10, 2**20, 2**30
 
 # Sources: NVIDIA's data sheets of the A100 80GB SXM, H100 SXM, H200 SXM and L4
-# for bandwidth, FLOP/s (half of those "with sparsity") and NVLink (half of the
-# total of both directions; the L4 has none, but PCIe 4.0 x16); the whitepapers
+# for bandwidth and NVLink (half of the total of both directions; the L4 has
+# none, but PCIe 4.0 x16); peaks.py has the FLOP/s; the whitepapers
 # on the Ampere, Hopper and Ada architectures for cores and L2; the table of
 # compute capabilities in the CUDA C++ programming guide for threads and shared
 # memory. The clock is the highest of the cores, the memory what CUDA reports.
 _HOPPER = "major: 9 feature_extension: ACCELERATED_FEATURES"  # sm_90a
 GPUS = {
   "a100": Gpu("NVIDIA A100-SXM4-80GB", "major: 8", 108, 64, 2048, 164 * _KIB,
-              40 * _MIB, 1.41, int(79.2 * _GIB), 312e12, 2039e9, 300e9),
+              40 * _MIB, 1.41, int(79.2 * _GIB), 2039e9, 300e9),
   "h100": Gpu("NVIDIA H100 80GB HBM3", _HOPPER, 132, 128, 2048, 228 * _KIB,
-              50 * _MIB, 1.98, int(79.1 * _GIB), 989.4e12, 3350e9, 450e9),
+              50 * _MIB, 1.98, int(79.1 * _GIB), 3350e9, 450e9),
   "h200": Gpu("NVIDIA H200", _HOPPER, 132, 128, 2048, 228 * _KIB,
-              50 * _MIB, 1.98, int(139.8 * _GIB), 989.4e12, 4800e9, 450e9),
+              50 * _MIB, 1.98, int(139.8 * _GIB), 4800e9, 450e9),
   "l4": Gpu("NVIDIA L4", "major: 8 minor: 9", 58, 128, 1536, 100 * _KIB,
-            48 * _MIB, 2.04, int(22 * _GIB), 121e12, 300e9, 32e9),
+            48 * _MIB, 2.04, int(22 * _GIB), 300e9, 32e9),
 }  # fmt: skip
 
 # XLA's GpuTargetConfigProto. The version of cuDNN is the oldest that jax 0.10

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from convmixer_jax import peaks
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 from convmixer_jax.plan import gpus
@@ -33,6 +34,14 @@ class Chip:
 
 _GIB = 2**30
 
+
+def _chip(kind, bandwidth, interconnect, memory, cycle=None):
+  """A chip, and the FLOPs that a TPU's matrix units do in a cycle."""
+  flops = peaks.PEAKS[kind]["bfloat16"]
+  clock = flops / cycle if cycle else None
+  return Chip(flops, bandwidth, interconnect, int(memory), clock)
+
+
 # By JAX's device_kind. Sources: cloud.google.com/tpu/docs/v4, /v5e, /v5p and
 # /v6e in November 2026. Interconnect is half of their "bidirectional ICI
 # bandwidth per chip" (v4: 6 links of 50 GB/s each way, Jouppi et al.,
@@ -40,13 +49,14 @@ _GIB = 2**30
 # v5e. v6e does 2^19 FLOPs a cycle; its compiler expects to reach 70 % of that
 # for a product of two [8192, 8192].
 CHIPS = {
-  "TPU v4": Chip(275e12, 1200e9, 300e9, int(30.75 * _GIB), 275e12 / 2**18),
-  "TPU v5 lite": Chip(197e12, 819e9, 200e9, int(15.75 * _GIB), 197e12 / 2**17),
-  "TPU v5": Chip(459e12, 2765e9, 600e9, int(95.74 * _GIB), 459e12 / 2**18),
-  "TPU v6 lite": Chip(918e12, 1638e9, 400e9, int(31.25 * _GIB), 918e12 / 2**19),
-} | {
-  gpu.kind: Chip(gpu.flops, gpu.bandwidth, gpu.link, gpu.memory)
-  for gpu in gpus.GPUS.values()
+  kind: _chip(kind, *rest)
+  for kind, *rest in (
+    ("TPU v4", 1200e9, 300e9, 30.75 * _GIB, 2**18),
+    ("TPU v5 lite", 819e9, 200e9, 15.75 * _GIB, 2**17),
+    ("TPU v5", 2765e9, 600e9, 95.74 * _GIB, 2**18),
+    ("TPU v6 lite", 1638e9, 400e9, 31.25 * _GIB, 2**19),
+    *((x.kind, x.bandwidth, x.link, x.memory) for x in gpus.GPUS.values()),
+  )
 }
 _KINDS = "v4", "v5e", "v5p", "v6e"  # libtpu's names for these chips.
 
