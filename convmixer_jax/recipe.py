@@ -198,6 +198,28 @@ class Recipe:
       compiler_options=options,
     )
 
+  def init_state(self) -> step_lib.TrainState:
+    """The state of step 0, on all devices."""
+    config = self.config
+    init = lambda key: step_lib.init_state(
+      key, self.model, self.tx, config.data.image_size, config.ema_decay > 0
+    )
+    init = jax.jit(init, out_shardings=sharding.replicated(self.mesh))
+    return init(jax.random.key(config.seed))
+
+  def batch_shapes(
+    self, batch_size: int | None = None
+  ) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch, image uint8 [B, S, S, 3] and label int32 [B], as shapes."""
+    b, size = batch_size or self.config.batch_size, self.config.data.image_size
+    like = functools.partial(
+      jax.ShapeDtypeStruct, sharding=sharding.batch_sharding(self.mesh)
+    )
+    return {
+      "image": like((b, size, size, 3), np.uint8),
+      "label": like((b,), np.int32),
+    }
+
   def train_batches(
     self,
     start: int,
