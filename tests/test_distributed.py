@@ -125,6 +125,10 @@ def test_processes_equal_one(tmp_path, data):
   last = records(workdir)[-1]
   assert metrics["count"] == scored
   assert metrics["loss"] == pytest.approx(last["loss"], rel=1e-5)
+  counts = [c["images"] for c in metrics["per_class"]]
+  hits = [c["images"] * c["top1"] for c in metrics["per_class"]]
+  assert sum(counts) == scored
+  assert sum(hits) / scored == pytest.approx(metrics["top1"])
   assert "top1" not in silent
 
 
