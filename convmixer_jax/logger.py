@@ -107,8 +107,10 @@ class Logger:
     self._records = path.open("a", buffering=1, encoding="utf-8")
     try:
       self._tensorboard = writers.TensorBoard(self._workdir, records)
-      if self._step and (path := self._workdir / _SHEET).exists():
-        self._tensorboard.write_sheet(path)
+      # A resumed run's is there, unless it was removed or damaged.
+      with contextlib.suppress(OSError, SyntaxError, ValueError):
+        if self._step:
+          self._tensorboard.write_sheet(self._workdir / _SHEET)
     except ImportError as e:
       print(f"no TensorBoard events: {e}; all other files are written")
       self._tensorboard = None

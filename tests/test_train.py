@@ -349,6 +349,7 @@ def test_records_up_to_the_first_step_stay(tmp_path, more):
     for i, (step, kind) in enumerate(rows)
   ]
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+  (tmp_path / "first_batch.png").write_bytes(b"\x89PNG\r\n\x1a\n")  # Cut off.
   log = logger.Logger(
     tmp_path, "{}", first_step=5, total_steps=8, batch_size=2, active=True
   )
