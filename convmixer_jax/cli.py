@@ -200,7 +200,8 @@ def guard_output(only_prints: bool) -> None:
     os.open(os.devnull, os.O_WRONLY), "w", closefd=False
   )
   stdout, stderr = sys.stdout or nowhere(), sys.stderr or nowhere()  # >&-
-  sys.stdout = runtime.open_output(stdout.fileno(), stdout, failed)
+  # One of its own: `distributed` filters what libraries print to number 1.
+  sys.stdout = runtime.open_output(os.dup(stdout.fileno()), stdout, failed)
   sys.stderr = runtime.open_output(stderr.fileno(), stderr)
 
 

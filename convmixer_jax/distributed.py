@@ -112,6 +112,8 @@ class _Watch:
   stderr becomes a pipe. A thread reads it, drops the service's log lines and
   passes on all others. When it reads the fatal error, it prints one line and
   exits while abort() is delayed. Python's own sys.stderr bypasses the pipe.
+  So does sys.stdout, if it has a file descriptor of its own: then stdout goes
+  through the pipe too, without Gloo's lines about connections.
   """
 
   connected = False  # Whether all processes have connected.
@@ -121,10 +123,12 @@ class _Watch:
     self._exiting = threading.Lock()
 
   def __enter__(self):
-    self._stderr = os.dup(2)  # The original one.
+    self._stdout, self._stderr = os.dup(1), os.dup(2)  # The original ones.
     read, write = os.pipe()
     sys.stderr.flush()
     os.dup2(write, 2)
+    if sys.stdout.fileno() != 1:
+      os.dup2(write, 1)
     os.close(write)
     self._python_stderr = sys.stderr
     sys.stderr = runtime.open_output(os.dup(self._stderr), sys.stderr)
@@ -142,6 +146,7 @@ class _Watch:
     return self
 
   def __exit__(self, *exception):
+    os.dup2(self._stdout, 1)
     os.dup2(self._stderr, 2)
     self._thread.join(1)  # A child process may hold the pipe open.
     sys.stderr.flush()
@@ -152,6 +157,7 @@ class _Watch:
     """Passes stderr on, without the service's lines; exits at its last ones."""
     log_line = re.compile(rb"[IWEF]\d{4} [\d:.]+ +\d+ (\w+)\.\w+:\d+\] ")
     service = rb"coordination_service\w*|preemption_\w+|client|service"
+    gloo = re.compile(rb"\[Gloo\] Rank \d+ is connected to ")
     dropping, fatal = False, None
     with open(pipe, "rb") as lines:
       for line in lines:
@@ -165,7 +171,7 @@ class _Watch:
           # Lines without a header continue the log line before them.
           if match := log_line.match(line):
             dropping = re.fullmatch(service, match[1]) is not None
-          if not dropping:
+          if not dropping and not gloo.match(line):
             with contextlib.suppress(OSError):  # The reader may be gone.
               os.write(self._stderr, line)
 

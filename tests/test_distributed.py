@@ -107,6 +107,7 @@ def test_processes_equal_one(tmp_path, data):
       outs = [finish(process)[0] for process in processes]
     assert f"on {scored} images" in outs[0]
     assert not any("step" in out for out in outs[1:])
+    assert not any("Gloo" in out for out in outs)  # Who is connected to whom.
     assert records(workdir)[-1]["count"] == scored
     (begun,) = json.loads((workdir / "run.json").read_text())["starts"]
     assert begun["num_processes"] == begun["num_devices"] == count
