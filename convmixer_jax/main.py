@@ -126,25 +126,11 @@ def main() -> None:
     raise UserError(
       "--coordinator, --num_processes, --process_id: need --distributed"
     )
-  evaluates, profile = _MODE.value == "eval", None
+  evaluates = _MODE.value == "eval"
   for flag in (_PROFILE, _WANDB):
     if flag.value is not None and evaluates:
       raise UserError(f"--{flag.name}={flag.value}: needs --mode train")
-  csv_file = _CONFUSION.value and Path(_CONFUSION.value).expanduser()
-  if csv_file and not evaluates:
-    raise UserError(f"--confusion={csv_file}: needs --mode eval")
-  if csv_file and not csv_file.parent.is_dir():
-    raise UserError(f"--confusion={csv_file}: its folder does not exist")
-  if csv_file and csv_file.exists() and not csv_file.is_file():
-    raise UserError(f"--confusion={csv_file}: exists and is not a file")
-  if _PROFILE.value is not None:
-    match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", _PROFILE.value)
-    profile = range(*map(int, match.groups())) if match else None
-    if not profile:
-      raise UserError(
-        f"--profile={_PROFILE.value}: must be START:STOP, two numbers of"
-        " updates, the first below the second, as in --profile 100:110"
-      )
+  csv_file, profile = _csv_file(), _profiled_updates()
   wandb = None if _WANDB.value is None else writers.Wandb(_WANDB.value)
   accept = _ACCEPT_CHANGES.value
   session = contextlib.nullcontext()
@@ -173,23 +159,58 @@ def main() -> None:
     metrics = evaluate.evaluate_checkpoint(config, workdir)
     if jax.process_index() == 0:
       confusion = metrics.pop("confusion", None)
+      per_class = metrics.pop("per_class", [])
       step = metrics["step"]
       source = config.init_from if step is None else f"step {step}"
       print(f"{source}  {logger.eval_line(metrics)}")
-      if "per_class" in metrics:
-        print(_table(metrics["per_class"]))
+      if per_class:
+        metrics["per_class"] = shown = _shown(per_class)
+        print(_table(shown, len(per_class)))
       print(json.dumps(metrics), flush=True)
       if csv_file:
-        _write_csv(csv_file, metrics.get("per_class"), confusion)
+        _write_csv(csv_file, [c["name"] for c in per_class], confusion)
 
 
-def _table(per_class):
-  """The classes as lines of text: all if at most 20, or else the 10 worst."""
-  shown, first = per_class, f"{len(per_class)} classes"
-  if len(per_class) > 20:
-    known = (c for c in per_class if c["images"])
-    shown = sorted(known, key=lambda c: c["top1"])[:10]
-    first = f"the {len(shown)} worst of {first}"
+def _csv_file():
+  """The file of --confusion, or None."""
+  if _CONFUSION.value is None:
+    return None
+  path = Path(_CONFUSION.value).expanduser()
+  if _MODE.value != "eval":
+    raise UserError(f"--confusion={path}: needs --mode eval")
+  if not path.parent.is_dir():
+    raise UserError(f"--confusion={path}: its folder does not exist")
+  if path.exists() and not path.is_file():
+    raise UserError(f"--confusion={path}: exists and is not a file")
+  return path
+
+
+def _profiled_updates():
+  """The range of --profile, or None."""
+  if _PROFILE.value is None:
+    return None
+  match = re.fullmatch(r"(\d{1,9}):(\d{1,9})", _PROFILE.value)
+  profile = range(*map(int, match.groups())) if match else None
+  if not profile:
+    raise UserError(
+      f"--profile={_PROFILE.value}: must be START:STOP, two numbers of updates,"
+      " the first below the second, as in --profile 100:110"
+    )
+  return profile
+
+
+def _shown(per_class):
+  """All classes if at most 20, or else the 10 worst."""
+  if len(per_class) <= 20:
+    return per_class
+  known = (c for c in per_class if c["images"])
+  return sorted(known, key=lambda c: c["top1"])[:10]
+
+
+def _table(shown, count):
+  """Some of `count` classes as lines of text."""
+  worst = f"the {len(shown)} worst of " if len(shown) < count else ""
+  first = f"{worst}{count} classes"
   rows = [(first, "images", "top-1 %", "most often taken for")]
   for c in shown:
     top1 = f"{c['top1']:.2f}" if c["images"] else ""
@@ -200,13 +221,13 @@ def _table(per_class):
   return "\n".join(lines)
 
 
-def _write_csv(path, per_class, confusion):
+def _write_csv(path, names, confusion):
   if confusion is None:
     raise UserError(
       f"--confusion={path}: not written; the matrix is counted for at most"
       f" {step_lib.MOST_COUNTED} classes"
     )
-  names, text = [c["name"] for c in per_class], io.StringIO()
+  text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")
   writer.writerow(["true \\ predicted", *names])
   writer.writerows([name, *row] for name, row in zip(names, confusion.tolist()))

@@ -52,10 +52,9 @@ def _ablation(table, **overrides):
     "add pointwise residual": {"model.pointwise_residual": True},
     "layernorm for batchnorm": {"model.norm": "layer"},
     "relu for gelu": {"model.activation": "relu"},
-    "no mixup and cutmix": {
-      "augment.mixup_alpha": 0.0,
-      "augment.cutmix_alpha": 0.0,
-    },
+    "no mixup and cutmix": dict.fromkeys(
+      ("augment.mixup_alpha", "augment.cutmix_alpha"), 0.0
+    ),
     "no random erasing": {"augment.erase_prob": 0.0},
     "no randaugment": {"augment.randaugment": ""},
     "no random scaling": {"augment.crop_scale": (1.0, 1.0)},
@@ -204,8 +203,6 @@ SWEEPS: dict[str, Sweep] = {
         "model.depth": 4,
         "epochs": 8,
         "batch_size": 128,
-        "eval_every": 391,
-        "save_every": 391,
       },
     ),
     seeds=(0, 1),
@@ -261,8 +258,6 @@ SWEEPS: dict[str, Sweep] = {
         "model.kernel_size": 5,
         "epochs": 10,
         "batch_size": 128,
-        "eval_every": 391,
-        "save_every": 391,
       },
     ),
     seeds=(0, 1),
@@ -273,7 +268,7 @@ SWEEPS: dict[str, Sweep] = {
   ),
   "architectures_small": Sweep(
     "The same at 0.16 M parameters, 5 epochs: hours on two CPUs.",
-    _architectures(_SMALL_SIZES, epochs=5, eval_every=391, save_every=391),
+    _architectures(_SMALL_SIZES, epochs=5),
     seeds=(0, 1),
   ),
   "patches": Sweep(

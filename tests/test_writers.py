@@ -171,8 +171,9 @@ def test_invalid_flags_get_one_line(tmp_path, monkeypatch, flags, says):
 def test_tensorboard_has_the_first_images(traced):
   """Also after a restart, which writes its events anew."""
   config = common.digits_config(**TEN_STEPS, **{"augment.mixup_alpha": 0.5})
-  images, targets, names = preview.training_images(config, 0)
-  wanted = np.asarray(sheet.draw(images[:16], targets[:16], names))
+  draw, names = preview.open_run(config)
+  images, targets = draw(0)
+  wanted = np.asarray(sheet.draw(images[:16], targets[:16], names, "step 0"))
   (events,) = traced.glob("events.*")
   accumulator = event_accumulator.EventAccumulator(str(events)).Reload()
   (event,) = accumulator.Images("train/images")
