@@ -17,6 +17,7 @@ import sys
 import jax
 import tensorflow_datasets as tfds
 
+from convmixer_jax import classes
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import evaluate
@@ -75,19 +76,14 @@ def main() -> None:
   print("|---|---:|---:|---:|---:|", flush=True)
   for name in _SETS_FLAG.value:
     if not tfds.builder(name, data_dir=_DATA_DIR.value).is_prepared():
-      where = _DATA_DIR.value or "TFDS's directory"
-      print(f"left out: {name}: not prepared in {where}", file=sys.stderr)
+      folder = _DATA_DIR.value or "TFDS's directory"
+      print(f"left out: {name}: not prepared in {folder}", file=sys.stderr)
       continue
     split = test_sets.TEST_SETS[name.partition("/")[0]].split
     source = sources.open_source(
       name, _DATA_DIR.value, split, config.data.image_size
     )
-    names, wanted = data["class_names"] or [], source.class_names
-    if [*names] != [*wanted] and {*names} == {*wanted}:
-      raise UserError(
-        f"--weights={where}: its classes are in another order than those of"
-        f" {name}"
-      )
+    classes.check(where, source.class_names, trains=False)
     recipe = recipe_lib.Recipe(
       config, source, mesh, model, variables, None, None
     )

@@ -130,7 +130,7 @@ def test_every_class_has_its_score(run, tmp_path):
     assert text.endswith(taken) == bool(found["mistakes"])
   # Nothing of this is in the records of a run.
   last = workdir_lib.read_metrics(workdir)[-1]
-  assert [*last] == ["step", "kind", "time", "top1", "top5", "loss", "count"]
+  assert [*last] == ["step", "kind", "time", "top1", "loss", "count"]
 
 
 @pytest.mark.parametrize(
