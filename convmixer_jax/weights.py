@@ -162,15 +162,15 @@ def architecture(
     name: where they are from, for the message.
 
   Returns:
-    A module of `models.FAMILIES`, and arguments of its model. num_classes is
-    None where there is no head.
+    One of `models.families`, and arguments of its model. num_classes is None
+    where there is no head.
 
   Raises:
     UserError: no family has such tensors, or a size is out of range.
   """
   known = models.infer(variables.get("params", {}))
   if known is None:
-    families = " or ".join(f.MODEL.__name__ for f in models.FAMILIES)
+    families = " or ".join(f.MODEL.__name__ for f in models.families())
     raise UserError(f"{name}: not the weights of a {families}")
   sizes = {f"model.{k}": v for k, v in known[1].items()}
   sizes = {k: v for k, v in sizes.items() if k in config_lib.FIELDS}
@@ -191,7 +191,10 @@ def _warn_of_other_arguments(variables, model, name):
 
   No tensor tells the activation: the paper's 768/32 has ReLU, others GELU.
   """
-  family, found = architecture(variables, name)
+  known = models.infer(variables["params"])
+  if known is None:  # A family of one's own may lack `infer`.
+    return
+  family, found = known
   variant = _variant(family, found)
   if variant is None or not isinstance(model, family.MODEL):
     return
@@ -216,7 +219,7 @@ def load_model(
     where: see `load`. A workdir's config defines its model, and so does the
       header of a file that `save` wrote. Another file's tensors imply the
       sizes, and the published variant of these sizes the rest.
-    model_name: a key of `models.VARIANTS`, for a file.
+    model_name: of a variant, for a file; see `models.find`.
 
   Returns:
     The model, unrolled; its variables; and the preprocessing of its images:

@@ -5,6 +5,7 @@ import os
 import sys
 
 import jax
+import numpy as np
 import pytest
 import safetensors.numpy
 
@@ -197,6 +198,22 @@ def test_parts_that_a_model_lacks_are_errors_when_needed(here):
     train.train_and_evaluate(own_config(init_from="x.pth"), here / "other")
 
 
+def test_files_start_a_model_without_infer(here, monkeypatch):
+  (here / "mine.py").write_text(MODEL + PARTS["TORCH_NAMES"])
+  model = models.create_model("mine:wide", num_classes=10)
+  wanted = models.variable_shapes(model, 8)
+  tensors = {
+    "patch_embed.weight": np.ones((8, 3, 4, 4), np.float32),
+    "patch_embed.bias": np.zeros(8, np.float32),
+    "fc.weight": np.zeros((10, 8), np.float32),
+    "fc.bias": np.zeros(10, np.float32),
+  }
+  monkeypatch.setenv("HOME", str(here))
+  safetensors.numpy.save_file(tensors, here / "file.safetensors")
+  found = weights.load_init_from("~/file.safetensors", model, wanted)
+  assert found["params"]["patches"]["kernel"].sum() == 8 * 3 * 4 * 4
+
+
 RAISES = "import sizes\ndef f():\n  return sizes.NONE\nf()\n"
 
 
@@ -214,6 +231,7 @@ RAISES = "import sizes\ndef f():\n  return sizes.NONE\nf()\n"
     ("mine:x", "import sys\nsys.exit(3)\n", "SystemExit: 3 ("),
     ("mine.py:x", "a b\n", "SyntaxError: invalid syntax (mine.py, line 1)"),
     ("mine:x", "", "mine lacks MODEL, a linen module with check(image_size)"),
+    ("mine:wide", MODEL.replace("  dtype:", "  other:"), "mine lacks MODEL,"),
     ("mine:x", MODEL, "mine:x: unknown; nearest of 2 are mine:wide, mine:nar"),
     ("mine:", MODEL, "mine:: unknown; nearest of 2"),
     ("mine:wide", f"{MODEL}VARIANTS = 3\n", "mine lacks VARIANTS, a dict"),

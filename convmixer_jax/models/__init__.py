@@ -132,8 +132,9 @@ def _import_family(name, source):
     raise UserError(f"model.name={e}") from e
   model, variants = (getattr(module, x, None) for x in ("MODEL", "VARIANTS"))
   is_module = isinstance(model, type) and issubclass(model, nn.Module)
-  if not is_module or not hasattr(model, "check"):
-    text = "MODEL, a linen module with check(image_size)"
+  has = lambda x: hasattr(model, x) or x in model.__dataclass_fields__
+  if not is_module or not all(map(has, ("check", "dtype", "num_classes"))):
+    text = "MODEL, a linen module with check(image_size), dtype, num_classes"
     raise UserError(f"model.name={name}: {source} lacks {text}")
   if not isinstance(variants, dict) or not variants:
     text = "VARIANTS, a dict: name -> arguments of MODEL"
