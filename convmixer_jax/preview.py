@@ -46,7 +46,7 @@ def main() -> None:
   draw, names = open_run(config)
   if step is None:
     mixes = config.augment.mixup_alpha or config.augment.cutmix_alpha
-    step = _visible_step(draw, num) if mixes else 0
+    step = _visible_step(draw, num) if mixes and len(names) > 1 else 0
   images, targets = draw(step)
   picture = sheet.draw(images[:num], targets[:num], names, f"step {step}")
   try:

@@ -103,3 +103,18 @@ def test_the_default_step_mixes_visibly(tmp_path):
   assert not visible[0]  # The weight is nearly 0 or 1.
   assert out.endswith(f" 32 images of step {visible.index(True)}\n")
   assert common.call(*command, "--step=0")[1].endswith("of step 0\n")
+
+
+def test_one_class_mixes_invisibly(tmp_path):
+  folder = tmp_path / "train" / "only"
+  folder.mkdir(parents=True)
+  for i in range(2):
+    Image.new("RGB", (8, 8), (i, 9, 99)).save(folder / f"{i}.png")
+  code, out, err = common.call(
+    "convmixer_jax.preview", "--config=configs/digits.py",
+    "--config.augment.mixup_alpha=0.2", "--config.batch_size=2",
+    "--config.data.name=folder", f"--config.data.dir={tmp_path}",
+    f"--out={tmp_path / 'a.png'}",
+  )  # fmt: skip
+  assert code == 0, err
+  assert out.endswith(" 2 images of step 0\n")
