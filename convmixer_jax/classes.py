@@ -54,7 +54,8 @@ def check(
   A workdir does, and a file that `weights.save` wrote. `class_names` are the
   data's.
   """
-  header = None if os.path.isdir(where) else interop.read_header(where)
+  folder = os.path.isdir(os.path.expanduser(where))
+  header = None if folder else interop.read_header(where)
   theirs = told(where, header, len(class_names))
   if theirs is not None:
     compare(str(where), theirs, class_names, trains=trains)

@@ -238,7 +238,7 @@ def read_header(path: str | os.PathLike) -> dict[str, Any] | None:
   It is flat like a config; None of other files. Raises UserError if it is
   damaged.
   """
-  path = where = os.fspath(path)
+  where, path = path, os.path.expanduser(path)
   if match := re.fullmatch("hf-hub:([^/]+/[^/]+)", path):
     import huggingface_hub
 

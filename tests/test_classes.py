@@ -279,6 +279,14 @@ def test_another_order_is_an_error(run, tmp_path, capsys):
   assert says in capsys.readouterr().err
 
 
+def test_a_path_may_begin_with_the_home_folder(run, monkeypatch, capsys):
+  monkeypatch.setenv("HOME", str(run[0]))
+  for where in ("~/run.safetensors", "~"):
+    assert weights.load_model(where)[2]["class_names"] == NAMES
+    classes.check(where, ["a", "b", "c"], trains=False)
+    assert f"warning: {where}: class 0" in capsys.readouterr().err
+
+
 def test_names_that_are_not_told_are_not_compared(run, tmp_path):
   workdir = copied(run, tmp_path, ["a", "b", "c", "d"])
   code, _, err = evaluate(tmp_path, run[1], workdir)
