@@ -225,7 +225,7 @@ def _write_csv(path, names, confusion):
   if confusion is None:
     raise UserError(
       f"--confusion={path}: not written; the matrix is counted for at most"
-      f" {step_lib.MOST_COUNTED} classes"
+      f" {step_lib.MOST_COUNTED} classes and one label an image"
     )
   text = io.StringIO()
   writer = csv.writer(text, lineterminator="\n")

@@ -148,9 +148,9 @@ def _single(args):
   return Task(command, os.getcwd())
 
 
-def _sweep(words, root):
+def _sweep(name, root):
   """The sweep's name, and a task for each run that is not finished."""
-  sweep, tasks = sweeps.get(words), []
+  sweep, tasks = sweeps.get(name), []
   for cell, seed in sweep.runs():
     workdir = root / sweep.name / cell.name / f"seed{seed}"
     if not scores.finished(workdir):
