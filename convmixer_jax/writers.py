@@ -130,7 +130,10 @@ class Wandb:
 
     Raises UserError if wandb is not set up: no login, or an invalid project.
     """
-    wandb = importlib.import_module("wandb")  # It need not be installed.
+    try:
+      wandb = importlib.import_module("wandb")  # It need not be installed.
+    except Exception as e:  # It may not fit the packages beside it.
+      return self._fail(e)
     config = json.loads(config_json)
     try:
       self._run = wandb.init(

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import struct
+import sys
 
 import jax
 import numpy as np
@@ -201,6 +202,21 @@ def test_wandb_that_is_absent_is_one_line(tmp_path, monkeypatch):
   if spec.origin is None:
     with pytest.raises(UserError, match="pip install wandb"):
       writers.Wandb("x")
+
+
+def test_wandb_that_cannot_be_imported_stops_nothing(
+  tmp_path, monkeypatch, capsys
+):
+  (tmp_path / "wandb").mkdir()
+  (tmp_path / "wandb" / "__init__.py").write_text("raise TypeError('too old')")
+  monkeypatch.syspath_prepend(str(tmp_path))
+  monkeypatch.delitem(sys.modules, "wandb", raising=False)
+  wandb = writers.Wandb("mixers")
+  wandb.start(tmp_path, "an id", "{}")
+  wandb.write({"step": 1, "kind": "train", "loss": 2.0})
+  wandb.finish("finished")
+  err = capsys.readouterr().err
+  assert err.count("warning: --wandb=mixers: too old; training goes on") == 1
 
 
 needs_wandb = pytest.mark.skipif(
