@@ -88,17 +88,16 @@ class Logger:
 
   def _open(self, config_json, changes):
     self._workdir.mkdir(parents=True, exist_ok=True)
-    workdir_lib.write_whole(self._workdir / "config.json", config_json)
     self._starts = workdir_lib.read_starts(self._workdir)
+    if self._wandb:  # First: without a login nothing of a run is written.
+      run_id = self._starts.setdefault("wandb", secrets.token_hex(4))
+      self._wandb.start(self._workdir, run_id, config_json)
+    workdir_lib.write_whole(self._workdir / "config.json", config_json)
     start = _environment() | {"first_step": self._step, "status": "running"}
     if changes:
       start["changes"] = [*changes]
     self._starts["starts"].append(start)
-    if self._wandb:
-      self._starts.setdefault("wandb", secrets.token_hex(4))
     self._write_run()
-    if self._wandb:
-      self._wandb.start(self._workdir, self._starts["wandb"], config_json)
     path = self._workdir / "metrics.jsonl"
     records = workdir_lib.read_metrics(self._workdir)
     records = [r for r in records if r["step"] <= self._step]

@@ -315,3 +315,4 @@ def test_wandb_without_a_login_is_one_line(tmp_path):
   _, err = test_train.finish(process, 2)
   assert err.startswith("error: --wandb=mixers: "), err
   assert err.endswith("WANDB_MODE=offline needs none of it\n"), err
+  assert not (tmp_path / "run" / "config.json").exists()
