@@ -9,6 +9,8 @@ import re
 import sys
 from typing import Any
 
+import jax
+
 from convmixer_jax import interop
 from convmixer_jax.errors import UserError
 
@@ -92,7 +94,8 @@ def compare(
     )
   if trains:
     text += ". The head starts from the weights, not anew"
-  print(f"warning: {UserError(text)}", file=sys.stderr)
+  if jax.process_index() == 0:
+    print(f"warning: {UserError(text)}", file=sys.stderr)
 
 
 def listed(names: Sequence[str]) -> str:

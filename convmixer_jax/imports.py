@@ -66,6 +66,7 @@ def _run_file(path):
 def _frames(error):
   """The frames of the user's code: neither Python's, a library's nor ours."""
   paths = sysconfig.get_paths()
-  others = ("<", os.path.dirname(__file__), paths["stdlib"], paths["purelib"])
+  others = (os.path.dirname(__file__), paths["stdlib"], paths["purelib"])
+  others = ("<", *(os.path.join(folder, "") for folder in others))
   frames = traceback.extract_tb(error.__traceback__)
   return [frame for frame in frames if not frame.filename.startswith(others)]

@@ -120,6 +120,8 @@ def main() -> None:
     name = Path(path).stem + (f"_{variant}" if variant else "")
     own = path.endswith(".json")
     workdir = Path(path).parent if own else f"runs/{name}"
+  if not str(workdir):
+    raise UserError("--workdir: is empty")
   workdir = os.path.expanduser(workdir)
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):
@@ -131,7 +133,6 @@ def main() -> None:
     if flag.value is not None and evaluates:
       raise UserError(f"--{flag.name}={flag.value}: needs --mode train")
   csv_file, profile = _csv_file(), _profiled_updates()
-  wandb = None if _WANDB.value is None else writers.Wandb(_WANDB.value)
   accept = _ACCEPT_CHANGES.value
   session = contextlib.nullcontext()
   if _DISTRIBUTED.value:
@@ -152,6 +153,9 @@ def main() -> None:
     )
   with session:
     if not evaluates:
+      wandb = None
+      if _WANDB.value is not None and jax.process_index() == 0:
+        wandb = writers.Wandb(_WANDB.value)
       train.train_and_evaluate(
         config, workdir, accept_changes=accept, profile=profile, wandb=wandb
       )

@@ -17,6 +17,7 @@ import os
 import jax
 import ml_collections
 import numpy as np
+import tqdm
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
@@ -61,7 +62,8 @@ def _visible_step(draw, num):
 
   0 if none of the first 30 steps does.
   """
-  for step in range(30):
+  text = "looking for a step whose mixing is visible"
+  for step in tqdm.tqdm(range(30), text, leave=False, disable=None):
     second = np.sort(draw(step)[1][:num], axis=1)[:, -2]
     if (second >= 0.2).mean() >= 0.25:
       return step

@@ -80,8 +80,9 @@ class Recipe:
 
     None if its peak, see `peaks.PEAKS`, or the model's FLOPs are unknown. A
     training step is counted as three forward passes (`models.flops`): one, and
-    two for the gradients of the activations and of the weights. What
-    `model.remat` computes again, augmentation and the optimiser do not count.
+    two for the gradients of the activations and of the weights, also of frozen
+    ones. What `model.remat` computes again, augmentation and the optimiser do
+    not count.
     """
     kind = self.mesh.devices.flat[0].device_kind
     dtype = np.dtype(self.model.dtype or np.float32).name

@@ -131,8 +131,8 @@ def train_and_evaluate(
         )
       return state
 
-    # --- 3. Logs and programs. Everything is compiled here, so that no signal
-    # waits for the compiler.
+    # --- 3. Logs and programs. Both steps are compiled here, so that no signal
+    # waits for their compilation.
     logger = logger_lib.Logger(
       workdir,
       config.to_json(indent=2),

@@ -72,13 +72,17 @@ def main() -> None:
   mesh = sharding.make_mesh()
   variables = jax.device_put(variables, sharding.replicated(mesh))
   state = TrainState(step=None, opt_state=(), **variables)
+  prepared, folder = [], _DATA_DIR.value or "TFDS's directory"
+  for name in _SETS_FLAG.value:
+    if tfds.builder(name, data_dir=_DATA_DIR.value).is_prepared():
+      prepared.append(name)
+    else:
+      print(f"left out: {name}: not prepared in {folder}", file=sys.stderr)
+  if not prepared:
+    raise UserError(f"--data_dir: none of the sets is prepared in {folder}")
   print("| set | images | top-1 | top-5 | published top-1 |")
   print("|---|---:|---:|---:|---:|", flush=True)
-  for name in _SETS_FLAG.value:
-    if not tfds.builder(name, data_dir=_DATA_DIR.value).is_prepared():
-      folder = _DATA_DIR.value or "TFDS's directory"
-      print(f"left out: {name}: not prepared in {folder}", file=sys.stderr)
-      continue
+  for name in prepared:
     split = test_sets.TEST_SETS[name.partition("/")[0]].split
     source = sources.open_source(
       name, _DATA_DIR.value, split, config.data.image_size

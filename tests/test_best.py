@@ -245,7 +245,7 @@ def test_a_best_of_other_scores_is_refused(tmp_path):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory):
   root = tmp_path_factory.mktemp("photos")
-  for split in ("train", "val"):
+  for split in ("train", "val", "test"):
     for name in "ab":
       (root / split / name).mkdir(parents=True)
       for i in range(3):
@@ -254,23 +254,24 @@ def photos(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-  ("trained", "scored", "says"),
+  ("name", "trained", "scored", "says"),
   [
-    ("train", "test", "best of many test scores is not a fair score"),
-    ("train[:50%]", "train[50%:]+test[:3]", "best of many test scores"),
-    ("train[:50%]", "train[10%:]", "are in data.train_split=train[:50%];"),
-    ("train[:4]", "train[4:]", ""),
-    ("test+train[:2]", "train[4:]", ""),
-    ("test", "train", "best of many test scores"),
+    ("digits", "train", "test", "best of many test scores is not a fair score"),
+    ("digits", "train[:50%]", "train[50%:]+test[:3]", "best of many"),
+    ("digits", "train[:50%]", "train[10%:]", "are in data.train_split=train"),
+    ("digits", "train[:4]", "train[4:]", ""),
+    ("digits", "test+train[:2]", "train[4:]", ""),
+    ("digits", "test", "train", "best of many test scores"),
+    ("folder", "train", "val", ""),
+    ("folder", "train", "test", "best of many test scores"),
+    ("folder", "train[:50%]", "train[10%:]", "are in data.train_split=train"),
   ],
 )
-@pytest.mark.parametrize("name", ["digits", "folder"])
 def test_an_unfair_choice_is_said(
   tmp_path, photos, name, trained, scored, says
 ):
-  if name == "folder":
-    trained, scored = (x.replace("test", "val") for x in (trained, scored))
-  data = {"data.train_split": trained, "data.eval_split": scored}
+  data = {"data.name": name}
+  data |= {"data.train_split": trained, "data.eval_split": scored}
   config = config_of(**data)
   opened = [
     sources.open_source(name, photos, split, 8) for split in (trained, scored)
@@ -284,3 +285,8 @@ def test_an_unfair_choice_is_said(
     assert f"--config.data.eval_split='{first}[98%:]'" in warning
   off = config_of(keep_best="", **data)
   assert not best.Best(off, tmp_path).warning(*opened)
+
+
+def test_a_folder_called_best_may_be_trained(tmp_path):
+  (tmp_path / "config.json").write_text("{}")  # Something else's.
+  best.Best(config_of(), tmp_path / "best")

@@ -191,7 +191,7 @@ def test_of_many_classes_the_worst_are_shown(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib, "MOST_COUNTED", 20)
   code, out, err = main(*flags, f"--confusion={tmp_path / 'm.csv'}")
   assert code == 2
-  assert err.endswith("the matrix is counted for at most 20 classes\n")
+  assert err.endswith("for at most 20 classes and one label an image\n")
   assert [*json.loads(out.splitlines()[-1])] == [
     "top1", "top5", "loss", "count", "step"
   ]  # fmt: skip

@@ -114,6 +114,7 @@ def test_check_refuses_a_missing_field():
 DIGITS = "--config=configs/digits.py"
 MISTAKES = [
   ([], "--config is missing, and no --workdir holds a run; try"),
+  (["--config=configs/digits.py", "--workdir="], "--workdir: is empty"),
   (["--config=configs/none.py"], "configs/none.py"),
   (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
   ([DIGITS, "--config.batchsize=3"], "batchsize=3: no such field"),

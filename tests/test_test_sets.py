@@ -235,6 +235,9 @@ def test_the_table(made, tmp_path):
   absent = [line.split(": ")[1] for line in err.splitlines()]
   assert absent == ["imagenet2012", "imagenet_sketch"]
   # What is not scored.
+  code, out, err = run(f"--weights={file}", "--sets=imagenet2012")
+  assert (code, out) == (2, "")
+  assert "error: --data_dir: none of the sets is prepared in " in err
   code, _, err = run(f"--weights={file}", "--sets=imagenet_b")
   assert code == 2
   assert "--sets=imagenet_b: unknown" in err
