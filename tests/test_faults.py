@@ -641,7 +641,7 @@ def test_sigkill_at_thirty_moments(tmp_path):
   assert not save_files(killed)
   flags = (*flags, f"--workdir={killed}", "--mode=eval")
   process = common.run_main(*flags, "--config.batch_size=50", devices=4)
-  line, last = finish(process)[0].strip().splitlines()
+  line, *_, last = finish(process)[0].strip().splitlines()
   metrics, expected = json.loads(last), records(killed)[-1]
   assert f"top-1 {expected['top1']:.2f} %" in line
   assert metrics["count"] == 360
