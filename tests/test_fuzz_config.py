@@ -144,6 +144,9 @@ def trace(monkeypatch):
   monkeypatch.setattr(recipe_lib, "build", keep_recipe)
   monkeypatch.setattr(workdir_lib, "locked", stop)
   monkeypatch.setattr(step_lib, "init_state", keep_state)
+  # The data set by default is not on every machine.
+  field = config_lib.FIELDS["data.name"]._replace(default="digits")
+  monkeypatch.setitem(config_lib.FIELDS, "data.name", field)
 
   def run(argv):
     monkeypatch.setattr(sys, "argv", argv)
