@@ -7,8 +7,9 @@ Data: TFDS's imagenet_resized, all of ImageNet-1k at 32 x 32 or 64 x 64 pixels.
 Its classes are in another order than imagenet2012's. The model is the smallest
 of the paper's ImageNet table. Patch 1 at 32 pixels and patch 2 at 64 give the
 32 x 32 locations that patch 7 gives at 224, so an image costs as much as there,
-9.8 GFLOP. The recipe is that of configs/imagenet.py, which has its sources;
-what differs is commented here. Nothing has been trained with it yet.
+9.8 GFLOP. The recipe is that of configs/imagenet.py, which has its sources and
+writes out the defaults too; what differs is commented here. Nothing has been
+trained with it yet.
 """
 
 from convmixer_jax import config as config_lib
@@ -43,21 +44,15 @@ def get_config(variant: str = "32"):
   config.augment.randaugment = "rand-m9-mstd0.5-inc1"
   config.augment.mixup_alpha = 0.5
   config.augment.cutmix_alpha = 0.5
-  config.augment.cutmix_prob = 0.5
   config.augment.mix_group_size = 64
   config.augment.erase_prob = 0.25
-  config.augment.erase_mode = "pixel"
-  config.augment.erase_area = (0.02, 1 / 3)
-  config.augment.erase_aspect = (0.3, 1 / 0.3)
   config.augment.label_smoothing = 0.1
 
   # The batch is the paper's too, so that its learning rate needs no scaling.
   config.optim.learning_rate = 0.01
   config.optim.schedule = "onecycle"
   config.optim.weight_decay = 2e-5
-  config.optim.decay_all = False
   config.optim.eps = 1e-3
-  config.optim.betas = (0.9, 0.999)
   config.optim.clip_norm = 1.0
   config.batch_size = 640
 

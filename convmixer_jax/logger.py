@@ -224,7 +224,9 @@ class Logger:
       if rate := means.get("images_per_second"):
         left = round((self._total - step) * self._batch_size / rate)
         left = datetime.timedelta(seconds=left)
-        speed = f"{rate:.0f} img/s  {wait}  {left} left"
+        each = means["images_per_second_per_device"]
+        each = f" ({each:.0f} a device)" if self._num_devices > 1 else ""
+        speed = f"{rate:.0f} img/s{each}  {wait}  {left} left"
       self.say(f"{done}  {loss}  {speed}")
 
   def log_eval(self, step: int, metrics: Mapping[str, Any] | None) -> None:

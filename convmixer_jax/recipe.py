@@ -147,7 +147,7 @@ class Recipe:
     eval_step = step_lib.make_eval_step(
       self.model,
       augment.make_normalize(data.mean, data.std),
-      getattr(self.data, "subset", None),
+      self.data.subset,
     )
 
     def score(state, batch):

@@ -27,7 +27,8 @@ class TensorBoard:
 
   All go into one file, which replaces those of earlier starts and begins with
   their records. Confusion matrices of at most MOST_DRAWN classes become heat
-  maps. Raises ImportError if tensorboard is not installed.
+  maps, but only those of this start, because metrics.jsonl has none. Raises
+  ImportError if tensorboard is not installed.
   """
 
   MOST_DRAWN = 100

@@ -87,11 +87,11 @@ def test_records_have_rates_and_mfu_where_the_peak_is_known(
   )
   rows = workdir_lib.read_metrics(tmp_path)
   for record in (r for r in rows if r["kind"] == "train"):
-    used = (
-      record["images_per_second_per_device"] * 3 * models.flops(recipe.model, 8)
-    )
+    each = record["images_per_second_per_device"]
+    used = each * 3 * models.flops(recipe.model, 8)
     assert record["mfu"] == pytest.approx(100 * used / 1e9)
-    assert f"img/s  MFU {record['mfu']:.1f} %  data" in capsys.readouterr().out
+    says = f"img/s ({each:.0f} a device)  MFU {record['mfu']:.1f} %  data wait "
+    assert says in capsys.readouterr().out
     break
 
 

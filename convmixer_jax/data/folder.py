@@ -30,12 +30,15 @@ def labelled(
 ) -> tuple[
   Sequence[str], np.ndarray, Sequence[str], Sequence[tuple[str, range]]
 ]:
-  """The image files of a split, their labels, int32, the classes' names, and
-  the ranges of the split; see `splits.parse`.
+  """Lists the labelled image files of a split.
 
   Args:
     directory: ROOT.
     split: in TFDS's notation.
+
+  Returns:
+    The files, their labels, int32, the names of the classes, and the ranges of
+    the split; see `splits.parse`.
 
   Raises:
     UserError: there is no such split, or it is not in folders of classes.

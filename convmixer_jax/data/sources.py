@@ -141,6 +141,7 @@ class Description:
   num_classes: int | None  # None if unknown.
   shape: tuple[int | None, ...]  # Of all images; None where they differ.
   image_size: int  # Of the model's images, in pixels.
+  subset = None  # See `Encoded`.
 
   @property
   def crop_on_device(self) -> bool:
