@@ -4,6 +4,7 @@ import gc
 import os
 from pathlib import Path
 import resource
+import signal
 import tempfile
 
 import pytest
@@ -21,6 +22,8 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
     TF_CPP_MIN_LOG_LEVEL="3",
     TF_ENABLE_ONEDNN_OPTS="0",
   )
+  # A shell's background jobs ignore Ctrl-C, and so would their children.
+  signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):

@@ -491,8 +491,6 @@ def test_a_signal_ends_a_compilation(signum):
     [sys.executable, "-m", "convmixer_jax.plan", "--topology=cpu:2",
      "--config=configs/cifar10.py"],
     cwd=common.ROOT, stdout=write, stderr=write, start_new_session=True,
-    # A shell's background jobs ignore it, and so do their children.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )  # fmt: skip
   os.close(write)
   said = b""
