@@ -12,6 +12,7 @@ import os
 from pathlib import Path
 import platform
 import sys
+import time
 from typing import Any
 
 import jax
@@ -88,30 +89,47 @@ def read_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
 _SAVED = ("finished", "interrupted")  # A status whose last step was saved.
 
 
+class InUse(UserError):
+  """Another process holds the lock; `holder` says which."""
+
+  def __init__(self, workdir: Path, holder: str):
+    super().__init__(f"--workdir={workdir}: in use by {holder}")
+    self.holder = holder
+
+
 @contextlib.contextmanager
 def locked(workdir: str | os.PathLike) -> Iterator[None]:
-  """Creates `workdir` and locks it against other runs.
+  """Creates `workdir` and locks it against other runs, as `lock` does.
 
-  The lock belongs to the process and ends with it, even after SIGKILL. In a run
-  of several processes the first one holds it for all. Raises UserError if
-  `workdir` cannot be written, or another run holds the lock.
+  In a run of several processes the first one holds the lock for all.
   """
-  path = Path(workdir) / "lock"
   if jax.process_index() > 0:
     yield
     return
+  with lock(Path(workdir) / "lock"):
+    yield
+
+
+@contextlib.contextmanager
+def lock(path: Path) -> Iterator[None]:
+  """Creates a file in a workdir, which is created too, and locks it.
+
+  The lock belongs to the process and ends with it, even after SIGKILL. Raises
+  UserError if the file cannot be written, and InUse if another process holds
+  the lock. Does not start jax's devices.
+  """
+  workdir = path.parent
   try:
-    path.parent.mkdir(parents=True, exist_ok=True)
+    workdir.mkdir(parents=True, exist_ok=True)
     # Opened without truncating it: it says which process holds the lock.
     file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+")
   except OSError as e:
     raise UserError(f"--workdir={workdir}: {e.strerror}: {e.filename}") from e
   with file:
     try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      _flock(file)
     except BlockingIOError as e:
-      holder = file.read().strip() or "another process"
-      raise UserError(f"--workdir={workdir}: in use by {holder}") from e
+      raise InUse(workdir, file.read().strip() or "another process") from e
     except OSError as e:
       none = (errno.ENOLCK, errno.ENOTSUP, errno.EINVAL, errno.ENOSYS)
       if e.errno not in none:
@@ -128,9 +146,22 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
     yield
 
 
-def holder(workdir: str | os.PathLike) -> str | None:
-  """The process that holds the lock of `workdir`, in words, or None."""
-  path = Path(workdir) / "lock"
+def _flock(file):
+  """Raises BlockingIOError if another process holds it, OSError otherwise."""
+  for wait in (0.05, 0.1, 0.2, None):
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      if wait is None:
+        raise
+      time.sleep(wait)  # `holder` may be looking.
+    else:
+      return
+
+
+def holder(workdir: str | os.PathLike, name: str = "lock") -> str | None:
+  """The process that holds a lock of `workdir`, in words, or None."""
+  path = Path(workdir) / name
   with contextlib.suppress(OSError), path.open(errors="replace") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

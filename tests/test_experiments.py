@@ -2,6 +2,7 @@ import contextlib
 import csv
 import functools
 import io
+import itertools
 import json
 import os
 import re
@@ -9,7 +10,9 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
+import psutil
 import pytest
 
 from convmixer_jax import config as config_lib
@@ -20,6 +23,7 @@ from experiments import cells as cells_lib
 from experiments import paper
 from experiments import plots
 from experiments import run as run_lib
+from experiments import runs as runs_lib
 from experiments import scores
 from experiments import sweeps
 from experiments import tables
@@ -242,22 +246,22 @@ def test_dry_run_writes_nothing(tmp_path):
   assert code == 0, err
   assert out.endswith("0 runs\n")
   assert not (tmp_path / "root").exists()
-  parts = [run_lib._part("abcdefg", f"{i}/3") for i in (1, 2, 3)]
+  parts = [runs_lib.part("abcdefg", f"{i}/3") for i in (1, 2, 3)]
   assert parts == ["adg", "be", "cf"]
 
 
 def test_the_bar_shows_the_last_record(tmp_path):
   cell = sweeps.get("smoke").cells[0]  # Of four epochs.
-  run = run_lib.Run(cell, 0, tmp_path, "running")
-  assert run_lib._share_done(run) == 0
+  run = runs_lib.Run(cell, 0, tmp_path, "running")
+  assert run.share_done() == 0
   records = [
     {"step": s, "kind": "train", "epoch": s / 20, "loss": 3 - s / 20}
     for s in (20, 40)
   ]
   lines = map(json.dumps, [*records, {"step": 60, "kind": "train"}])
   (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
-  assert run_lib._share_done(run) == 0.5
-  assert run_lib._summary([run]).endswith("p1_k3/seed0 step 40 loss 1.000")
+  assert run.share_done() == 0.5
+  assert runs_lib.summary([run]).endswith("p1_k3/seed0 step 40 loss 1.000")
 
 
 @pytest.mark.slow
@@ -271,9 +275,9 @@ def test_a_sweep_skips_records_and_resumes(tmp_path):
     ),
   ]
   runs = [
-    run_lib.Run(cell, 0, tmp_path / cell.name / "seed0") for cell in cells
+    runs_lib.Run(cell, 0, tmp_path / cell.name / "seed0") for cell in cells
   ]
-  run_lib._run_all(runs, 2, [])
+  run_lib._run_all(runs, [{}, {}])
   assert [run.status for run in runs] == ["finished", "failed"]
   assert "has no images" in (runs[1].workdir / "failed.txt").read_text()
   assert scores.finished(runs[0].workdir)
@@ -305,14 +309,21 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
   command = lambda *args: [sys.executable, "-c", code]
   monkeypatch.setattr(cells_lib.Cell, "command", command)
   cells = sweeps.get("smoke").cells
-  runs = [run_lib.Run(cell, 0, tmp_path / cell.name / "0") for cell in cells]
+  runs = [runs_lib.Run(cell, 0, tmp_path / cell.name / "0") for cell in cells]
   blocked, first, held, second = runs
   blocked.workdir.parent.touch()
   first.workdir.mkdir(parents=True)
   (first.workdir / "log.txt").write_text("of an earlier start\n")
+
+  class Stop(list):
+    """A signal when only the held run is left, for which it would wait."""
+
+    def __len__(self):
+      left = {run.status for run in (blocked, first, second)}
+      return int(left == {"failed"})
+
   with workdir_lib.locked(held.workdir):
-    (held.workdir / "failed.txt").touch()  # And so is that.
-    run_lib._run_all([blocked, first, second, held], 2, [])
+    run_lib._run_all([blocked, first, second, held], [{}, {}], Stop())
   said = "; ".join(f"{run.status}: {run.reason}" for run in runs)
   assert re.fullmatch(
     rf"failed: Not a directory: {blocked.workdir}; failed: {{.*}};"
@@ -328,26 +339,101 @@ def test_runs_at_a_time_share_the_cores(tmp_path, monkeypatch):
   assert not a & b
 
 
-def test_runs_share_the_gpus(tmp_path, monkeypatch):
+def test_processes_share_a_sweep(tmp_path, monkeypatch, capsys):
+  """Runs of another process are not started; those that it leaves are."""
+  monkeypatch.setattr(run_lib, "LOOK_AGAIN", 0.0)
   started = []
-  note = lambda *args, **options: started.append(options)
-  monkeypatch.setattr(subprocess, "Popen", note)
-  two = subprocess.CompletedProcess([], 0, "2\n")
-  monkeypatch.setattr(subprocess, "run", lambda *args, **options: two)
-  for name in ("CUDA_VISIBLE_DEVICES", "XLA_PYTHON_CLIENT_PREALLOCATE"):
-    monkeypatch.delenv(name, raising=False)
-  assert run_lib._gpus() == ["0", "1"]
-  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,6")
-  gpus = run_lib._gpus()
-  run = run_lib.Run(sweeps.get("smoke").cells[0], 0, tmp_path)
-  for jobs in (2, 3):
-    for slot in range(jobs):
-      run_lib._start(run, slot, jobs, gpus)
-  shown = [options["env"]["CUDA_VISIBLE_DEVICES"] for options in started]
-  assert shown == ["4", "6", "4", "6", "4"]
-  shared = ["XLA_PYTHON_CLIENT_PREALLOCATE" in o["env"] for o in started]
-  assert shared == [False, False, True, True, True]
-  assert all(options["start_new_session"] for options in started)
+  note = lambda cell, *args: started.append(cell.name) or ["true"]
+  monkeypatch.setattr(cells_lib.Cell, "command", note)
+  cells = sweeps.get("smoke").cells
+  make = lambda: [
+    runs_lib.Run(c, 0, tmp_path / c.name / "seed0") for c in cells
+  ]
+  a, b, c, d = other = make()
+  for run in (b, c, d):
+    assert run.take()
+  a, b, c, d = mine = make()
+  looks = itertools.count()
+
+  def sleep(seconds):
+    """Between two looks the other process ends one of its runs."""
+    match next(looks):
+      case 1:
+        common.finished_run(tmp_path / "ready", cells[1], 0, 95.0)
+        done = tmp_path / "ready" / cells[1].name / "seed0"
+        for file in done.iterdir():
+          file.rename(b.workdir / file.name)
+        other[1].release()
+      case 2:
+        (c.workdir / "failed.txt").write_text("exit code 1: no: disk\n")
+        other[2].release()
+      case 3:
+        other[3].release()  # It was lost.
+
+    time.sleep(0.05)
+
+  clock = types.SimpleNamespace(sleep=sleep, monotonic=time.monotonic)
+  monkeypatch.setattr(run_lib, "time", clock)
+  run_lib._run_all(mine, [{}, {}])
+  assert started == [a.cell.name, d.cell.name]
+  assert [r.status for r in mine] == ["failed", "finished", "failed", "failed"]
+  assert c.reason == "no: disk"
+  out = capsys.readouterr().out
+  assert out.count("running elsewhere: process ") == 3
+  # The next start tries them again, and nothing else.
+  started.clear()
+  run_lib._run_all(make(), [{}])
+  assert started == [a.cell.name, c.cell.name, d.cell.name]
+
+
+def test_the_runner_takes_no_device(tmp_path, monkeypatch):
+  """Its runs need them, and fail here; it does not."""
+  monkeypatch.setenv("JAX_PLATFORMS", "none_of_this_name")
+  command = ("smoke", f"--root={tmp_path}", "--only=1/8")
+  process = common.run_main(*command, module="experiments.run")
+  out, err = process.communicate(timeout=120)
+  assert process.returncode == 1
+  assert out.endswith("\n1 failed\n"), err
+  assert "none_of_this_name" in err
+
+
+@pytest.mark.slow
+def test_a_host_continues_the_runs_of_one_that_is_lost(tmp_path):
+  (tmp_path / "two.py").write_text("""
+from experiments.cells import Cell
+from experiments.sweeps import Sweep
+small = {"model.dim": 8, "model.depth": 1, "epochs": 30, "save_every": 50}
+TWO = Sweep("?", [Cell(x, "configs/digits.py", small) for x in "ab"], (0, 1))
+""")
+  command = (f"{tmp_path}/two.py:TWO", f"--root={tmp_path}")
+  lost = common.run_main(*command, module="experiments.run")
+  log = tmp_path / "TWO" / "a" / "seed0" / "log.txt"
+  deadline = time.time() + 120
+  while not (log.exists() and "\nstep 10" in log.read_text()):
+    assert time.time() < deadline
+    time.sleep(0.1)
+  other = common.run_main(*command, module="experiments.run")
+  log_b = tmp_path / "TWO" / "b" / "seed0" / "log.txt"
+  while not log_b.exists():
+    assert time.time() < deadline
+    time.sleep(0.1)
+  shown = common.call("experiments.run", *command, "--watch")[1]
+  assert len(re.findall(r"running  .* process \d+ on ", shown)) == 2
+  assert shown.endswith("\n2 running, 2 waiting\n")
+  children = psutil.Process(lost.pid).children(recursive=True)
+  for process in (lost, *children):
+    process.kill()
+  lost.communicate()
+  out, err = other.communicate(timeout=300)
+  assert other.returncode == 0, out + err
+  assert f"a/seed0: running elsewhere: process {lost.pid} on " in out
+  assert out.endswith("\n4 finished\n")
+  starts = {}
+  for path in (tmp_path / "TWO").glob("*/*/run.json"):
+    found = json.loads(path.read_text())["starts"]
+    starts[path.parent.parent.name + path.parent.name] = len(found)
+  assert starts == {"aseed0": 2, "aseed1": 1, "bseed0": 1, "bseed1": 1}
+  assert "resuming" in log.read_text()
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGHUP, None])
