@@ -14,7 +14,7 @@ DEV = Path("/dev")
 
 # Number of chips of a host -> their columns, rows and layers; as in
 # jax._src.test_multiprocess.
-_BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
+BOUNDS = {1: "1,1,1", 2: "1,2,1", 4: "2,2,1", 8: "2,4,1"}
 _FIRST_PORT = 8476
 
 
@@ -92,7 +92,7 @@ def share(
   if not groups:
     text = f"this host has {len(ids)} {kind}"
     raise UserError(f"--devices_per_run={each}: {text}")
-  if tpu and each not in _BOUNDS:
+  if tpu and each not in BOUNDS:
     raise UserError(f"--devices_per_run={each}: must be 1, 2, 4 or 8 TPU chips")
   if tpu and not all(map(str.isdecimal, ids)):
     text = f"TPU_VISIBLE_CHIPS={','.join(ids)}: must be numbers, as in 0,1"
@@ -120,8 +120,8 @@ def _tpu_environment(ids):
   port = _FIRST_PORT + int(ids[0])
   return {
     "TPU_VISIBLE_CHIPS": ",".join(ids),
-    "TPU_CHIPS_PER_PROCESS_BOUNDS": _BOUNDS[len(ids)],
-    "TPU_PROCESS_BOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_PROCESSBOUNDS": BOUNDS[len(ids)],
+    "TPU_PROCESSBOUNDS": "1,1,1",
     "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
     "TPU_PROCESS_PORT": str(port),
     "CLOUD_TPU_TASK_ID": "0",

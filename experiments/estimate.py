@@ -1,14 +1,20 @@
 """Estimates what a sweep will take, without training."""
 
 from collections.abc import Sequence
+import heapq
+import math
+import re
 import time
 
 import jax
 import numpy as np
 
+from convmixer_jax import plan
 from convmixer_jax import recipe
 from convmixer_jax.errors import UserError
+from convmixer_jax.plan import topology
 from experiments import cells
+from experiments import devices
 from experiments import runs as runs_lib
 
 
@@ -36,6 +42,84 @@ def print_hours(runs: Sequence[runs_lib.Run]) -> None:
     f"about {total:.2g} hours to go, one run at a time, at {speed / 1e9:.3g}"
     f" GFLOP/s in training ({measured})"
   )
+
+
+def print_hours_on(
+  runs: Sequence[runs_lib.Run],
+  where: str,
+  devices_per_run: int,
+  dollars: float | None,
+) -> None:
+  """Prints the hours on the devices of a topology, as `plan` says them.
+
+  Args:
+    runs: those that are finished count as done.
+    where: as in `plan.topology.open_topology`.
+    devices_per_run: runs are trained side by side, each by so many.
+    dollars: price of a device for an hour.
+
+  Raises:
+    UserError: there is no such topology, its devices' speed is unknown, or they
+      are too few or too small for a run.
+  """
+  if topology.open_topology(where)[0].device_kind not in topology.CHIPS:
+    raise UserError(f"--topology={where}: their speed is not known")
+  kind, _, shape = where.partition(":")
+  sizes = [int(n) for n in re.findall(r"\d+", shape)]
+  at_a_time = math.prod(sizes) // devices_per_run
+  bounds = devices.BOUNDS.get(devices_per_run)
+  if "x" not in shape:
+    part = f"{kind}:{devices_per_run}"
+  elif bounds:
+    part = f"{kind}:{'x'.join(bounds.split(',')[: len(sizes)])}"
+  else:
+    text = "must be 1, 2, 4 or 8 TPU chips"
+    raise UserError(f"--devices_per_run={devices_per_run}: {text}")
+  if not at_a_time:
+    text = f"--topology={where} has fewer devices"
+    raise UserError(f"--devices_per_run={devices_per_run}: {text}")
+  found = topology.open_topology(part)
+  costs = {run.cell.name: _costs(run.cell) for run in runs}
+  width = max(len(run.name) for run in runs)
+  print(f"{'':{width}}  parameters  GFLOP/image  epochs     hours a run")
+  print(f"{'run':{width}}{'':33}at best  estimate", flush=True)
+  hours: dict[str, tuple[float, float]] = {}
+  totals = [[0.0] * at_a_time, [0.0] * at_a_time]
+  for run in runs:
+    name = run.cell.name
+    if name not in hours:
+      hours[name] = _planned(run.cell, found)
+    for ends, length in zip(totals, hours[name]):
+      if run.status != "finished":  # It goes where one ends first.
+        heapq.heapreplace(ends, ends[0] + length)
+    parameters, flops = costs[name]
+    print(
+      f"{run.name:{width}}{parameters:12,}{flops / 1e9:13.3g}{run.epochs:8}"
+      + "".join(f"{length:10.2g}" for length in hours[name])
+      + ("  finished" if run.status == "finished" else ""),
+      flush=True,
+    )
+  best, estimate = map(max, totals)
+  print(
+    f"{where}, {devices_per_run} for each run, {at_a_time} runs at a time:"
+    f" {best:.2g} hours at best, {estimate:.2g} by the compiler's estimate,"
+    " without compilation and evaluation"
+  )
+  if dollars is not None:
+    each = dollars * math.prod(sizes)
+    print(f"${best * each:,.2f} to ${estimate * each:,.2f} for all devices")
+
+
+def _planned(cell, found):
+  """Hours of a run: at best, and by the compiler's estimate."""
+  result = plan.plan(cell.resolve(0), found, cell.data)
+  if not result["fits"]:
+    raise UserError(
+      f"{cell.name}: needs more memory than the devices have; see python -m"
+      " convmixer_jax.plan"
+    )
+  best = result["hours"]["at_best"]
+  return best, result["hours"].get("compiler_estimate", best)
 
 
 def _costs(cell: cells.Cell):

@@ -2,6 +2,8 @@
 
   python -m experiments.run smoke --root runs
   python -m experiments.run cifar10_ablation --root runs --dry_run
+  python -m experiments.run patch_kernel --root runs --dry_run \\
+      --topology v5e:16x16 --dollars_per_chip_hour 1.2
   python -m experiments.run patch_kernel --root runs --only 3/16
   python -m experiments.run my_sweeps.py:WIDTHS --root runs
   python -m experiments.run smoke --root runs --watch
@@ -49,6 +51,17 @@ _DRY_RUN = _FLAGS.boolean(
   "Train nothing; print the runs with parameters, FLOPs and estimated hours,"
   " from the speed of a training step on this machine: --dry_run.",
 )
+_TOPOLOGY = _FLAGS.string(
+  "topology",
+  "With --dry_run: hours on other devices, as in convmixer_jax.plan, which need"
+  " not be here: --topology v5e:16x16.",
+)
+_DOLLARS = _FLAGS.number(
+  "dollars_per_chip_hour",
+  "With --topology: price of a device, for the cost: --dollars_per_chip_hour"
+  " 1.2.",
+  lower_bound=0.0,
+)
 _WATCH = _FLAGS.boolean(
   "watch",
   "Train nothing; show where each run is and which process trains it, again and"
@@ -81,8 +94,15 @@ def main(*names: str) -> None:
   print(f"{sweep.name}: {sweep.about} {len(runs)} runs")
   if not runs:  # More parts than runs.
     return
+  for flag, other in ((_TOPOLOGY, _DRY_RUN), (_DOLLARS, _TOPOLOGY)):
+    if flag.value is not None and not other.value:
+      raise UserError(f"--{flag.name}={flag.value}: needs --{other.name}")
   if _WATCH.value:
     _watch(runs)
+    return
+  if _DRY_RUN.value and _TOPOLOGY.value is not None:
+    each = _DEVICES_PER_RUN.value or 1
+    estimate.print_hours_on(runs, _TOPOLOGY.value, each, _DOLLARS.value)
     return
   if _DRY_RUN.value:
     estimate.print_hours(runs)

@@ -140,3 +140,17 @@ def test_libtpu_understands(each):
     assert "NOT_FOUND: TPU initialization failed" in start(env).stderr
   wrong = start(env | {"TPU_CHIPS_PER_PROCESS_BOUNDS": "1,1"}).stderr
   assert "Illegal value '1,1'" in wrong
+
+
+@pytest.mark.skipif(not LIBTPU.exists(), reason="needs libtpu")
+def test_topologies_of_a_run():
+  code = """
+from convmixer_jax.plan import topology
+for name in "v5e:1x1 v5e:1x2 v6e:2x2 v5e:2x4 v5p:1x2x1 v4:1x1x1".split():
+  print(name, len(topology.open_topology(name)))
+"""
+  done = subprocess.run(
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  )
+  found = [line.split()[-1] for line in done.stdout.splitlines()]
+  assert found == ["1", "2", "4", "8", "2", "1"]

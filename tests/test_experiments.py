@@ -20,6 +20,7 @@ from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import cells as cells_lib
+from experiments import estimate as estimate_lib
 from experiments import paper
 from experiments import plots
 from experiments import run as run_lib
@@ -248,6 +249,65 @@ def test_dry_run_writes_nothing(tmp_path):
   assert not (tmp_path / "root").exists()
   parts = [runs_lib.part("abcdefg", f"{i}/3") for i in (1, 2, 3)]
   assert parts == ["adg", "be", "cf"]
+
+
+@pytest.mark.parametrize(
+  ("args", "says"),
+  [
+    (["--topology=v5e:4x4"], "needs --dry_run"),
+    (["--dry_run", "--dollars_per_chip_hour=1"], "needs --topology"),
+    (["--dry_run", "--topology=cpu:4"], "their speed is not known"),
+    (["--dry_run", "--topology=h100"], "as in h100:8"),
+  ],
+)
+def test_mistakes_of_a_dry_run(args, says):
+  process = common.run_main(
+    "smoke", "--root=x", *args, module="experiments.run"
+  )
+  err = process.communicate(timeout=60)[1]
+  assert process.returncode == 2
+  assert says in err
+
+
+@pytest.mark.parametrize(
+  ("each", "part", "best", "estimate"),
+  [(1, "v5e:1x1", 3.0, 6.0), (2, "v5e:1x2", 5.0, 10.0),
+   (8, "v5e:2x4", 15.0, 30.0)],
+)  # fmt: skip
+def test_hours_on_a_pod(
+  tmp_path, monkeypatch, capsys, each, part, best, estimate
+):
+  """Runs of 1, 2, 2 and 3 hours at best side by side; one is finished."""
+  opened = []
+  chip = types.SimpleNamespace(device_kind="TPU v5 lite")
+  note = lambda name: opened.append(name) or [chip]
+  monkeypatch.setattr(estimate_lib.topology, "open_topology", note)
+  lengths = {"p1_k3": 1.0, "p1_k5": 2.0, "p2_k3": 2.0, "p2_k5": 3.0}
+  sweep = sweeps.get("smoke")
+  names = [cell.name for cell in sweep.cells]
+
+  def plan(config, devices, data):
+    assert data.size == 1437
+    patch, kernel = config.model.patch_size, config.model.kernel_size
+    best = lengths[f"p{patch}_k{kernel}"]
+    hours = {"at_best": best, "compiler_estimate": 2 * best}
+    return {"fits": True, "hours": hours}
+
+  monkeypatch.setattr(estimate_lib.plan, "plan", plan)
+  make = lambda cell, seed: runs_lib.Run(
+    cell, seed, tmp_path / cell.name / f"seed{seed}"
+  )
+  common.finished_run(tmp_path, sweep.cells[0], 1, 95.0)
+  runs = [make(*run) for run in sweep.runs()]
+  assert len(runs) == 8
+  assert names == [*lengths]
+  estimate_lib.print_hours_on(runs, "v5e:2x4", each, 1.5)
+  out = capsys.readouterr().out
+  assert opened == ["v5e:2x4", part]
+  assert f": {best:.2g} hours at best, {estimate:.2g} by" in out
+  assert out.endswith(f"${12 * best:,.2f} to ${12 * estimate:,.2f}"
+                      " for all devices\n")  # fmt: skip
+  assert out.count("  finished\n") == 1
 
 
 def test_the_bar_shows_the_last_record(tmp_path):
