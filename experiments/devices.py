@@ -120,8 +120,8 @@ def _tpu_environment(ids):
   port = _FIRST_PORT + int(ids[0])
   return {
     "TPU_VISIBLE_CHIPS": ",".join(ids),
-    "TPU_CHIPS_PER_PROCESSBOUNDS": BOUNDS[len(ids)],
-    "TPU_PROCESSBOUNDS": "1,1,1",
+    "TPU_CHIPS_PER_PROCESS_BOUNDS": BOUNDS[len(ids)],
+    "TPU_PROCESS_BOUNDS": "1,1,1",
     "TPU_PROCESS_ADDRESSES": f"localhost:{port}",
     "TPU_PROCESS_PORT": str(port),
     "CLOUD_TPU_TASK_ID": "0",

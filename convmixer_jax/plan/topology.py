@@ -109,7 +109,7 @@ def open_topology(name: str | None) -> Sequence[Any]:
   options = {"chip_config_name": "megacore"} if kind == "v4" else {}
   if count < 4:  # By default a host has 2x2 chips.
     bounds = [int(n) for n in shape.split("x")]
-    options["chips_per_host_bounds"] = (bounds + [1, 1])[:3]
+    options["chips_per_host_bounds"] = [*bounds, 1, 1][:3]
   try:
     return topologies.get_topology_desc(name, platform="tpu", **options).devices
   except (jax.errors.JaxRuntimeError, ValueError) as e:
