@@ -349,8 +349,10 @@ def test_a_sweep_skips_records_and_resumes(tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("name", "cells"), [("patch_kernel_small", 9), ("architectures_small", 6)]
-)
+  ("name", "cells"),
+  [("patch_kernel_small", 9), ("architectures_small", 6),
+   ("cifar10_ablation_small", 10)],
+)  # fmt: skip
 def test_committed_results_are_whole(name, cells):
   results, problems = scores.collect(
     sweeps.get(name), common.ROOT / "experiments" / "results" / name
