@@ -48,10 +48,8 @@ def find() -> Devices:
 
 def _tpu_chips():
   """Looks for device files: libtpu would keep the chips that it finds."""
-  platforms = os.environ.get("JAX_PLATFORMS", "")
-  if "tpu" not in (platforms or "tpu") or not importlib.util.find_spec(
-    "libtpu"
-  ):
+  allowed = "tpu" in (os.environ.get("JAX_PLATFORMS") or "tpu")
+  if not allowed or not importlib.util.find_spec("libtpu"):
     return ()
   # v2 to v4, and later TPUs. Linux has /dev/accel/ for other accelerators.
   for pattern, name in (("accel*", r"accel\d+"), ("vfio/*", r"\d+")):
