@@ -70,7 +70,7 @@ _WATCH = _FLAGS.boolean(
 _JOBS = _FLAGS.positive(
   "jobs",
   "Runs at a time: --jobs 4. They share the GPUs, or split the CPU's cores."
-  " Default: one per GPU or TPU chip, or one.",
+  " Default: one per GPU or TPU chip, or one on a CPU.",
 )
 _DEVICES_PER_RUN = _FLAGS.positive(
   "devices_per_run",
@@ -178,29 +178,28 @@ def _say(text):
 def _start_next(waiting, slot, shares, bar):
   """Starts the first run that no other process trains, and returns it.
 
-  Removes it from `waiting`, and those that have ended. Returns None if all
-  others are trained elsewhere.
+  Removes it from `waiting`, and those before it that have ended. Returns None
+  if other processes train all of `waiting`.
   """
   for run in [*waiting]:
     before = run.status
     try:
       if run.take():
-        waiting.remove(run)
         _start(run, slot, shares)
-        if bar.disable:
-          _say(f"{run.name}: started; output in {run.workdir}/log.txt")
-        return run
     except (OSError, UserError) as e:
       run.release()
-      run.status = "failed"
-      run.reason = str(e)
+      run.status, run.reason = "failed", str(e)
       if isinstance(e, OSError):
         run.reason = f"{e.strerror}: {e.filename or run.workdir}"
-    if run.status != before:
-      elsewhere = run.status == "running elsewhere"
-      _say(f"{run.name}: {run.status}{f': {run.reason}' * elsewhere}")
-    if run.status in ("finished", "failed") and run in waiting:
+    elsewhere = run.status == "running elsewhere"
+    if not elsewhere:
       waiting.remove(run)
+    if run.status == "running":
+      if bar.disable:
+        _say(f"{run.name}: started; output in {run.workdir}/log.txt")
+      return run
+    if run.status != before:
+      _say(f"{run.name}: {run.status}{f': {run.reason}' * elsewhere}")
   return None
 
 
@@ -245,7 +244,7 @@ def _ended(run, stopping):
 
 
 def _watch(runs):
-  """Prints where the runs are; on a terminal until all have ended."""
+  """Prints where the runs are; on a terminal until all are finished."""
   while True:
     rows = [("run", "status", "step", "loss", "top-1 %", "last record", "")]
     for run in runs:

@@ -58,10 +58,14 @@ class Run:
     except OSError:
       return None
 
+  def _holder(self):
+    """The process that trains the run, or is about to; or ''."""
+    holders = (workdir_lib.holder(self.workdir, x) for x in ("lock", _CLAIM))
+    return next(filter(None, holders), "")
+
   def look(self) -> None:
     """Sets `status` and `reason` of a run that other processes train."""
-    holders = (workdir_lib.holder(self.workdir, x) for x in ("lock", _CLAIM))
-    self.reason = next(filter(None, holders), "")
+    self.reason = self._holder()
     if scores.finished(self.workdir):
       self.status = "finished"
     elif self.reason:
@@ -80,9 +84,10 @@ class Run:
     of its name, UserError if it cannot be written.
     """
     self.workdir.mkdir(parents=True, exist_ok=True)
+    holder = self._holder()
     try:
-      self.claim.enter_context(workdir_lib.lock(self.workdir / _CLAIM))
-      holder = workdir_lib.holder(self.workdir)  # Started by no runner.
+      if not holder:
+        self.claim.enter_context(workdir_lib.lock(self.workdir / _CLAIM))
     except workdir_lib.InUse as e:
       holder = e.holder
     if holder:

@@ -22,7 +22,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:  # The workers inherit all this.
     TF_CPP_MIN_LOG_LEVEL="3",
     TF_ENABLE_ONEDNN_OPTS="0",
   )
-  # A shell's background jobs ignore Ctrl-C, and so would their children.
+  # A shell's background jobs ignore Ctrl-C, and so do their children.
   signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

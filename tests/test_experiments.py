@@ -223,6 +223,12 @@ def test_costs_of_unknown_classes_are_unknown(tmp_path):
     (["smoke", "--root=README.md"], "Not a directory"),
     (["smoke", "--root=x", "--only=5/4"], "--only=5/4: must be I/N"),
     ([], "give one of smoke"),
+    (["smoke", "--root=x", "--topology=v5e:4x4"], "needs --dry_run"),
+    (
+      ["smoke", "--root=x", "--dry_run", "--dollars_per_chip_hour=1"],
+      "needs --topology",
+    ),
+    (["smoke", "--root=x", "--dry_run", "--topology=h100"], "as in h100:8"),
   ],
 )
 def test_mistakes_get_one_line(args, says):
@@ -251,22 +257,12 @@ def test_dry_run_writes_nothing(tmp_path):
   assert parts == ["adg", "be", "cf"]
 
 
-@pytest.mark.parametrize(
-  ("args", "says"),
-  [
-    (["--topology=v5e:4x4"], "needs --dry_run"),
-    (["--dry_run", "--dollars_per_chip_hour=1"], "needs --topology"),
-    (["--dry_run", "--topology=cpu:4"], "their speed is not known"),
-    (["--dry_run", "--topology=h100"], "as in h100:8"),
-  ],
-)
-def test_mistakes_of_a_dry_run(args, says):
-  process = common.run_main(
-    "smoke", "--root=x", *args, module="experiments.run"
-  )
+def test_hours_on_devices_of_unknown_speed(tmp_path):
+  args = ("smoke", f"--root={tmp_path}", "--dry_run", "--topology=cpu:4")
+  process = common.run_main(*args, module="experiments.run")
   err = process.communicate(timeout=60)[1]
   assert process.returncode == 2
-  assert says in err
+  assert err == "error: --topology=cpu:4: their speed is not known\n"
 
 
 @pytest.mark.parametrize(
@@ -519,6 +515,7 @@ def test_a_signal_while_a_run_starts_is_not_lost(tmp_path, monkeypatch, signum):
   signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
   handlers = {s: signal.getsignal(s) for s in signals}
   args = ("smoke", f"--root={tmp_path}", "--jobs=3", "--only=2/3")
+  signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup ignores it.
   try:
     code, out, err = common.call("experiments.run", *args)
   finally:
