@@ -119,7 +119,8 @@ def evaluate_checkpoint(
   free += config_lib.FREE_FIELDS
   if changes := workdir_lib.config_changes(config, workdir, free):
     raise UserError(
-      f"{workdir} holds a run of another config: {'; '.join(changes.values())}"
+      f"{workdir} holds a run of another config: {'; '.join(changes.values())}."
+      f" Pass --config {workdir}/config.json to start from its own"
     )
   step = checkpoint.latest_step(workdir)
   if step is None and config.init_from is None:

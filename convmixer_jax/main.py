@@ -87,8 +87,8 @@ _ACCEPT_CHANGES = _FLAGS.boolean(
 )
 _PROFILE = _FLAGS.string(
   "profile",
-  "Write a trace of the updates after START are done and until STOP are to"
-  " WORKDIR/profile, for TensorBoard and Perfetto: --profile 100:110.",
+  "Write a trace of updates START+1 to STOP to WORKDIR/profile, for TensorBoard"
+  " and Perfetto: --profile 100:110.",
 )
 _WANDB = _FLAGS.string(
   "wandb",
@@ -107,7 +107,12 @@ def main() -> None:
   """Runs what the flags say; see --help."""
   config, workdir = _CONFIG.value, _WORKDIR.value
   if config is None:
-    if not workdir or not Path(workdir).expanduser().is_dir():
+    if workdir and not Path(workdir).expanduser().is_dir():
+      raise UserError(
+        f"--workdir={workdir}: holds no run to go on with; pass --config to"
+        " start one"
+      )
+    if not workdir:
       raise UserError(
         "--config is missing, and no --workdir holds a run; try python -m"
         " convmixer_jax.main --config configs/digits.py, which takes seconds,"

@@ -12,6 +12,7 @@ import numpy as np
 from convmixer_jax import plan
 from convmixer_jax import recipe
 from convmixer_jax.errors import UserError
+from convmixer_jax.plan import report
 from convmixer_jax.plan import topology
 from experiments import cells
 from experiments import devices
@@ -19,7 +20,7 @@ from experiments import runs as runs_lib
 
 
 def print_hours(runs: Sequence[runs_lib.Run]) -> None:
-  """Prints parameters, FLOPs and hours, from the speed of a step here.
+  """Prints parameters, FLOPs and times, from the speed of a step here.
 
   Raises UserError if the data are not here.
   """
@@ -27,7 +28,7 @@ def print_hours(runs: Sequence[runs_lib.Run]) -> None:
   smallest = min(runs, key=lambda run: costs[run.name][1])
   speed, measured = _measured_speed(smallest.cell, costs[smallest.name][1])
   width = max(len(run.name) for run in runs)
-  print(f"{'run':{width}}  parameters  GFLOP/image  epochs   hours")
+  print(f"{'run':{width}}  parameters  GFLOP/image  epochs{'time':>14}")
   total = 0.0
   for run in runs:
     parameters, flops = costs[run.name]
@@ -35,12 +36,13 @@ def print_hours(runs: Sequence[runs_lib.Run]) -> None:
     total += hours * (run.status != "finished")
     print(
       f"{run.name:{width}}{parameters:12,}"
-      f"{flops / 1e9:13.3g}{run.epochs:8}{hours:8.2g}"
+      f"{flops / 1e9:13.3g}{run.epochs:8}{report.long_time(hours):>14}"
       + ("  finished" if run.status == "finished" else "")
     )
   print(
-    f"about {total:.2g} hours to go, one run at a time, at {speed / 1e9:.3g}"
-    f" GFLOP/s in training ({measured})"
+    f"about {report.long_time(total)} to go, one run at a time, at"
+    f" {speed / 1e9:.3g} GFLOP/s in training ({measured}), without start,"
+    " compilation and evaluation"
   )
 
 
@@ -50,7 +52,7 @@ def print_hours_on(
   devices_per_run: int,
   dollars: float | None,
 ) -> None:
-  """Prints the hours on the devices of a topology, as `plan` says them.
+  """Prints the times on the devices of a topology, as `plan` says them.
 
   Args:
     runs: those that are finished count as done.
@@ -81,8 +83,8 @@ def print_hours_on(
   found = topology.open_topology(part)
   costs = {run.cell.name: _costs(run.cell) for run in runs}
   width = max(len(run.name) for run in runs)
-  print(f"{'':{width}}  parameters  GFLOP/image  epochs     hours a run")
-  print(f"{'run':{width}}{'':33}at best  estimate", flush=True)
+  heads = f"{'at best':>14}{'estimate':>14}"
+  print(f"{'run':{width}}  parameters  GFLOP/image  epochs{heads}", flush=True)
   hours: dict[str, tuple[float, float]] = {}
   totals = [[0.0] * at_a_time, [0.0] * at_a_time]
   for run in runs:
@@ -95,15 +97,15 @@ def print_hours_on(
     parameters, flops = costs[name]
     print(
       f"{run.name:{width}}{parameters:12,}{flops / 1e9:13.3g}{run.epochs:8}"
-      + "".join(f"{length:10.2g}" for length in hours[name])
+      + "".join(f"{report.long_time(x):>14}" for x in hours[name])
       + ("  finished" if run.status == "finished" else ""),
       flush=True,
     )
   best, estimate = map(max, totals)
   print(
     f"{where}, {devices_per_run} for each run, {at_a_time} runs at a time:"
-    f" {best:.2g} hours at best, {estimate:.2g} by the compiler's estimate,"
-    " without compilation and evaluation"
+    f" {report.long_time(best)} at best, {report.long_time(estimate)} by the"
+    " compiler's estimate, without start, compilation and evaluation"
   )
   if dollars is not None:
     each = dollars * math.prod(sizes)

@@ -22,6 +22,7 @@ if that host is lost, another continues it.
 import contextlib
 import os
 from pathlib import Path
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,12 +49,12 @@ _ONLY = _FLAGS.string(
 )
 _DRY_RUN = _FLAGS.boolean(
   "dry_run",
-  "Train nothing; print the runs with parameters, FLOPs and estimated hours,"
+  "Train nothing; print the runs with parameters, FLOPs and estimated times,"
   " from the speed of a training step on this machine: --dry_run.",
 )
 _TOPOLOGY = _FLAGS.string(
   "topology",
-  "With --dry_run: hours on other devices, as in convmixer_jax.plan, which need"
+  "With --dry_run: times on other devices, as in convmixer_jax.plan, which need"
   " not be here: --topology v5e:16x16.",
 )
 _DOLLARS = _FLAGS.number(
@@ -64,13 +65,13 @@ _DOLLARS = _FLAGS.number(
 )
 _WATCH = _FLAGS.boolean(
   "watch",
-  "Train nothing; show where each run is and which process trains it, again and"
-  " again until all are finished. Once if the output is no terminal: --watch.",
+  "Train nothing; show where each run is and which process trains it: --watch."
+  " On a terminal again and again, until each run is finished or has failed.",
 )
 _JOBS = _FLAGS.positive(
   "jobs",
-  "Runs at a time: --jobs 4. They share the GPUs, or split the CPU's cores."
-  " Default: one per GPU or TPU chip, or one on a CPU.",
+  "Runs at a time: --jobs 4. More runs than GPUs share them; on a CPU the runs"
+  " divide the cores. Default: one per GPU or TPU chip, or one on a CPU.",
 )
 _DEVICES_PER_RUN = _FLAGS.positive(
   "devices_per_run",
@@ -97,7 +98,10 @@ def main(*names: str) -> None:
   for flag, other in ((_TOPOLOGY, _DRY_RUN), (_DOLLARS, _TOPOLOGY)):
     if flag.value is not None and not other.value:
       raise UserError(f"--{flag.name}={flag.value}: needs --{other.name}")
+  if _WATCH.value and _DRY_RUN.value:
+    raise UserError("--watch, --dry_run: give one of the two")
   if _WATCH.value:
+    scores.locate(names, _ROOT.value)
     _watch(runs)
     return
   if _DRY_RUN.value and _TOPOLOGY.value is not None:
@@ -107,11 +111,11 @@ def main(*names: str) -> None:
   if _DRY_RUN.value:
     estimate.print_hours(runs)
     return
+  shares = devices.share(devices.find(), _JOBS.value, _DEVICES_PER_RUN.value)
   try:
     root.mkdir(parents=True, exist_ok=True)
   except OSError as e:
     raise UserError(f"--root={_ROOT.value}: {e.strerror}") from e
-  shares = devices.share(devices.find(), _JOBS.value, _DEVICES_PER_RUN.value)
   received = []
   for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     # Background jobs of a shell ignore SIGINT. nohup is to ignore SIGHUP.
@@ -191,15 +195,14 @@ def _start_next(waiting, slot, shares, bar):
       run.status, run.reason = "failed", str(e)
       if isinstance(e, OSError):
         run.reason = f"{e.strerror}: {e.filename or run.workdir}"
-    elsewhere = run.status == "running elsewhere"
-    if not elsewhere:
+    if run.status != "running elsewhere":
       waiting.remove(run)
     if run.status == "running":
       if bar.disable:
         _say(f"{run.name}: started; output in {run.workdir}/log.txt")
       return run
     if run.status != before:
-      _say(f"{run.name}: {run.status}{f': {run.reason}' * elsewhere}")
+      _say(f"{run.name}: {run.status}{_why(run)}")
   return None
 
 
@@ -225,7 +228,9 @@ def _start(run, slot, shares):
 
 def _ended(run, stopping):
   code = run.process.returncode
-  if code == 0 and scores.finished(run.workdir):
+  # Whatever the code: a signal may come after the last record, and a process
+  # of a runner that was killed may have trained it.
+  if scores.finished(run.workdir):
     run.status = "finished"
   # The second one ends it before there is anything to save.
   elif stopping and code in (128 + signal.SIGTERM, -signal.SIGTERM):
@@ -240,22 +245,33 @@ def _ended(run, stopping):
   run.release()
   evals = run.records("eval", "top1")
   score = f"  top-1 {evals[-1]['top1']:.2f} %" if evals else ""
-  _say(f"{run.name}: {run.status}{score}")
+  _say(f"{run.name}: {run.status}{_why(run)}{score}")
+
+
+def _why(run):
+  return f": {run.reason}" if run.reason else ""
 
 
 def _watch(runs):
-  """Prints where the runs are; on a terminal until all are finished."""
+  """Prints where the runs are; on a terminal until all have ended.
+
+  If they are more than the terminal has lines, only those that have begun and
+  not finished.
+  """
   while True:
-    rows = [("run", "status", "step", "loss", "top-1 %", "last record", "")]
+    rows = [("run", "status", "step", "loss", "top-1 %", "last record",
+             "process, or why it failed")]  # fmt: skip
+    terminal = sys.stdout.isatty()
+    brief = terminal and len(runs) + 3 > shutil.get_terminal_size().lines
     for run in runs:
       run.look()
-      rows.append((run.name, run.status, *run.progress(), run.reason))
+      if not brief or run.status not in ("finished", "waiting"):
+        rows.append((run.name, run.status, *run.progress(), run.reason))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     text = "\n".join([*lines, runs_lib.counts(runs)])
-    again = sys.stdout.isatty() and any(
-      run.status != "finished" for run in runs
-    )
+    ended = ("finished", "failed")
+    again = terminal and any(run.status not in ended for run in runs)
     # From the first line of an empty screen.
     print("\033[H\033[2J" * again + text, flush=True)
     if not again:

@@ -123,7 +123,7 @@ class Run:
       str(last.get("step", "")),
       f"{train[-1]['loss']:.3f}" if train else "",
       f"{evals[-1]['top1']:.2f}" if evals else "",
-      str(last.get("time", "")),
+      str(last.get("time", "")).replace("T", " "),
     )
 
   def last_line(self) -> str:

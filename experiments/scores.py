@@ -127,7 +127,12 @@ def _num_classes(cell, workdirs):
 
 def _problem(cell, seed, workdir):
   """Why a run is left out, or ''."""
+  failed = workdir / "failed.txt"
   try:
+    if failed.exists() and not finished(workdir):
+      return failed.read_text("utf-8", "replace").strip()
+    if not (workdir / "config.json").exists():
+      return "has not begun"
     theirs = json.loads((workdir / "config.json").read_text("utf-8"))
     wanted = json.loads(cell.resolve(seed).to_json())
   except (OSError, ValueError) as e:

@@ -303,10 +303,9 @@ def get(*names: str) -> Sweep:
   Raises:
     UserError: no such sweep, or a cell with an invalid config.
   """
+  known = f"{', '.join(SWEEPS)}, or FILE.py:NAME of your own"
   if len(names) != 1:
-    raise UserError(
-      f"SWEEP: give one of {', '.join(SWEEPS)}, or FILE.py:NAME of your own"
-    )
+    raise UserError(f"SWEEP: give one of {known}")
   (name,) = names
   if ":" in name:
     sweep = _own(name)
@@ -314,9 +313,7 @@ def get(*names: str) -> Sweep:
     sweep = dataclasses.replace(SWEEPS[name], name=name)
   else:
     near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
-    raise UserError(
-      f"{name}: no such sweep; nearest is {near}; known are {', '.join(SWEEPS)}"
-    )
+    raise UserError(f"{name}: no such sweep; nearest is {near}; known: {known}")
   for cell, seed in sweep.runs():
     try:
       config_lib.check(cell.resolve(seed), num_devices=1)

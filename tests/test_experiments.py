@@ -224,6 +224,10 @@ def test_costs_of_unknown_classes_are_unknown(tmp_path):
     (["smoke", "--root=x", "--only=5/4"], "--only=5/4: must be I/N"),
     ([], "give one of smoke"),
     (["smoke", "--root=x", "--topology=v5e:4x4"], "needs --dry_run"),
+    (["smoke", "--root=x", "--watch"], "--root=x: has no folder smoke; run"),
+    (["smoke", "--root=x", "--watch", "--dry_run"], "give one of the two"),
+    (["sweeps.py", "--root=x"], "FILE.py:NAME of your own"),
+    (["smoke", "--root=x", "--devices_per_run=2"], "no GPU or TPU was found"),
     (
       ["smoke", "--root=x", "--dry_run", "--dollars_per_chip_hour=1"],
       "needs --topology",
@@ -247,7 +251,7 @@ def test_dry_run_writes_nothing(tmp_path):
   assert "p1_k5/seed0" in out
   assert "p1_k3" not in out
   assert "25,354" in out
-  assert "hours to go" in out
+  assert " seconds to go, one run at a time, at " in out
   # More parts than runs are no mistake.
   code, out, err = common.call("experiments.run", *args, "--only=20/20")
   assert code == 0, err
@@ -300,7 +304,7 @@ def test_hours_on_a_pod(
   estimate_lib.print_hours_on(runs, "v5e:2x4", each, 1.5)
   out = capsys.readouterr().out
   assert opened == ["v5e:2x4", part]
-  assert f": {best:.2g} hours at best, {estimate:.2g} by" in out
+  assert f": {best} hours at best, {estimate} hours by the" in out
   assert out.endswith(f"${12 * best:,.2f} to ${12 * estimate:,.2f}"
                       " for all devices\n")  # fmt: skip
   assert out.count("  finished\n") == 1
@@ -444,6 +448,51 @@ def test_processes_share_a_sweep(tmp_path, monkeypatch, capsys):
   assert started == [a.cell.name, c.cell.name, d.cell.name]
 
 
+@pytest.mark.parametrize("code", ["143", "2"])
+def test_a_run_that_is_finished_is_no_failure(tmp_path, monkeypatch, code):
+  """Whatever its process says: a signal came late, or another trained it."""
+  monkeypatch.setattr(
+    cells_lib.Cell, "command", lambda *args: ["sh", "-c", f"exit {code}"]
+  )
+  cell = sweeps.get("smoke").cells[0]
+  run = runs_lib.Run(cell, 0, tmp_path / cell.name / "seed0")
+  assert run.take()
+  run_lib._start(run, 0, [{}])
+  run.process.wait()
+  (run.workdir / "log.txt").unlink()
+  files = common.finished_run(tmp_path / "ready", cell, 0, 95.0)
+  for file in files.iterdir():
+    file.rename(run.workdir / file.name)
+  run_lib._ended(run, stopping=code == "143")
+  assert run.status == "finished"
+  assert not (run.workdir / "failed.txt").exists()
+
+
+def test_watch_of_many_runs_on_a_small_terminal(tmp_path, monkeypatch, capsys):
+  cells = sweeps.get("smoke").cells
+  workdirs = [tmp_path / cell.name / "seed0" for cell in cells]
+  common.finished_run(tmp_path, cells[0], 0, 95.0)
+  workdirs[1].mkdir(parents=True)
+  (workdirs[1] / "failed.txt").write_text("exit code 1: no: disk\n")
+  runs = [runs_lib.Run(c, 0, w) for c, w in zip(cells, workdirs)]
+  size = os.terminal_size((80, 6))
+  monkeypatch.setattr(run_lib.shutil, "get_terminal_size", lambda: size)
+  monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+
+  def end(seconds):
+    for cell in cells[2:]:
+      common.finished_run(tmp_path, cell, 0, 96.0)
+
+  monkeypatch.setattr(run_lib.time, "sleep", end)
+  run_lib._watch(runs)
+  shown = capsys.readouterr().out.split("\033[H\033[2J")[1]
+  _, first, last = shown.split("run ")
+  _, failed, counts = first.splitlines()
+  assert failed.split() == ["p1_k5/seed0", "failed", "no:", "disk"]
+  assert counts == "1 finished, 1 failed, 2 waiting"
+  assert last.endswith("\n3 finished, 1 failed\n")
+
+
 def test_the_runner_takes_no_device(tmp_path, monkeypatch):
   """Its runs need them, and fail here; it does not."""
   monkeypatch.setenv("JAX_PLATFORMS", "none_of_this_name")
@@ -565,7 +614,7 @@ def test_a_log_ends_with_what_failed_and_the_counts(tmp_path, monkeypatch):
     f"a/seed0: started; output in {a}/log.txt",
     "a/seed0: finished  top-1 95.00 %",
     f"b/seed0: started; output in {b}/log.txt",
-    "b/seed0: failed",
+    "b/seed0: failed: why",
     f"failed: {b}: why",
     "1 finished, 1 failed",
   ]

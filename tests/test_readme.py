@@ -35,14 +35,30 @@ PYTHON = [
 ]
 
 
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+  """With a run, and with the model of one's own that training.md shows."""
+  folder = tmp_path_factory.mktemp("checkout")
+  for path in common.ROOT.iterdir():
+    if path.name != "runs":
+      (folder / path.name).symlink_to(path)
+  (folder / "runs" / "mine").mkdir(parents=True)
+  config = common.load_config("configs/folder.py")
+  (folder / "runs" / "mine" / "config.json").write_text(config.to_json())
+  model = next(code for _, code in PYTHON if "VARIANTS" in code)
+  (folder / "my_model.py").write_text(model)
+  return folder
+
+
 def test_all_are_found():
   assert len(COMMANDS) >= 40
   assert len(PYTHON) >= 2
 
 
 @pytest.mark.parametrize(("module", "command"), sorted(set(COMMANDS)))
-def test_commands_parse(module, command, monkeypatch):
+def test_commands_parse(module, command, checkout, monkeypatch):
   """Flags known, overrides of the right type, and a config that may run."""
+  monkeypatch.chdir(checkout)
   argv = [module, *shlex.split(command)]
   monkeypatch.setattr("sys.argv", argv)  # Overrides are looked for there.
   path = common.ROOT / module.replace(".", "/")

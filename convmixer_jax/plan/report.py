@@ -64,7 +64,7 @@ def report(result: dict[str, Any]) -> str:
   rate = result["batch_size"] / seconds["at_best"]
   lines.append(
     f"at best: {_duration(seconds['at_best'])} a step, {rate:,.0f} images/s;"
-    f" the run, {run}: {_long(hours['at_best'])}"
+    f" the run, {run}: {long_time(hours['at_best'])}"
   )
   for name in ("arithmetic", "memory", "interconnect"):
     row(name, _duration(seconds[name]))
@@ -72,7 +72,7 @@ def report(result: dict[str, Any]) -> str:
     lines.append(
       "by the compiler's own estimates:"
       f" {_duration(seconds['compiler_estimate'])} a step; the run:"
-      f" {_long(hours['compiler_estimate'])}"
+      f" {long_time(hours['compiler_estimate'])}"
     )
     if seconds.get("kernels"):
       row("kernels, by their schedule", _duration(seconds["kernels"]))
@@ -104,9 +104,9 @@ def _duration(seconds):
   return f"{seconds * 1000**power:.3g} {('s', 'ms', 'us')[power]}"
 
 
-def _long(hours):
+def long_time(hours: float) -> str:
   """0.05 -> '3.0 minutes'."""
   for factor, unit in ((1, "hours"), (60, "minutes")):
     if factor * hours >= 1:
-      return f"{factor * hours:.1f} {unit}"
+      return f"{factor * hours:,.1f} {unit}"
   return f"{3600 * hours:.1f} seconds"

@@ -94,8 +94,9 @@ def open_topology(name: str | None) -> Sequence[Any]:
     os.environ.setdefault("TPU_LIBRARY_PATH", str(apart))
   if not installed and "TPU_LIBRARY_PATH" not in os.environ:
     raise UserError(
-      f"--topology={name}: needs libtpu, which is not installed; run pip"
-      f' install "jax[tpu]=={jax.__version__}"'
+      f"--topology={name}: needs libtpu, which is not installed; run make"
+      " .venv/dev, or on a machine with a TPU pip install"
+      f' "jax[tpu]=={jax.__version__}"'
     )
   # libtpu must not look for a chip to lock, ask a host about it, or write logs.
   os.environ.update(
