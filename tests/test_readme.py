@@ -14,6 +14,7 @@ from PIL import Image
 import pytest
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import models
 from convmixer_jax import weights
 from tests import common
 
@@ -59,6 +60,7 @@ def test_all_are_found():
 def test_commands_parse(module, command, checkout, monkeypatch):
   """Flags known, overrides of the right type, and a config that may run."""
   monkeypatch.chdir(checkout)
+  monkeypatch.setattr(models, "_OWN", {})  # A process keeps what it imports.
   argv = [module, *shlex.split(command)]
   monkeypatch.setattr("sys.argv", argv)  # Overrides are looked for there.
   path = common.ROOT / module.replace(".", "/")

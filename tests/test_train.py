@@ -470,7 +470,10 @@ def test_init_from_a_run(unbroken, tmp_path, monkeypatch, portable):
 def test_evaluation_refuses_another_model(unbroken, portable):
   config = common.digits_config(**TEN_STEPS)
   config.model.activation, config.data.std = "relu", (0.5, 0.5, 0.5)
-  says = r"data\.std is .*; model\.activation is None there and relu here$"
+  says = (
+    r"data\.std is .*; model\.activation is None there and relu here\. Pass"
+    r" --config .*/config\.json to start from its own$"
+  )
   with pytest.raises(UserError, match=says):
     evaluate.evaluate_checkpoint(config, unbroken[0])
   # Where and how it is scored is free.
