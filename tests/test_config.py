@@ -113,7 +113,8 @@ def test_check_refuses_a_missing_field():
 # Command lines, and what the one line of error must say.
 DIGITS = "--config=configs/digits.py"
 MISTAKES = [
-  ([], "--config is missing, and no --workdir holds a run; try"),
+  ([], "holds no run to go on with; pass --config to start one"),
+  (["--workdir="], "--config is missing, and no --workdir holds a run; try"),
   (["--config=configs/digits.py", "--workdir="], "--workdir: is empty"),
   (["--config=configs/none.py"], "configs/none.py"),
   (["--config=configs/imagenet.py:99"], "1536_20, 768_32, 1024_20"),
