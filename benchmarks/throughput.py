@@ -153,7 +153,7 @@ def _implementations():
   """Name of a row -> the implementation of our operations in it."""
   names = _IMPLEMENTATION.value
   if names == ["all"]:
-    auto = native.chosen("auto", jnp.float32)
+    auto = native.chosen("auto", _FLAGS["dtype"].value)
     names = [
       "auto",
       *(n for n in benchmarks.implementations_here() if n != auto),

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import json
 import os
 import re
 import shutil
@@ -233,6 +234,43 @@ def test_compiles_for_a_gpu():
   assert not re.search(
     r"bf16\[64,32,32,256\]\S* (copy|transpose)", result.stdout
   )
+
+
+@pytest.mark.parametrize(
+  ("capability", "dtype", "k", "ours"),
+  [
+    ("9.0", jnp.bfloat16, 5, True),
+    ("9.0", jnp.bfloat16, 9, True),
+    ("9.0", jnp.bfloat16, 3, False),
+    ("9.0", jnp.float32, 9, False),
+    ("8.0", jnp.bfloat16, 9, False),
+  ],
+)
+def test_auto_takes_what_was_measured_to_be_faster(
+  monkeypatch, capability, dtype, k, ours
+):
+  device = mock.Mock(compute_capability=capability)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  monkeypatch.setattr(cuda, "available", lambda: True)
+  monkeypatch.setattr(cuda, "ptx", lambda kernel: kernel.name)
+  jax.clear_caches()
+  x, kernel = jnp.zeros((8, 6, 6, 16), dtype), jnp.zeros((k, k, 16), dtype)
+  op = jax.jit(ops.depthwise_conv)
+  lowered = op.trace(x, kernel).lower(lowering_platforms=("cuda",))
+  assert ("xla.gpu.ptx" in lowered.as_text()) == ours
+  chosen = ops.chosen(None, dtype)
+  assert chosen == ("cuda" if ours or k == 3 else "xla")
+
+
+def test_auto_is_as_fast_as_the_measurement_says():
+  path = common.ROOT / "benchmarks/results/implementations_h200.json"
+  rows = json.loads(path.read_text("utf-8"))["rows"]
+  sizes = {row["k"] for row in rows}
+  assert min(sizes) == cuda.FASTER_FROM["9.0"]
+  for row in rows:
+    others = {"xla", "banded"} & row.keys()
+    assert row["cuda"]["greatest"] < min(row[n]["least"] for n in others)
 
 
 def test_the_implementation_cuda(monkeypatch):

@@ -23,6 +23,10 @@ from convmixer_jax.ops import partition
 
 MAX_KERNEL_SIZE = 15
 
+# Compute capability -> the smallest kernels for which depthwise.cu was measured
+# to be faster than XLA: benchmarks/results/implementations_h200.json.
+FASTER_FROM = {"9.0": 5}
+
 _SOURCE = Path(__file__).with_name("depthwise.cu")
 _THREADS = 256
 # The most shared memory of a block of threads, on the smallest of these cards.
@@ -50,8 +54,7 @@ def available() -> bool:
   A warning says why depthwise.cu cannot be compiled.
   """
   if jax.default_backend() == "gpu":
-    for device in jax.local_devices():
-      capability = str(getattr(device, "compute_capability", ""))
+    for capability in _capabilities():
       if not re.fullmatch(r"([89]|\d\d+)\.\d+", capability):
         return False
   try:
@@ -66,6 +69,20 @@ def available() -> bool:
       next((line for line in lines if "error" in line), lines[0]),
     )
     return False
+
+
+def faster_from() -> int | None:
+  """The smallest k with which 'auto' takes these kernels on the GPUs here.
+
+  None if they were not measured to be faster on one of these.
+  """
+  sizes = [FASTER_FROM.get(capability) for capability in _capabilities()]
+  return None if None in sizes else max(sizes)
+
+
+def _capabilities():
+  devices = jax.local_devices()
+  return [str(getattr(d, "compute_capability", "")) for d in devices]
 
 
 def supported(

@@ -41,13 +41,13 @@ def depthwise_conv(
         as 'auto'. `BatchNorm` then fuses more with them in training. They have
         not run on a TPU yet.
       'cuda': depthwise.cu on NVIDIA's GPUs, where it can be compiled and
-        `cuda.supported`; otherwise as 'auto'. It has not run on a GPU yet.
-      'auto' or None: 'native' on CPUs, 'xla' on other platforms. The platform
-        that the program is compiled for decides, never the shape:
-        of 14 shapes, 'native' has the fastest gradients in all. Its forward
-        pass takes 3 times as long as 'shift' with one channel, 1.3 times as
-        long as 'xla' with k = 1, and at most 1.08 times as long as the fastest
-        otherwise (benchmarks/results/implementations.json).
+        `cuda.supported`; otherwise 'xla'. On other platforms as 'auto'.
+      'auto' or None: 'native' on CPUs. On GPUs 'cuda' where it was measured to
+        be faster, `cuda.FASTER_FROM`, otherwise 'xla'. On TPUs 'xla'. On CPUs
+        the shape does not matter: of 14, 'native' has the fastest gradients in
+        all. Its forward pass takes 3 times as long as 'shift' with one channel,
+        1.3 times as long as 'xla' with k = 1, and at most 1.08 times as long as
+        the fastest otherwise (benchmarks/results/implementations.json).
 
   Returns:
     [B, H, W, C], of x's dtype.
@@ -66,7 +66,10 @@ def depthwise_conv(
       "depthwise_conv takes x [B, H, W, C] and kernel [k, k, C] of one dtype,"
       f" not {x.dtype}{x.shape} and {kernel.dtype}{kernel.shape}"
     )
-  return _depthwise(implementation or "auto", x, kernel)
+  implementation = implementation or "auto"
+  if implementation == "auto" and native.chosen("auto", x.dtype) == "cuda":
+    implementation = "cuda" if len(kernel) >= cuda.faster_from() else "xla"
+  return _depthwise(implementation, x, kernel)
 
 
 def _same_padding(k: int) -> tuple[int, int]:

@@ -105,6 +105,9 @@ def chosen(implementation: str | None, dtype: Any) -> str:
   'pallas' and 'cuda', single shapes may not be supported.
   """
   platform = jax.default_backend()
+  if implementation in (None, "auto") and platform == "gpu":
+    if jnp.dtype(dtype) == jnp.bfloat16 and cuda.faster_from() is not None:
+      implementation = "cuda"
   if implementation in ("xla", "shift", "banded"):
     return implementation
   if (implementation, platform) == ("pallas", "tpu") and tpu.available():
@@ -181,7 +184,7 @@ def dispatch(
       # A new function each time: JAX would return what it traced of the same
       # one for another mesh. `plan` traces it on machines without TPUs.
       platforms["tpu"] = lambda *args: others[implementation](*args)
-    if choice == "cuda" and choice in others:
+    if implementation == choice == "cuda" and choice in others:
       platforms["cuda"] = others[choice]
     return jax.lax.platform_dependent(*args, **platforms, default=xla)
   functions = {"native": native, "shift": shift, **others}
