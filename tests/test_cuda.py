@@ -19,6 +19,7 @@ from convmixer_jax import ops
 from convmixer_jax.ops import build
 from convmixer_jax.ops import cuda
 from convmixer_jax.ops import nvrtc
+from convmixer_jax.ops import partition
 from tests import common
 from tests import test_ops
 from tests import test_plan
@@ -42,7 +43,7 @@ def cache(tmp_path_factory):
 
 
 def needs_nvrtc():
-  if not cuda.available():
+  if not cuda._compiles():
     pytest.skip("NVRTC is not installed: depthwise.cu is not compiled")
 
 
@@ -155,18 +156,25 @@ def test_supported():
   assert not supported((70000, 32, 32, 64), 9)
 
 
+def use_gpu(monkeypatch, capability):
+  """Programs are traced for a GPU."""
+  gpu = mock.Mock(platform="gpu", compute_capability=capability)
+  monkeypatch.setattr(partition, "device", lambda: gpu)
+
+
 def test_without_nvrtc_says_so_once(monkeypatch, caplog):
   def missing():
     raise OSError("libnvrtc.so is not installed")
 
   monkeypatch.setattr(nvrtc, "_library", missing)
-  cuda.available.cache_clear()
+  use_gpu(monkeypatch, "9.0")
+  cuda._compiles.cache_clear()
   cuda.ptx.cache_clear()
   try:
     assert not cuda.available()
     assert not cuda.available()
   finally:
-    cuda.available.cache_clear()
+    cuda._compiles.cache_clear()
   (record,) = [r for r in caplog.records if "depthwise.cu" in r.message]
   assert "libnvrtc.so is not installed" in record.message
   assert "pip install" in record.message
@@ -178,14 +186,12 @@ def test_without_nvrtc_says_so_once(monkeypatch, caplog):
 )
 def test_needs_compute_capability_8(monkeypatch, capability, new):
   needs_nvrtc()
-  device = mock.Mock(compute_capability=capability)
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(jax, "local_devices", lambda: [device])
-  cuda.available.cache_clear()
+  use_gpu(monkeypatch, capability)
+  cuda._compiles.cache_clear()
   try:
     assert cuda.available() == new
   finally:
-    cuda.available.cache_clear()
+    cuda._compiles.cache_clear()
 
 
 def test_ptx_is_cached_and_damage_is_found(monkeypatch, tmp_path):
@@ -249,9 +255,7 @@ def test_compiles_for_a_gpu():
 def test_auto_takes_what_was_measured_to_be_faster(
   monkeypatch, capability, dtype, k, ours
 ):
-  device = mock.Mock(compute_capability=capability)
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(jax, "local_devices", lambda: [device])
+  use_gpu(monkeypatch, capability)
   monkeypatch.setattr(cuda, "available", lambda: True)
   monkeypatch.setattr(cuda, "ptx", lambda kernel: kernel.name)
   jax.clear_caches()
@@ -284,7 +288,7 @@ def test_the_implementation_cuda(monkeypatch):
     return lowered.as_text().count("xla.gpu.ptx")
 
   assert calls(jnp.bfloat16) == 0
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  use_gpu(monkeypatch, "8.0")
   monkeypatch.setattr(cuda, "available", lambda: True)
   monkeypatch.setattr(cuda, "ptx", lambda kernel: kernel.name)
   jax.clear_caches()

@@ -8,6 +8,7 @@ from pathlib import Path
 import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import flax.linen as nn
 import jax
@@ -21,6 +22,7 @@ from convmixer_jax import sharding
 from convmixer_jax.models import layers
 from convmixer_jax.ops import build
 from convmixer_jax.ops import native
+from convmixer_jax.ops import partition
 from tests import common
 
 needs_compiler = pytest.mark.skipif(
@@ -234,7 +236,8 @@ def test_what_is_chosen(monkeypatch):
   assert ops.chosen("xla", jnp.float32) == "xla"
   with ops.portable():
     assert ops.chosen("native", jnp.float32) == "shift"
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  gpu = mock.Mock(platform="gpu", compute_capability="8.0")
+  monkeypatch.setattr(partition, "device", lambda: gpu)
   assert ops.chosen(None, jnp.float32) == "xla"
   assert ops.chosen("native", jnp.float32) == "native"
 

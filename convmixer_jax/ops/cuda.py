@@ -46,17 +46,18 @@ class Kernel(NamedTuple):
   num_bytes: int  # Of shared memory.
 
 
-@functools.cache
 def available() -> bool:
-  """Whether NVRTC and GPUs of compute capability 8.0 or later are there.
+  """Whether `partition.device()` can run these kernels, and NVRTC is there.
 
-  Programs can be compiled for GPUs that are not there, so no GPU will do too.
-  A warning says why depthwise.cu cannot be compiled.
+  That is a GPU of compute capability 8.0 or later. A warning says why
+  depthwise.cu cannot be compiled.
   """
-  if jax.default_backend() == "gpu":
-    for capability in _capabilities():
-      if not re.fullmatch(r"([89]|\d\d+)\.\d+", capability):
-        return False
+  new_enough = re.fullmatch(r"([89]|\d\d+)\.\d+", _capability())
+  return new_enough is not None and _compiles()
+
+
+@functools.cache
+def _compiles():
   try:
     ptx(convolve_kernel((1, 4, 4, 8), 1, flip=False))
     return True
@@ -72,17 +73,15 @@ def available() -> bool:
 
 
 def faster_from() -> int | None:
-  """The smallest k with which 'auto' takes these kernels on the GPUs here.
+  """The smallest k with which 'auto' takes these kernels on this GPU.
 
-  None if they were not measured to be faster on one of these.
+  None if they were not measured to be faster on one like `partition.device()`.
   """
-  sizes = [FASTER_FROM.get(capability) for capability in _capabilities()]
-  return None if None in sizes else max(sizes)
+  return FASTER_FROM.get(_capability())
 
 
-def _capabilities():
-  devices = jax.local_devices()
-  return [str(getattr(d, "compute_capability", "")) for d in devices]
+def _capability():
+  return str(getattr(partition.device(), "compute_capability", ""))
 
 
 def supported(

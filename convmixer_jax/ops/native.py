@@ -99,12 +99,12 @@ def _target(name: str) -> str:
 
 
 def chosen(implementation: str | None, dtype: Any) -> str:
-  """What `dispatch` runs on the default backend: one of its functions' names.
+  """What `dispatch` runs on `partition.device()`: one of its functions' names.
 
   For arrays of this dtype and an `implementation` as in `depthwise_conv`. Of
   'pallas' and 'cuda', single shapes may not be supported.
   """
-  platform = jax.default_backend()
+  platform = partition.device().platform
   if implementation in (None, "auto") and platform == "gpu":
     if jnp.dtype(dtype) == jnp.bfloat16 and cuda.faster_from() is not None:
       implementation = "cuda"
