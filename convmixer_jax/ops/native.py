@@ -105,9 +105,9 @@ def chosen(implementation: str | None, dtype: Any) -> str:
   'pallas' and 'cuda', single shapes may not be supported.
   """
   platform = partition.device().platform
-  if implementation in (None, "auto") and platform == "gpu":
-    if jnp.dtype(dtype) == jnp.bfloat16 and cuda.faster_from() is not None:
-      implementation = "cuda"
+  auto = implementation in (None, "auto") and jnp.dtype(dtype) == jnp.bfloat16
+  if auto and platform == "gpu" and cuda.faster_from() is not None:
+    implementation = "cuda"
   if implementation in ("xla", "shift", "banded"):
     return implementation
   if (implementation, platform) == ("pallas", "tpu") and tpu.available():

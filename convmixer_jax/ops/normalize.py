@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from convmixer_jax.ops import derivative
 from convmixer_jax.ops import native
+from convmixer_jax.ops import partition
 from convmixer_jax.ops import tpu
 from convmixer_jax.ops.depthwise import depthwise_conv
 from convmixer_jax.ops.pointwise import pointwise_conv
@@ -151,11 +152,9 @@ def _groups_tangent(static, args, tangents):
 
 def _groups_backward(static, args, kept, grads):
   x, bias, scale, _, residual, center = args
-  # A TPU's kernel computes the gradient.
-  one_pass = static[0][0] == "pallas"
-  p, q, r, grad_scale, grad_offset = _input_grad_factors(
-    static, x, bias, scale, kept, grads, one_pass
-  )
+  one_pass = static[0][0] == "pallas" or partition.on_gpu()
+  factors = _input_grad_factors(static, x, bias, scale, kept, grads, one_pass)
+  p, q, r, grad_scale, grad_offset = factors
   grad_x, grad_bias = input_grad(static[0], x, bias, p, q, r, grads[0])
   return (
     grad_x,
@@ -287,20 +286,30 @@ def _dispatch(static, name, plain, *args, **attributes):
   )
 
 
+def _apart(x):
+  """x for a pass of its own, whose activation no other pass shares.
+
+  XLA for GPUs would write it in float32: it takes erf for slower than memory.
+  """
+  return lax.optimization_barrier(x) if partition.on_gpu() else x
+
+
 def moments(static, x, bias, center=None):
   """Mean and sum of squared differences from it of act(x + bias): [B, C].
 
-  With `center` [C], which should be near the means, XLA needs one pass instead
-  of two, and does it with the operation that computes x.
+  With a number near the mean, XLA needs one pass instead of two. On GPUs that
+  is the mean of the first row, otherwise `center` [C] if it is given.
   """
 
   def plain(act, x, bias):
-    a = act(native.widened(x) + bias)
-    if center is not None:
-      a -= center
+    activated = lambda x: act(native.widened(x) + bias)
+    a = activated(_apart(x))
+    near = activated(x[:, :1]).mean((1, 2)) if partition.on_gpu() else center
+    if near is not None:
+      a -= near[..., None, None, :]
       total, squares = a.sum((1, 2)), (a * a).sum((1, 2))
       mean = total / (x.shape[1] * x.shape[2])
-      return mean + center, jnp.maximum(squares - total * mean, 0)
+      return mean + near, jnp.maximum(squares - total * mean, 0)
     mean = a.mean((1, 2), keepdims=True)
     return mean[:, 0, 0], jnp.square(a - mean).sum((1, 2))
 
@@ -316,7 +325,7 @@ def _grad_sums(static, x, bias, mean, grad, one_pass=False):
 
   def plain(act, x, bias, mean, grad):
     grad = native.widened(grad)
-    centred = act(native.widened(x) + bias) - mean[:, None, None]
+    centred = act(native.widened(_apart(x)) + bias) - mean[:, None, None]
     if one_pass:
       zeros = jnp.zeros((2,), grad.dtype)
       add = lambda a, b: (a[0] + b[0], a[1] + b[1])
@@ -330,9 +339,12 @@ def input_grad(static, x, bias, p, q, r, grad):
   """(p * grad + q * act(x + bias) + r) * act'(x + bias), and sums: [B, C]."""
 
   def plain(act, x, bias, p, q, r, grad):
-    a, vjp = jax.vjp(act, native.widened(x) + bias)
+    a, vjp = jax.vjp(act, native.widened(_apart(x)) + bias)
     p, q, r = (v[:, None, None] for v in (p, q, r))
     (grad_x,) = vjp(native.widened(grad) * p + a * q + r)
-    return grad_x.astype(x.dtype), grad_x.sum((1, 2))
+    result = grad_x.astype(x.dtype)
+    if partition.on_gpu():  # XLA would write it in float32 too.
+      grad_x = native.widened(_apart(result))
+    return result, grad_x.sum((1, 2))
 
   return _dispatch(static, "input_grad", plain, x, bias, p, q, r, grad)

@@ -35,6 +35,11 @@ def device() -> Any:
   return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
+def on_gpu() -> bool:
+  """Whether the program being traced is for GPUs."""
+  return device().platform == "gpu"
+
+
 def on_shards(rule: str, function: Callable[..., Any]) -> Callable[..., Any]:
   """Like `over_images`, for TPUs, whose compiler has no custom_partitioning.
 
