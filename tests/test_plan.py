@@ -664,6 +664,26 @@ def test_a_gpu_program(scan):
 
 @gpu
 @pytest.mark.slow
+def test_a_gpu_program_with_our_kernels():
+  """Each GPU runs them on its own images."""
+  code, out, err = run_plan(
+    "--topology=h100:8",
+    "--config.batch_size=64",
+    "--config.model.depth=2",
+    "--config.model.kernel_size=5",
+    "--config.model.dtype=bfloat16",
+    "--json",
+  )
+  assert code == 0, err
+  result = json.loads(out)
+  assert {c["kind"] for c in result["collectives"]} == {"all-reduce"}
+  # Some gradients are exchanged in bfloat16.
+  parameters = result["memory_split_bytes"]["parameters"]
+  assert parameters / 2 < bytes_by_cause(result)["gradients"] <= parameters
+
+
+@gpu
+@pytest.mark.slow
 @pytest.mark.parametrize("name", topology.gpus.GPUS)
 def test_one_gpu_exchanges_nothing(name):
   code, out, err = run_plan(f"--topology={name}:1")

@@ -136,12 +136,12 @@ def gradients(
     grad: [B, H, W, C].
 
   Returns:
-    The gradients of x and of kernel.
+    The gradients of x, and of kernel in float32.
   """
   k = kernel.shape[0]
   call = grad_kernel(x.shape, k)
   parts = jax.ShapeDtypeStruct((call.grid[1], *kernel.shape), jnp.float32)
-  sums = _launch(call, parts, x, grad).sum(0).astype(kernel.dtype)
+  sums = _launch(call, parts, x, grad).sum(0)
   return _convolve(grad, kernel, flip=True), sums
 
 
@@ -243,7 +243,7 @@ def conv_vjp(
   """`gradients`."""
   split = partition.by_device
   grad_x, sums = _conv_vjp(split(x), kernel, split(grad))
-  return grad_x.reshape(x.shape), sums.sum(0)
+  return grad_x.reshape(x.shape), sums.sum(0).astype(kernel.dtype)
 
 
 def _gradients_of_parts(x, kernel, grad):

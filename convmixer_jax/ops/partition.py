@@ -70,7 +70,9 @@ def by_device(x: jax.Array) -> jax.Array:
 
   Each device sums its own images, and XLA adds the sums.
   """
-  parts = math.gcd(len(x), jax.device_count())
+  mesh = _mesh.get()
+  count = jax.device_count() if mesh is None else mesh.size
+  parts = math.gcd(len(x), count)
   return x.reshape(parts, len(x) // parts, *x.shape[1:])
 
 
