@@ -173,13 +173,13 @@ describe() {
     command+=(${overrides[@]+"${overrides[@]}"})
     ;;
   *)
-    limit=100
-    [[ $part != 1536_20_train ]] || limit=140
+    limit=150
+    [[ $part != 1536_20_train ]] || limit=200
     local model=convmixer_${part%_*}
     [[ $model != convmixer_1024_20 ]] || model+=_ks9_p14
     [[ -z $tiny ]] || model=convmixer_128_4
     command=(benchmarks.throughput --model "$model" "${sizes[@]}" --mode "${part##*_}"
-      --dtype bfloat16 --implementation all --against available --repeats "$repeats")
+      --dtype bfloat16 --against available --repeats "$repeats")
     ;;
   esac
   [[ $part == cifar10_* ]] || command+=(--json --out "$out/$part.json")
