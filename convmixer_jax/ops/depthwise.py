@@ -67,8 +67,9 @@ def depthwise_conv(
       f" not {x.dtype}{x.shape} and {kernel.dtype}{kernel.shape}"
     )
   implementation = implementation or "auto"
-  if implementation == "auto" and native.chosen("auto", x.dtype) == "cuda":
-    implementation = "cuda" if len(kernel) >= cuda.faster_from() else "xla"
+  ours = native.chosen(implementation, x.dtype) == "cuda"
+  if implementation == "auto" and ours and len(kernel) >= cuda.faster_from():
+    implementation = "cuda"
   return _depthwise(implementation, x, kernel)
 
 
