@@ -156,7 +156,9 @@ def train_and_evaluate(
     operations = ops.chosen(
       config.model.implementation, config.model.dtype or "float32"
     )
-    logger.say(f"convolutions and BatchNorm: {operations}")
+    part = operations in ("cuda", "pallas")
+    rest = " for what it supports, xla for the rest" if part else ""
+    logger.say(f"convolutions and BatchNorm: {operations}{rest}")
     if warning := best.warning(train_source, eval_source):
       logger.say(warning)
     seed = recipe.seed

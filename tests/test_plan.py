@@ -666,16 +666,25 @@ def test_a_gpu_program(scan):
 @pytest.mark.slow
 def test_a_gpu_program_with_our_kernels():
   """Each GPU runs them on its own images."""
-  code, out, err = run_plan(
-    "--topology=h100:8",
-    "--config.batch_size=64",
-    "--config.model.depth=2",
-    "--config.model.kernel_size=5",
-    "--config.model.dtype=bfloat16",
-    "--json",
+
+  def result_of(*args):
+    code, out, err = run_plan(
+      "--topology=h100:8",
+      "--config.batch_size=64",
+      "--config.model.depth=2",
+      "--config.model.kernel_size=5",
+      "--config.model.dtype=bfloat16",
+      "--json",
+      *args,
+    )
+    assert code == 0, err
+    return json.loads(out)
+
+  result = result_of()
+  # They are in the program: it is not that of XLA's convolution.
+  assert (
+    result["bytes"] != result_of("--config.model.implementation=xla")["bytes"]
   )
-  assert code == 0, err
-  result = json.loads(out)
   assert {c["kind"] for c in result["collectives"]} == {"all-reduce"}
   # Some gradients are exchanged in bfloat16.
   parameters = result["memory_split_bytes"]["parameters"]

@@ -4,10 +4,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax import lax
 from jax.extend import core
 from jax.interpreters import ad
 from jax.interpreters import batching
 from jax.interpreters import mlir
+import jax.numpy as jnp
 
 Function = Callable[..., Any]
 
@@ -114,3 +116,19 @@ def _linear_batch(args, axes, *, apply, transpose, avals, count):
 ad.primitive_jvps[_linear] = _linear_jvp
 ad.primitive_transposes[_linear] = _linear_transpose
 batching.primitive_batchers[_linear] = _linear_batch
+
+
+@jax.custom_jvp
+def sums_in_one_pass(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+  """Sums [B, C] of arrays [B, H, W, C], which XLA computes in one loop.
+
+  JAX cannot differentiate such a `lax.reduce` in all ways.
+  """
+  zeros = [jnp.zeros((), a.dtype) for a in arrays]
+  add = lambda a, b: tuple(map(jnp.add, a, b))
+  return tuple(lax.reduce(arrays, tuple(zeros), add, (1, 2)))
+
+
+@sums_in_one_pass.defjvp
+def _(args, dots):
+  return sums_in_one_pass(*args), tuple(dot.sum((1, 2)) for dot in dots)

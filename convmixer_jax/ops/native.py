@@ -106,7 +106,8 @@ def chosen(implementation: str | None, dtype: Any) -> str:
   """
   platform = partition.device().platform
   auto = implementation in (None, "auto") and jnp.dtype(dtype) == jnp.bfloat16
-  if auto and platform == "gpu" and cuda.faster_from() is not None:
+  auto = auto and platform == "gpu" and not _portable.get()
+  if auto and cuda.faster_from() is not None:
     implementation = "cuda"
   if implementation in ("xla", "shift", "banded"):
     return implementation
@@ -185,7 +186,7 @@ def dispatch(
       # one for another mesh. `plan` traces it on machines without TPUs.
       platforms["tpu"] = lambda *args: others[implementation](*args)
     if implementation == choice == "cuda" and choice in others:
-      platforms["cuda"] = others[choice]
+      platforms["cuda"] = lambda *args: others[choice](*args)
     return jax.lax.platform_dependent(*args, **platforms, default=xla)
   functions = {"native": native, "shift": shift, **others}
   return functions.get(implementation, xla)(*args)

@@ -327,9 +327,7 @@ def _grad_sums(static, x, bias, mean, grad, one_pass=False):
     grad = native.widened(grad)
     centred = act(native.widened(_apart(x)) + bias) - mean[:, None, None]
     if one_pass:
-      zeros = jnp.zeros((2,), grad.dtype)
-      add = lambda a, b: (a[0] + b[0], a[1] + b[1])
-      return lax.reduce((grad, grad * centred), (*zeros,), add, (1, 2))
+      return derivative.sums_in_one_pass(grad, grad * centred)
     return grad.sum((1, 2)), (grad * centred).sum((1, 2))
 
   return _dispatch(static, "grad_sums", plain, x, bias, mean, grad)
@@ -343,8 +341,8 @@ def input_grad(static, x, bias, p, q, r, grad):
     p, q, r = (v[:, None, None] for v in (p, q, r))
     (grad_x,) = vjp(native.widened(grad) * p + a * q + r)
     result = grad_x.astype(x.dtype)
-    if partition.on_gpu():  # XLA would write it in float32 too.
-      grad_x = native.widened(_apart(result))
+    if result.dtype != grad_x.dtype and partition.on_gpu():
+      grad_x = native.widened(_apart(result))  # XLA would write it in float32.
     return result, grad_x.sum((1, 2))
 
   return _dispatch(static, "input_grad", plain, x, bias, p, q, r, grad)
