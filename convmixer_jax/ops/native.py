@@ -106,8 +106,7 @@ def chosen(implementation: str | None, dtype: Any) -> str:
   """
   platform = partition.device().platform
   auto = implementation in (None, "auto") and jnp.dtype(dtype) == jnp.bfloat16
-  auto = auto and platform == "gpu" and not _portable.get()
-  if auto and cuda.faster_from() is not None:
+  if auto and platform == "gpu" and cuda.faster_from() is not None:
     implementation = "cuda"
   if implementation in ("xla", "shift", "banded"):
     return implementation
