@@ -174,7 +174,7 @@ describe() {
     ;;
   *)
     limit=150
-    [[ $part != 1536_20_train ]] || limit=200
+    [[ $part != 1536_20_train ]] || limit=250
     local model=convmixer_${part%_*}
     [[ $model != convmixer_1024_20 ]] || model+=_ks9_p14
     [[ -z $tiny ]] || model=convmixer_128_4

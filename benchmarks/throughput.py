@@ -154,7 +154,7 @@ def _implementations():
   """Name of a row -> the implementation of our operations in it."""
   names = _IMPLEMENTATION.value
   if names == ["all"]:
-    auto = native.chosen("auto", _FLAGS["dtype"].value)
+    auto = models.operations(_MODEL()[0])
     names = [
       "auto",
       *(n for n in benchmarks.implementations_here() if n != auto),

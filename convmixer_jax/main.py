@@ -33,7 +33,7 @@ from convmixer_jax import config as config_lib
 from convmixer_jax import distributed
 from convmixer_jax import evaluate
 from convmixer_jax import logger
-from convmixer_jax import ops
+from convmixer_jax import models
 from convmixer_jax import step as step_lib
 from convmixer_jax import train
 from convmixer_jax import workdir as workdir_lib
@@ -152,9 +152,7 @@ def main() -> None:
       *where,
       timeout=_TIMEOUT.value,
       settings=settings,
-      operations=lambda: ops.chosen(
-        config.model.implementation, config.model.dtype or "float32"
-      ),
+      operations=lambda: models.operations(models.create_model(**config.model)),
     )
   with session:
     if not evaluates:

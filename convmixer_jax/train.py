@@ -17,7 +17,7 @@ from convmixer_jax import classes
 from convmixer_jax import config as config_lib
 from convmixer_jax import evaluate as evaluate_lib
 from convmixer_jax import logger as logger_lib
-from convmixer_jax import ops
+from convmixer_jax import models
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import runtime
 from convmixer_jax import sharding
@@ -153,12 +153,10 @@ def train_and_evaluate(
       logger.print_parameters(recipe.shapes["params"])
     else:
       logger.say(f"resuming {workdir} from step {first_step}")
-    operations = ops.chosen(
-      config.model.implementation, config.model.dtype or "float32"
-    )
-    part = operations in ("cuda", "pallas")
-    rest = " for what it supports, xla for the rest" if part else ""
-    logger.say(f"convolutions and BatchNorm: {operations}{rest}")
+    operations = models.operations(recipe.model)
+    if operations in ("cuda", "pallas"):
+      operations += " for what it supports, xla for the rest"
+    logger.say(f"convolutions and BatchNorm: {operations}")
     if warning := best.warning(train_source, eval_source):
       logger.say(warning)
     seed = recipe.seed

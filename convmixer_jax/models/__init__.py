@@ -40,6 +40,7 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax import imports
+from convmixer_jax import ops
 from convmixer_jax.errors import UserError
 from convmixer_jax.models import convmixer
 from convmixer_jax.models import gmlp
@@ -199,6 +200,15 @@ def flops(model: nn.Module, image_size: int) -> int:
   family = family_of(model)
   require(family, "flops")
   return family.flops(model, image_size)
+
+
+def operations(model: nn.Module) -> str:
+  """What computes its convolutions and BatchNorm here: see `ops.chosen`."""
+  return ops.chosen(
+    getattr(model, "implementation", None),
+    model.dtype,
+    getattr(model, "kernel_size", None),
+  )
 
 
 def describe(model: nn.Module) -> str:

@@ -10,6 +10,7 @@ partitioned too.
 import functools
 from pathlib import Path
 import re
+from typing import Any
 from typing import NamedTuple
 
 from absl import logging
@@ -72,12 +73,10 @@ def _compiles():
     return False
 
 
-def faster_from() -> int | None:
-  """The smallest k with which 'auto' takes these kernels on this GPU.
-
-  None if they were not measured to be faster on one like `partition.device()`.
-  """
-  return FASTER_FROM.get(_capability())
+def is_faster(dtype: Any, k: int) -> bool:
+  """Whether 'auto' takes these kernels for k x k on `partition.device()`."""
+  least = FASTER_FROM.get(_capability())
+  return least is not None and k >= least and jnp.dtype(dtype) == jnp.bfloat16
 
 
 def _capability():

@@ -66,11 +66,9 @@ def depthwise_conv(
       "depthwise_conv takes x [B, H, W, C] and kernel [k, k, C] of one dtype,"
       f" not {x.dtype}{x.shape} and {kernel.dtype}{kernel.shape}"
     )
-  implementation = implementation or "auto"
-  ours = native.chosen(implementation, x.dtype) == "cuda"
-  if implementation == "auto" and ours and len(kernel) >= cuda.faster_from():
+  if native.chosen(implementation, x.dtype, len(kernel)) == "cuda":
     implementation = "cuda"
-  return _depthwise(implementation, x, kernel)
+  return _depthwise(implementation or "auto", x, kernel)
 
 
 def _same_padding(k: int) -> tuple[int, int]:

@@ -98,15 +98,23 @@ def _target(name: str) -> str:
   return f"convmixer_{name}_{build.key()}"
 
 
-def chosen(implementation: str | None, dtype: Any) -> str:
-  """What `dispatch` runs on `partition.device()`: one of its functions' names.
+def chosen(
+  implementation: str | None, dtype: Any, kernel_size: int | None = None
+) -> str:
+  """What runs on `partition.device()`: the name of a function of `dispatch`.
 
-  For arrays of this dtype and an `implementation` as in `depthwise_conv`. Of
-  'pallas' and 'cuda', single shapes may not be supported.
+  Args:
+    implementation: see `depthwise_conv`.
+    dtype: of the images.
+    kernel_size: of depthwise convolutions; None stands for other operations.
+
+  Returns:
+    One of `IMPLEMENTATIONS`, not 'auto'. 'pallas' and 'cuda' do not support all
+    shapes.
   """
   platform = partition.device().platform
-  auto = implementation in (None, "auto") and jnp.dtype(dtype) == jnp.bfloat16
-  if auto and platform == "gpu" and cuda.faster_from() is not None:
+  auto = implementation in (None, "auto")
+  if auto and kernel_size is not None and cuda.is_faster(dtype, kernel_size):
     implementation = "cuda"
   if implementation in ("xla", "shift", "banded"):
     return implementation
@@ -184,7 +192,7 @@ def dispatch(
       # A new function each time: JAX would return what it traced of the same
       # one for another mesh. `plan` traces it on machines without TPUs.
       platforms["tpu"] = lambda *args: others[implementation](*args)
-    if implementation == choice == "cuda" and choice in others:
+    if choice == "cuda" and choice in others:
       platforms["cuda"] = lambda *args: others[choice](*args)
     return jax.lax.platform_dependent(*args, **platforms, default=xla)
   functions = {"native": native, "shift": shift, **others}
