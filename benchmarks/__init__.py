@@ -20,9 +20,9 @@ import numpy.typing as npt
 import tqdm
 
 from convmixer_jax import cli
+from convmixer_jax import files
 from convmixer_jax import models
 from convmixer_jax import runtime
-from convmixer_jax import workdir
 from convmixer_jax.errors import UserError
 from convmixer_jax.ops import native
 
@@ -130,7 +130,7 @@ def save(
     return
   try:
     text = json.dumps({**record, "complete": complete}, indent=2) + "\n"
-    workdir.write_whole(Path(path), text)
+    files.write_whole(Path(path), text)
   except OSError as e:
     raise UserError(f"--out={path}: {e.strerror}") from e
 

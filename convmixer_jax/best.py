@@ -5,7 +5,6 @@ import contextlib
 import json
 import math
 import os
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,6 +14,7 @@ import numpy as np
 
 from convmixer_jax import checkpoint
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import splits
@@ -45,11 +45,11 @@ class Best:
 
     Or if it has one that was chosen by other scores, or by another run.
     """
-    self._config, self._workdir = config, Path(workdir)
+    self._config, self._workdir = config, files.path(workdir)
     self._metric, self._folder = config.keep_best, self._workdir / "best"
-    here = Path(os.path.abspath(workdir))
+    here = files.absolute(workdir)
     own = (here / "config.json", here.parent / "config.json")
-    if here.name == "best" and all(path.exists() for path in own):
+    if here.name == "best" and all(map(files.exists, own)):
       raise UserError(
         f"--workdir={workdir}: holds the best checkpoint of the run in"
         f" {here.parent}, and is not trained. Resume that run, or pass another"
@@ -133,14 +133,14 @@ class Best:
   def _write_files(self, step, metrics):
     self._folder.mkdir(exist_ok=True)
     for name in ("config.json", "classes.txt"):
-      if (path := self._workdir / name).exists():
+      if files.exists(path := self._workdir / name):
         text = path.read_text("utf-8", "surrogateescape")
-        workdir_lib.write_whole(self._folder / name, text)
+        files.write_whole(self._folder / name, text)
     records = workdir_lib.read_metrics(self._folder)
     scores = {k: metrics[k] for k in workdir_lib.SCORES if k in metrics}
     records.append({"step": step, "kind": "eval", **scores})
     text = "".join(json.dumps(r) + "\n" for r in records)
-    workdir_lib.write_whole(self._folder / "metrics.jsonl", text)
+    files.write_whole(self._folder / "metrics.jsonl", text)
 
   def describe(self) -> str:
     """Where the best is, as the end of a sentence; '' if nothing is kept."""

@@ -17,10 +17,10 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
+from convmixer_jax import files
 from convmixer_jax import models
 from convmixer_jax.errors import UserError
 from convmixer_jax.files import damage
-from convmixer_jax.files import sync
 from convmixer_jax.files import writing
 from convmixer_jax.step import TrainState
 
@@ -58,7 +58,8 @@ class Checkpointer:
     """
     if step == self._manager.latest_step():
       return
-    if not self._directory.is_dir():  # orbax would silently create it again.
+    # orbax would silently create it again.
+    if isinstance(self._directory, Path) and not self._directory.is_dir():
       raise UserError(
         f"{self._directory}: no longer exists; check that the disk is mounted"
       )
@@ -66,7 +67,7 @@ class Checkpointer:
     with writing(self._directory, ValueError, RuntimeError):
       self._finish()
       # The log must not lack records of a step that is saved.
-      sync(self._directory.with_name("metrics.jsonl"))
+      files.sync(self._directory.with_name("metrics.jsonl"))
       self._manager.save(
         step,
         args=ocp.args.StandardSave(state),
@@ -89,9 +90,10 @@ class Checkpointer:
     """Waits until the last checkpoint is written, and forces it to the disk."""
     self._manager.wait_until_finished()
     step = self._manager.latest_step()
-    if jax.process_index() == 0 and step is not None:
+    on_disk = isinstance(self._directory, Path)
+    if jax.process_index() == 0 and step is not None and on_disk:
       folder = self._directory / str(step)
-      sync(*folder.rglob("*"), folder, *folder.parents[:3])
+      files.sync(*folder.rglob("*"), folder, *folder.parents[:3])
 
   def restore(self, template: TrainState) -> TrainState | None:
     """The newest state, with `template`'s structure and sharding, or None.
@@ -124,7 +126,7 @@ class Checkpointer:
         while path.exists():
           number += 1
           path = folder / f"{step}.{number}"
-        (self._directory / str(step)).rename(path)
+        files.move_folder(self._directory / str(step), path)
     multihost_utils.sync_global_devices("set aside")
     self._manager.reload()
     return path
@@ -159,12 +161,21 @@ def latest_step(workdir: str | os.PathLike) -> int | None:
   """The newest checkpoint's step; None if there is none. Read-only."""
   directory = _directory(workdir)
   try:
-    names = os.listdir(directory)
+    names = [path.name for path in directory.iterdir()]
+    steps = sorted(int(name) for name in names if name.isdecimal())
+    while steps and not _is_complete(directory / str(steps[-1])):
+      steps.pop()
   except (FileNotFoundError, NotADirectoryError):
-    names = []
+    steps = []
   except OSError as e:
     raise UserError(f"{directory}: {e.strerror}") from e
-  return max((int(name) for name in names if name.isdecimal()), default=None)
+  return steps[-1] if steps else None
+
+
+def _is_complete(folder):
+  """On a disk orbax gives a folder its name at the end."""
+  in_gcs = not isinstance(folder, Path) and folder.scheme == "gs"
+  return not in_gcs or (folder / "commit_success.txt").exists()
 
 
 def load_variables(workdir: str | os.PathLike) -> dict[str, Any]:
@@ -206,12 +217,12 @@ def _load(workdir):
 
 
 def _directory(workdir):
-  return Path(os.path.abspath(workdir), "checkpoints")
+  return files.absolute(workdir) / "checkpoints"
 
 
 def _manager(workdir, handler=ocp.StandardCheckpointHandler, **options):
   return ocp.CheckpointManager(
-    _directory(workdir),
+    str(_directory(workdir)),
     item_handlers=handler(),
     options=ocp.CheckpointManagerOptions(**options),
   )
@@ -255,7 +266,7 @@ def _read(manager, template, step):
 
   All processes get the same answer, or each raises UserError.
   """
-  path, failure = Path(manager.directory, str(step)), None
+  path, failure = files.path(manager.directory) / str(step), None
   state, problem = None, ""
   try:
     state, problem = _read_alone(manager, template, step)

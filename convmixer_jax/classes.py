@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from convmixer_jax import files
 from convmixer_jax import interop
 from convmixer_jax.errors import UserError
 
@@ -36,8 +37,8 @@ def told(
     UserError: classes.txt cannot be read.
   """
   names = (header or {}).get("class_names")
-  path = Path(where).expanduser() / "classes.txt"
-  if not isinstance(names, list) and path.exists():
+  path = files.path(where) / "classes.txt"
+  if not isinstance(names, list) and files.exists(path):
     try:
       text = path.read_text("utf-8", "surrogateescape")
     except (OSError, ValueError) as e:
@@ -56,8 +57,7 @@ def check(
   A workdir does, and a file that `weights.save` wrote. `class_names` are the
   data's.
   """
-  folder = os.path.isdir(os.path.expanduser(where))
-  header = None if folder else interop.read_header(where)
+  header = None if files.is_folder(where) else interop.read_header(where)
   theirs = told(where, header, len(class_names))
   if theirs is not None:
     compare(str(where), theirs, class_names, trains=trains)

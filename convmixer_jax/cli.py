@@ -21,6 +21,7 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import runtime
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import platform_error
@@ -142,7 +143,8 @@ def parse_flags(argv: list[str], flag_values: flags.FlagValues) -> list[str]:
       text = field if value is None else f"{field}={value}"
       raise UserError(f"--config.{text}: no such field; nearest is {near}")
   file = os.path.expanduser((path or "").partition(":")[0])
-  if path is not None and not os.path.isfile(file):  # A FIFO would wait.
+  elsewhere = path is None or files.is_url(path)
+  if not elsewhere and not os.path.isfile(file):  # A FIFO would wait.
     text = "not a file" if os.path.exists(file) else "no such file"
     raise UserError(f"--config={path}: {text}")
   verbosity = logging.get_verbosity()

@@ -5,6 +5,7 @@ import difflib
 import os
 import runpy
 import sys
+import threading
 from typing import Any
 from typing import NamedTuple
 
@@ -214,6 +215,9 @@ def markdown() -> str:
   )
 
 
+_LOADING = threading.RLock()  # sys.path belongs to all threads.
+
+
 def load_file(name: str) -> ml_collections.ConfigDict:
   """Runs a config file's `get_config`: 'configs/imagenet.py:768_32'.
 
@@ -223,11 +227,12 @@ def load_file(name: str) -> ml_collections.ConfigDict:
   for another result, and whatever the file raises.
   """
   path, *variant = os.path.expanduser(name).split(":", 1)
-  sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
-  try:
-    given = runpy.run_path(path)["get_config"](*variant)
-  finally:
-    del sys.path[0]
+  with _LOADING:
+    sys.path.insert(0, os.path.dirname(os.path.abspath(path)))
+    try:
+      given = runpy.run_path(path)["get_config"](*variant)
+    finally:
+      del sys.path[0]
   if not isinstance(given, (dict, ml_collections.ConfigDict)):
     kind = type(given).__name__
     raise TypeError(f"get_config() gives a {kind}, neither dict nor ConfigDict")

@@ -21,6 +21,14 @@ class UserError(ValueError):
     )
 
 
+class InUse(UserError):
+  """Another process holds the lock of a workdir; `holder` says which."""
+
+  def __init__(self, workdir: str | os.PathLike, holder: str):
+    super().__init__(f"--workdir={os.fspath(workdir)}: in use by {holder}")
+    self.holder = holder
+
+
 def first_line(error: BaseException) -> str:
   """The first line of an exception's message, or else its type's name."""
   return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -44,6 +44,7 @@ import numpy as np
 
 from convmixer_jax import augment
 from convmixer_jax import cli
+from convmixer_jax import files
 from convmixer_jax import models
 from convmixer_jax import ops
 from convmixer_jax import weights
@@ -64,45 +65,42 @@ TOLERANCE = 1e-4  # Largest relative difference of logits, float32.
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  where, out = cli.required(_WEIGHTS), Path(cli.required(_OUT)).expanduser()
+  where, out = cli.required(_WEIGHTS), files.path(cli.required(_OUT))
   model, variables, data = weights.load_model(where, _MODEL.value)
   model = model.clone(dtype=jnp.float32)
-  try:
-    out.mkdir(parents=True, exist_ok=True)
-  except OSError as e:
-    raise UserError(f"--out={out}: {e.strerror}") from e
   size, stats = data["image_size"], (data["mean"], data["std"])
-  if _FORMAT.value == "timm":
-    path = out / "model.safetensors"
-    weights.save(path, model, variables, data)
-    again, read, told = weights.load_model(path)
-    call = inference_function(again, read, told["mean"], told["std"])
-    what = f"{models.describe(again)}, with timm's names"
-  else:
-    function = inference_function(model, variables, *stats)
-    try:
-      path = write_stablehlo(function, size, out)
-      text = json.dumps(description(data, model.num_classes), indent=2)
-      (out / "model.json").write_text(text, "utf-8")
-    except OSError as e:
-      raise UserError(f"{e.filename}: {e.strerror}") from e
-    call = jax_export.deserialize(bytearray(path.read_bytes())).call
-    what = (
-      f"uint8 images [batch, {size}, {size}, 3] to logits"
-      f" [batch, {model.num_classes}]"
-    )
-
   rng = np.random.default_rng(0)
   images = rng.integers(0, 256, (3, size, size, 3), np.uint8)
   normalize = augment.make_normalize(*stats)
   ours = model.apply(variables, normalize(images), train=False)
-  difference = np.abs(call(images) - ours).max() / np.abs(ours).max()
-  if not difference <= TOLERANCE:
-    path.unlink()
-    raise RuntimeError(f"{path}: differs by {difference:.1e}: a bug")
+  try:
+    with files.output(out) as folder:
+      if _FORMAT.value == "timm":
+        path = folder / "model.safetensors"
+        weights.save(path, model, variables, data)
+        again, read, told = weights.load_model(path)
+        call = inference_function(again, read, told["mean"], told["std"])
+        what = f"{models.describe(again)}, with timm's names"
+      else:
+        function = inference_function(model, variables, *stats)
+        path = write_stablehlo(function, size, folder)
+        text = json.dumps(description(data, model.num_classes), indent=2)
+        (folder / "model.json").write_text(text, "utf-8")
+        call = jax_export.deserialize(bytearray(path.read_bytes())).call
+        what = (
+          f"uint8 images [batch, {size}, {size}, 3] to logits"
+          f" [batch, {model.num_classes}]"
+        )
+      difference = np.abs(call(images) - ours).max() / np.abs(ours).max()
+      if not difference <= TOLERANCE:
+        path.unlink()
+        raise RuntimeError(f"{path}: differs by {difference:.1e}: a bug")
+      mebibytes = os.path.getsize(path) / 2**20
+  except OSError as e:
+    raise UserError(f"{e.filename}: {e.strerror}") from e
   print(
-    f"{path}: {os.path.getsize(path) / 2**20:.1f} MiB, {what};"
-    f" read back, it differs from the model by {difference:.1e} of the largest"
+    f"{out / path.name}: {mebibytes:.1f} MiB, {what}; read back, it differs"
+    f" from the model by {difference:.1e} of the largest"
   )
 
 

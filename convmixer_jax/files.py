@@ -1,4 +1,4 @@
-"""The files of a run: failed writes, damage, and power failures."""
+"""The files of a run, on a disk or in a bucket: failed writes and damage."""
 
 from collections.abc import Iterator
 import contextlib
@@ -6,7 +6,11 @@ import errno
 import os
 from pathlib import Path
 import re
+import tempfile
 
+from convmixer_jax.buckets import cache
+from convmixer_jax.buckets import mirror
+from convmixer_jax.buckets import paths
 from convmixer_jax.errors import reason
 from convmixer_jax.errors import UserError
 
@@ -16,8 +20,70 @@ _OF_DAMAGE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP,
               errno.EINVAL)  # fmt: skip
 
 
+AnyPath = Path | paths.BucketPath
+is_url = paths.is_url
+
+
+def path(where: str | os.PathLike) -> AnyPath:
+  """A path, which may be in a bucket: gs://BUCKET/PATH."""
+  if paths.is_url(where):
+    return paths.BucketPath.of(where)
+  return Path(os.path.expanduser(where))
+
+
+def absolute(where: str | os.PathLike) -> AnyPath:
+  """As `path`, from the root."""
+  found = path(where)
+  return Path(os.path.abspath(found)) if isinstance(found, Path) else found
+
+
+def exists(where: str | os.PathLike) -> bool:
+  """Whether there is such a file or folder; UserError if that is unknown."""
+  found = path(where)
+  try:
+    return found.exists()
+  except OSError as e:
+    raise UserError(f"{found}: {e.strerror}") from e
+
+
+def is_folder(where: str | os.PathLike) -> bool:
+  """As `exists`, for a folder."""
+  found = path(where)
+  try:
+    return found.is_dir()
+  except OSError as e:
+    raise UserError(f"{found}: {e.strerror}") from e
+
+
+def local(where: str | os.PathLike) -> Path:
+  """The same path, or that of a local copy of what is in a bucket.
+
+  Raises UserError if it cannot be copied.
+  """
+  found = path(where)
+  return found if isinstance(found, Path) else cache.local_copy(found)
+
+
 @contextlib.contextmanager
-def writing(folder: Path, *errors: type[Exception]) -> Iterator[None]:
+def output(folder: AnyPath) -> Iterator[Path]:
+  """Creates a folder, or a local one whose files then go into the bucket.
+
+  Raises OSError if it cannot be written.
+  """
+  if isinstance(folder, Path):
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    return
+  with tempfile.TemporaryDirectory() as name:
+    yield Path(name)
+    for file in sorted(Path(name).rglob("*")):
+      if file.is_file():
+        target = folder / file.relative_to(name).as_posix()
+        target.write_bytes(file.read_bytes())
+
+
+@contextlib.contextmanager
+def writing(folder: AnyPath, *errors: type[Exception]) -> Iterator[None]:
   """Turns OSError and `errors` into a UserError that names `folder`.
 
   For the files of a run. Each is replaced at once, so a failed write leaves its
@@ -25,7 +91,10 @@ def writing(folder: Path, *errors: type[Exception]) -> Iterator[None]:
   """
   try:
     yield
-  except (OSError, *errors) as e:
+  except Exception as e:
+    known = isinstance(e, (OSError, *errors)) or paths.is_clients(e)
+    if not known or isinstance(e, UserError):
+      raise
     text = getattr(e, "strerror", None) or reason(e)
     raise UserError(
       f"{folder}: cannot be written: {text}. What is saved there is intact;"
@@ -33,15 +102,19 @@ def writing(folder: Path, *errors: type[Exception]) -> Iterator[None]:
     ) from e
 
 
-def sync(*paths: Path) -> None:
+def sync(*places: AnyPath) -> None:
   """Forces files and folders to the disk, so that they outlast a power failure.
 
   Those that do not exist are left out. Raises OSError if the disk fails. Does
-  nothing on file systems that cannot.
+  nothing on file systems that cannot. In a bucket, files that grow are copied
+  there; see `mirror.flush`.
   """
-  for path in paths:
+  for place in places:
+    if not isinstance(place, Path):
+      mirror.flush(place)
+      continue
     try:
-      number = os.open(path, os.O_RDONLY)
+      number = os.open(place, os.O_RDONLY)
       try:
         os.fsync(number)
       finally:
@@ -52,7 +125,36 @@ def sync(*paths: Path) -> None:
         raise
 
 
-def damage(folder: Path, problem: BaseException | str) -> str:
+def write_whole(path: AnyPath, text: str) -> None:
+  """Replaces the file at once: a crash leaves the old text or the new one.
+
+  So does a power failure. Raises OSError if it cannot be written.
+  """
+  # Names of files and classes may hold bytes that are not UTF-8.
+  if not isinstance(path, Path):
+    mirror.flush(path)  # Another process may have taken over.
+    path.write_text(text, "utf-8", "surrogateescape")
+    return
+  temporary = path.with_suffix(path.suffix + ".tmp")
+  temporary.write_text(text, "utf-8", "surrogateescape")
+  sync(temporary)
+  temporary.replace(path)
+  sync(path.parent)
+
+
+def move_folder(source: AnyPath, target: AnyPath) -> None:
+  """Renames a folder; in a bucket, copies it and then deletes it."""
+  if isinstance(source, Path):
+    source.rename(target)
+    return
+  found = sorted(source.objects())
+  for file in found:
+    file.copy(target / file.relative_to(source))
+  for file in found:
+    file.unlink()
+
+
+def damage(folder: AnyPath, problem: BaseException | str) -> str:
   """Says how the files in `folder` are damaged.
 
   Args:
@@ -69,7 +171,9 @@ def damage(folder: Path, problem: BaseException | str) -> str:
     cause = cause.__cause__ or cause.__context__
   try:  # orbax does not raise all errors, so each file is read once more.
     for file in folder.rglob("*"):
-      if file.is_file():
+      if not isinstance(file, Path):
+        file.read_bytes()
+      elif file.is_file():
         with file.open("rb") as f:
           while f.read(1 << 24):
             pass
@@ -80,6 +184,7 @@ def damage(folder: Path, problem: BaseException | str) -> str:
     code = int(code[1]) if code else getattr(cause, "errno", None)
     if (
       isinstance(cause, MemoryError)
+      or paths.is_clients(cause)
       or re.search("RESOURCE_EXHAUSTED|UNAVAILABLE|DENIED", str(cause))
       or code not in (None, *_OF_DAMAGE)
     ):

@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from convmixer_jax import files
 from convmixer_jax import models
 from convmixer_jax import torch_pickle
 from convmixer_jax.errors import first_line
@@ -203,6 +204,7 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   path = os.fspath(path)
   if re.fullmatch("hf-hub:[^/]+/[^/]+", path):
     path = _download(path)
+  path = os.fspath(files.local(path))
   try:
     # Opening a FIFO would wait for a writer.
     if os.path.exists(path) and not os.path.isfile(path):
@@ -238,12 +240,13 @@ def read_header(path: str | os.PathLike) -> dict[str, Any] | None:
   It is flat like a config; None of other files. Raises UserError if it is
   damaged.
   """
-  where, path = path, os.path.expanduser(path)
+  where, path = path, os.fspath(path)
   if match := re.fullmatch("hf-hub:([^/]+/[^/]+)", path):
     import huggingface_hub
 
     cached = huggingface_hub.try_to_load_from_cache(match[1], _HUB_FILE)
     path = str(cached)
+  path = files.local(path)
   try:
     with safetensors.safe_open(path, "numpy") as file:
       text = (file.metadata() or {}).get(HEADER)

@@ -18,10 +18,12 @@ import jax
 import numpy as np
 import tqdm
 
+from convmixer_jax import files
 from convmixer_jax import runtime
 from convmixer_jax import sheet
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax import writers
+from convmixer_jax.buckets import mirror
 from convmixer_jax.errors import UserError
 from convmixer_jax.files import writing
 
@@ -69,7 +71,12 @@ class Logger:
     self._profile, self._tracing, self._wandb = profile, False, wandb
     if not active:
       return
-    self._workdir = Path(workdir)
+    self._workdir = files.path(workdir)
+    # Where the files are that grow.
+    self._mirror, self._folder = None, self._workdir
+    if not isinstance(self._workdir, Path):
+      self._mirror = mirror.Mirror(self._workdir)
+      self._folder = self._mirror.local
     with writing(self._workdir):
       self._open(config_json, changes)
     if profile and profile.stop <= first_step:
@@ -91,21 +98,24 @@ class Logger:
     self._starts = workdir_lib.read_starts(self._workdir)
     if self._wandb:  # First: without a login nothing of a run is written.
       run_id = self._starts.setdefault("wandb", secrets.token_hex(4))
-      self._wandb.start(self._workdir, run_id, config_json)
-    workdir_lib.write_whole(self._workdir / "config.json", config_json)
+      name = files.absolute(self._workdir).name
+      self._wandb.start(name, self._folder, run_id, config_json)
+    files.write_whole(self._workdir / "config.json", config_json)
     start = _environment() | {"first_step": self._step, "status": "running"}
     if changes:
       start["changes"] = [*changes]
     self._starts["starts"].append(start)
     self._write_run()
-    path = self._workdir / "metrics.jsonl"
+    path = self._folder / "metrics.jsonl"
     records = workdir_lib.read_metrics(self._workdir)
     records = [r for r in records if r["step"] <= self._step]
     text = "".join(json.dumps(r) + "\n" for r in records)
-    workdir_lib.write_whole(path, text)
+    files.write_whole(path, text)
     self._records = path.open("a", buffering=1, encoding="utf-8")
     try:
-      self._tensorboard = writers.TensorBoard(self._workdir, records)
+      self._tensorboard = writers.TensorBoard(
+        self._folder, records, self._workdir
+      )
       # A resumed run's is there, unless it was removed or damaged.
       with contextlib.suppress(OSError, SyntaxError, ValueError):
         if self._step:
@@ -125,7 +135,7 @@ class Logger:
     if self._active:
       with writing(self._workdir):
         text = "".join(f"{name}\n" for name in names)
-        workdir_lib.write_whole(self._workdir / "classes.txt", text)
+        files.write_whole(self._workdir / "classes.txt", text)
 
   def print_parameters(self, params: Any) -> None:
     """Prints the table of parameters."""
@@ -144,7 +154,7 @@ class Logger:
     """
     if not self._active:
       return
-    path = self._workdir / _SHEET
+    path = self._folder / _SHEET
     with writing(self._workdir):
       sheet.draw(images, targets, names, "step 0").save(path)
       if self._tensorboard is not None:
@@ -160,7 +170,7 @@ class Logger:
     if self._active and self._profile and step in self._profile:
       if not self._tracing:
         jax.block_until_ready(state)
-        jax.profiler.start_trace(self._workdir / "profile")
+        jax.profiler.start_trace(self._folder / "profile")
       self._tracing = True
 
   def stop_profile(self, step: int, state: Any) -> None:
@@ -253,6 +263,8 @@ class Logger:
     writes = [self._write_run, self._records.close]
     if self._tensorboard is not None:
       writes.append(self._tensorboard.close)
+    if self._mirror:
+      writes.append(self._mirror.close)
     for write in writes:
       with contextlib.suppress(*quiet), writing(self._workdir):
         write()
@@ -265,6 +277,8 @@ class Logger:
     record = {"step": step, "kind": kind, "time": _now(), **scalars}
     confusion = record.pop("confusion", None)
     with writing(self._workdir):
+      if self._mirror:
+        self._mirror.confirm()
       self._records.write(json.dumps(record) + "\n")
       if self._tensorboard is not None:
         self._tensorboard.write(record, confusion)

@@ -32,6 +32,7 @@ from convmixer_jax import cli
 from convmixer_jax import config as config_lib
 from convmixer_jax import distributed
 from convmixer_jax import evaluate
+from convmixer_jax import files
 from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import step as step_lib
@@ -107,7 +108,7 @@ def main() -> None:
   """Runs what the flags say; see --help."""
   config, workdir = _CONFIG.value, _WORKDIR.value
   if config is None:
-    if workdir and not Path(workdir).expanduser().is_dir():
+    if workdir and not files.is_folder(workdir):
       raise UserError(
         f"--workdir={workdir}: holds no run to go on with; pass --config to"
         " start one"
@@ -120,14 +121,15 @@ def main() -> None:
       )
     config = workdir_lib.load_config(workdir)
   if workdir is None:
-    path, _, variant = _FLAGS["config"].config_filename.partition(":")
+    given = _FLAGS["config"].config_filename
+    path, _, variant = given.partition(":")
     # configs/imagenet.py:768_32 -> runs/imagenet_768_32.
     name = Path(path).stem + (f"_{variant}" if variant else "")
-    own = path.endswith(".json")
-    workdir = Path(path).parent if own else f"runs/{name}"
+    own = given.endswith(".json")
+    workdir = files.path(given).parent if own else f"runs/{name}"
   if not str(workdir):
     raise UserError("--workdir: is empty")
-  workdir = os.path.expanduser(workdir)
+  workdir = os.fspath(files.path(workdir))
   where = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
   if not _DISTRIBUTED.value and where != (None, None, None):
     raise UserError(
@@ -143,7 +145,7 @@ def main() -> None:
   if _DISTRIBUTED.value:
     fields = config_lib.flatten(config).items()
     settings = {
-      "--workdir": os.path.abspath(workdir),
+      "--workdir": os.fspath(files.absolute(workdir)),
       "--mode": _MODE.value,
       "--accept_changes": accept,
       "--profile": _PROFILE.value,
@@ -182,12 +184,12 @@ def _csv_file():
   """The file of --confusion, or None."""
   if _CONFUSION.value is None:
     return None
-  path = Path(_CONFUSION.value).expanduser()
+  path = files.path(_CONFUSION.value)
   if _MODE.value != "eval":
     raise UserError(f"--confusion={path}: needs --mode eval")
-  if not path.parent.is_dir():
+  if isinstance(path, Path) and not path.parent.is_dir():
     raise UserError(f"--confusion={path}: its folder does not exist")
-  if path.exists() and not path.is_file():
+  if files.exists(path) and not path.is_file():
     raise UserError(f"--confusion={path}: exists and is not a file")
   return path
 
@@ -239,7 +241,7 @@ def _write_csv(path, names, confusion):
   writer.writerow(["true \\ predicted", *names])
   writer.writerows([name, *row] for name, row in zip(names, confusion.tolist()))
   try:
-    workdir_lib.write_whole(path, text.getvalue())
+    files.write_whole(path, text.getvalue())
   except OSError as e:
     raise UserError(f"--confusion={path}: {e.strerror}") from e
 

@@ -12,7 +12,6 @@ weight that a step draws may leave all images as they are.
 
 from collections.abc import Callable
 from collections.abc import Sequence
-import os
 
 import jax
 import ml_collections
@@ -21,6 +20,7 @@ import tqdm
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import sheet
 from convmixer_jax.data import sources
@@ -50,8 +50,10 @@ def main() -> None:
     step = _visible_step(draw, num) if mixes and len(names) > 1 else 0
   images, targets = draw(step)
   picture = sheet.draw(images[:num], targets[:num], names, f"step {step}")
+  path = files.path(out)
   try:
-    picture.save(os.path.expanduser(out))
+    with files.output(path.parent) as folder:
+      picture.save(folder / path.name)
   except (OSError, ValueError) as e:
     raise UserError(f"--out={out}: {e}") from e
   print(f"{out}: {min(num, len(images))} images of step {step}")

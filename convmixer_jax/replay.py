@@ -22,6 +22,7 @@ import optax
 from convmixer_jax import checkpoint
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import recipe as recipe_lib
@@ -39,7 +40,7 @@ _JSON = _FLAGS.boolean("json", "Print a JSON object: --json.")
 
 def main() -> None:
   """Runs what the flags say; see --help."""
-  workdir = os.path.expanduser(cli.required(_WORKDIR))
+  workdir = files.path(cli.required(_WORKDIR))
   record = replay(workdir, cli.required(_STEP))
   if _JSON.value:
     print(json.dumps(record, indent=2))

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-from pathlib import Path
 import signal
 
 import jax
@@ -16,6 +15,7 @@ from convmixer_jax import checkpoint
 from convmixer_jax import classes
 from convmixer_jax import config as config_lib
 from convmixer_jax import evaluate as evaluate_lib
+from convmixer_jax import files
 from convmixer_jax import logger as logger_lib
 from convmixer_jax import models
 from convmixer_jax import recipe as recipe_lib
@@ -268,7 +268,7 @@ def _check_finite(recipe, workdir, checkpointer, step, pending):
     if np.isfinite([loss, norm]).all():
       continue
     checkpointer.close()  # Waits for the checkpoint of an earlier step.
-    config, path = recipe.config, Path(workdir) / "nonfinite.json"
+    config, path = recipe.config, files.path(workdir) / "nonfinite.json"
     record = {"step": number, "loss": str(loss), "grad_norm": str(norm)}
     record["images"] = stream.image_ids(
       recipe.data, config.seed, number - 1, config.batch_size

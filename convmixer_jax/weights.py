@@ -18,6 +18,7 @@ import safetensors.numpy
 from convmixer_jax import checkpoint
 from convmixer_jax import classes
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import interop
 from convmixer_jax import models
 from convmixer_jax import workdir as workdir_lib
@@ -39,8 +40,8 @@ def load(where: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: no weights are there, or they cannot be read.
   """
-  where = os.path.expanduser(where)
-  if not os.path.isdir(where):
+  where = os.fspath(files.path(where))
+  if not files.is_folder(where):
     state_dict = interop.load(where)
     try:
       return interop.from_torch(state_dict)
@@ -139,15 +140,16 @@ def load_init_from(
   **options: Any,
 ) -> dict[str, Any]:
   """Loads the weights that `config.init_from` names; see `match`."""
-  name = os.path.expanduser(init_from)
+  name = os.fspath(files.path(init_from))
+  folder = files.is_folder(name)
   try:
-    if not os.path.isdir(name):
+    if not folder:
       models.require(models.family_of(model), "TORCH_NAMES")
     loaded = load(name)
     matched = match(loaded, wanted, name, **options)
   except UserError as e:
     raise UserError(f"config.init_from={e}") from e
-  if not os.path.isdir(name):
+  if not folder:
     _warn_of_other_arguments(loaded, model, name)
   return matched
 
@@ -228,30 +230,30 @@ def load_model(
   Raises:
     UserError: no such weights, or they do not belong to `model_name`.
   """
-  folder, own = Path(where).expanduser(), models.is_own(model_name)
+  own, is_folder = models.is_own(model_name), files.is_folder(where)
   if own:
     models.find(model_name)
   variables = load(where)
-  if folder.is_dir():
+  if is_folder:
     if model_name is not None:
       raise UserError(
         f"--model={model_name}: omit it; {where} has a config that names it"
       )
-    origin = folder / "config.json"
-    config = config_lib.flatten(workdir_lib.read_config(folder))
+    origin = files.path(where) / "config.json"
+    config = config_lib.flatten(workdir_lib.read_config(where))
   else:
     origin = where
     config = interop.read_header(where) if own or not model_name else None
   name = config.get("model.name") if config else model_name
   if models.is_own(name):
     told = not own or name == model_name
-    if not folder.is_dir() and not (told and models.is_known(name)):
+    if not is_folder and not (told and models.is_known(name)):
       # Reading a file must not run code that the user did not name.
       raise UserError(f"{where}: holds {name}; pass --model={name}")
     models.require(models.find(name)[0], "infer")
   family, found = architecture(variables, where)
   count = found["num_classes"]
-  if count is None and not folder.is_dir():
+  if count is None and not is_folder:
     raise UserError(f"{where}: has no head, so its classes are unknown")
   if config is not None:
     of = lambda section, names: {k: config.get(f"{section}.{k}") for k in names}

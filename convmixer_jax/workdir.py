@@ -19,8 +19,10 @@ import jax
 import ml_collections
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
+from convmixer_jax.buckets import lease
+from convmixer_jax.errors import InUse
 from convmixer_jax.errors import UserError
-from convmixer_jax.files import sync
 from convmixer_jax.files import writing
 
 
@@ -35,16 +37,13 @@ def config_changes(
   'seed is 0 there and 1 here'. Raises UserError if no checkpoint can be saved
   in a folder of this name, or its config.json is not a valid config.
   """
-  if "://" in str(workdir):
-    raise UserError(
-      f"--workdir={workdir}: must be on a file system; mount the bucket"
-    )
   try:
     os.fspath(workdir).encode()
   except UnicodeEncodeError as e:  # Orbax cannot write there.
     text = "must be UTF-8, in a locale of UTF-8"
     raise UserError(f"--workdir={workdir}: {text}") from e
-  if not os.path.lexists(os.path.join(workdir, "config.json")):
+  path = files.path(workdir) / "config.json"
+  if not (os.path.islink(path) or files.exists(path)):
     return {}
   old = config_lib.flatten(read_config(workdir))
   new = config_lib.flatten(json.loads(config.to_json()))
@@ -76,7 +75,7 @@ def read_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
 
   Raises UserError if there is none, or it is damaged.
   """
-  path = Path(where).expanduser()
+  path = files.path(where)
   path = path if path.suffix == ".json" else path / "config.json"
   try:
     return ml_collections.ConfigDict(json.loads(path.read_text("utf-8")))
@@ -89,14 +88,6 @@ def read_config(where: str | os.PathLike) -> ml_collections.ConfigDict:
 _SAVED = ("finished", "interrupted")  # A status whose last step was saved.
 
 
-class InUse(UserError):
-  """Another process holds the lock; `holder` says which."""
-
-  def __init__(self, workdir: Path, holder: str):
-    super().__init__(f"--workdir={workdir}: in use by {holder}")
-    self.holder = holder
-
-
 @contextlib.contextmanager
 def locked(workdir: str | os.PathLike) -> Iterator[None]:
   """Creates `workdir` and locks it against other runs, as `lock` does.
@@ -106,18 +97,27 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
   if jax.process_index() > 0:
     yield
     return
-  with lock(Path(workdir) / "lock"):
+  with lock(files.path(workdir) / "lock", wait=True):
     yield
 
 
-@contextlib.contextmanager
-def lock(path: Path) -> Iterator[None]:
+def lock(
+  path: files.AnyPath, *, wait: bool = False
+) -> contextlib.AbstractContextManager[None]:
   """Creates a file in a workdir, which is created too, and locks it.
 
-  The lock belongs to the process and ends with it, even after SIGKILL. Raises
-  UserError if the file cannot be written, and InUse if another process holds
-  the lock. Does not start jax's devices.
+  The lock belongs to the process and ends with it, even after SIGKILL; in a
+  bucket, after a while, for which this function may `wait`, see `lease.lock`.
+  Raises UserError if the file cannot be written, and InUse if another process
+  holds the lock. Does not start jax's devices.
   """
+  if isinstance(path, Path):
+    return _locked_file(path)
+  return lease.lock(path, wait=wait)
+
+
+@contextlib.contextmanager
+def _locked_file(path):
   workdir = path.parent
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -160,8 +160,13 @@ def _flock(file):
 
 
 def holder(workdir: str | os.PathLike, name: str = "lock") -> str | None:
-  """The process that holds a lock of `workdir`, in words, or None."""
-  path = Path(workdir) / name
+  """The process that holds a lock of `workdir`, in words, or None.
+
+  Raises UserError if a bucket cannot be read.
+  """
+  path = files.path(workdir) / name
+  if not isinstance(path, Path):
+    return lease.holder(path)
   with contextlib.suppress(OSError), path.open(errors="replace") as file:
     try:
       fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -173,7 +178,8 @@ def holder(workdir: str | os.PathLike, name: str = "lock") -> str | None:
 def read_metrics(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The valid lines of metrics.jsonl; UserError if it cannot be read."""
   records = []
-  for line in _read_text(Path(workdir) / "metrics.jsonl").splitlines():
+  path = files.path(workdir) / "metrics.jsonl"
+  for line in _read_text(path).splitlines():
     with contextlib.suppress(ValueError, RecursionError):
       match json.loads(line):
         case {"step": int(), "kind": str()} as record:
@@ -198,7 +204,9 @@ def read_eval(workdir: str | os.PathLike, step: int) -> dict[str, Any] | None:
 def _read_text(path):
   """A file's text; '' if there is no such file."""
   try:
-    return path.read_text("utf-8", "replace") if path.exists() else ""
+    return path.read_text("utf-8", "replace")
+  except (FileNotFoundError, NotADirectoryError):
+    return ""
   except OSError as e:
     raise UserError(f"{path}: {e.strerror}") from e
 
@@ -208,11 +216,11 @@ def read_starts(workdir: str | os.PathLike) -> dict[str, Any]:
 
   Raises UserError if it cannot be read, or is damaged.
   """
-  path = Path(workdir) / "run.json"
-  if not path.exists():
+  path = files.path(workdir) / "run.json"
+  if not (text := _read_text(path)) and not files.exists(path):
     return {"starts": []}
   try:
-    run = json.loads(_read_text(path))
+    run = json.loads(text)
     run["starts"] = [*run["starts"]]
   except (ValueError, TypeError, LookupError, RecursionError) as e:
     text = f"{path}: damaged ({e}); remove it and rerun the command"
@@ -224,10 +232,12 @@ def lacks_checkpoints(workdir: str | os.PathLike) -> bool:
   """Whether a run that has no checkpoint must have had some.
 
   It has records although it ended, was resumed, or its folder for checkpoints
-  is gone. One that was killed before the first checkpoint may begin again.
+  is gone, of which a bucket knows nothing. One that was killed before the first
+  checkpoint may begin again.
   """
+  folder = files.path(workdir) / "checkpoints"
   return bool(read_metrics(workdir)) and (
-    not Path(workdir, "checkpoints").exists()
+    (isinstance(folder, Path) and not folder.exists())
     or any(
       start.get("first_step") or start.get("status") in _SAVED
       for start in read_starts(workdir)["starts"]
@@ -257,23 +267,11 @@ def mark_finished(
       start.update(end)
     case starts:
       starts.append(end)
-  with writing(Path(workdir)):
+  with writing(files.path(workdir)):
     write_run(workdir, run)
 
 
 def write_run(workdir: str | os.PathLike, run: Mapping[str, Any]) -> None:
   """Writes run.json; see `read_starts`."""
-  write_whole(Path(workdir) / "run.json", json.dumps(run, indent=2) + "\n")
-
-
-def write_whole(path: Path, text: str) -> None:
-  """Replaces the file at once: a crash leaves the old text or the new one.
-
-  So does a power failure.
-  """
-  temporary = path.with_suffix(path.suffix + ".tmp")
-  # Names of files and classes may hold bytes that are not UTF-8.
-  temporary.write_text(text, "utf-8", "surrogateescape")
-  sync(temporary)
-  temporary.replace(path)
-  sync(path.parent)
+  text = json.dumps(run, indent=2) + "\n"
+  files.write_whole(files.path(workdir) / "run.json", text)

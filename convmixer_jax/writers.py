@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from convmixer_jax import files
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
@@ -33,7 +34,13 @@ class TensorBoard:
 
   MOST_DRAWN = 100
 
-  def __init__(self, workdir: Path, records: Iterable[Mapping[str, Any]]):
+  def __init__(
+    self,
+    folder: Path,
+    records: Iterable[Mapping[str, Any]],
+    workdir: files.AnyPath | None = None,
+  ):
+    """Writes to `folder`, a copy of `workdir`, or by default the same."""
     from tensorboard.compat.proto import event_pb2  # Without tensorflow.
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.summary.writer import record_writer
@@ -41,8 +48,12 @@ class TensorBoard:
     self._event, self._summary = event_pb2.Event, summary_pb2.Summary
     now, host = int(time.time()), platform.node()
     prefix = "events.out.tfevents."
-    path = workdir / f"{prefix}{now:010}.{host}.{os.getpid()}"
-    earlier = {*workdir.glob(f"{prefix}*")} - {path}
+    path = folder / f"{prefix}{now:010}.{host}.{os.getpid()}"
+    earlier = [
+      file
+      for file in (workdir or folder).iterdir()
+      if file.name.startswith(prefix) and file.name != path.name
+    ]
     self._writer = record_writer.RecordWriter(path.open("wb"))
     self._add(time.time(), file_version="brain.Event:2")
     # Tells a running TensorBoard to forget the earlier files.
@@ -71,9 +82,9 @@ class TensorBoard:
       values.append(self._image(f"{kind}/confusion", _heat_map(confusion)))
     self._add(seconds, step=step, summary=self._summary(value=values))
 
-  def write_sheet(self, path: Path) -> None:
+  def write_sheet(self, path: files.AnyPath) -> None:
     """Writes a PNG file as images of step 0."""
-    with Image.open(path) as image:
+    with Image.open(io.BytesIO(path.read_bytes())) as image:
       value = self._image("train/images", image)
     self._add(time.time(), step=0, summary=self._summary(value=[value]))
 
@@ -125,9 +136,9 @@ class Wandb:
       )
 
   def start(
-    self, workdir: str | os.PathLike, run_id: str, config_json: str
+    self, name: str, folder: Path, run_id: str, config_json: str
   ) -> None:
-    """Begins or continues the run `run_id`; its own files go into `workdir`.
+    """Begins or continues the run `run_id`; its own files go into `folder`.
 
     Raises UserError if wandb is not set up: no login, or an invalid project.
     """
@@ -141,9 +152,9 @@ class Wandb:
         project=self._project,
         id=run_id,
         resume="allow",
-        name=Path(workdir).name,
+        name=name,
         tags=[config[part]["name"] for part in ("model", "data")],
-        dir=workdir,
+        dir=folder,
         config=config,
         # Seconds for which an end waits for a network that is down.
         settings=wandb.Settings(console="off", finish_timeout=30),

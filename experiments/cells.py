@@ -13,6 +13,7 @@ import jax
 import ml_collections
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import models
 from convmixer_jax.data import sources
 from experiments import paper
@@ -45,7 +46,13 @@ class Cell:
     config.update_from_flattened_dict({**self.overrides, "seed": seed})
     return config
 
-  def command(self, seed: int, workdir: Path) -> list[str]:
+  def of_data(self, directory: str) -> "Cell":
+    """The cell with its data elsewhere."""
+    return dataclasses.replace(
+      self, overrides={**self.overrides, "data.dir": directory}
+    )
+
+  def command(self, seed: int, workdir: files.AnyPath) -> list[str]:
     """The command line that trains it, in the current folder."""
     fields = {**self.overrides, "seed": seed}
     return [
@@ -53,7 +60,7 @@ class Cell:
       "-m",
       "convmixer_jax.main",
       f"--config={os.path.relpath(ROOT / self.config)}",
-      f"--workdir={workdir.absolute()}",
+      f"--workdir={files.absolute(workdir)}",
       *(f"--config.{name}={value}" for name, value in fields.items()),
     ]
 

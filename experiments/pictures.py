@@ -17,7 +17,6 @@ most confident mistakes. Images are those of the run's evaluation split.
 from collections.abc import Iterator
 import contextlib
 import math
-from pathlib import Path
 
 import jax
 import matplotlib
@@ -27,6 +26,7 @@ import tqdm
 
 from convmixer_jax import classes
 from convmixer_jax import cli
+from convmixer_jax import files
 from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import weights
@@ -89,13 +89,13 @@ def main() -> None:
   against = trained
   if _AGAINST.value:
     against, _ = _load(_AGAINST.value, data.image_size)
-  out = Path(_OUT.value or Path(workdir) / "pictures").expanduser()
+  out = files.path(_OUT.value or files.path(workdir) / "pictures")
   for name, about, drawn in _pictures(
     trained, against, config, source, names or source.class_names, blocks
   ):
     try:
-      out.mkdir(parents=True, exist_ok=True)
-      drawn.savefig(out / name, dpi=150)
+      with files.output(out) as folder:
+        drawn.savefig(folder / name, dpi=150)
     except OSError as e:
       raise UserError(f"--out={out}: {e.strerror or e}") from e
     print(f"{out / name}: {about}", flush=True)
@@ -103,7 +103,7 @@ def main() -> None:
 
 def _load(where, image_size):
   """A model for images of this size, and the names of its classes."""
-  if Path(where).expanduser().is_dir():
+  if files.is_folder(where):
     workdir_lib.load_config(where)  # Checks it.
   model, variables, data = weights.load_model(where)
   try:

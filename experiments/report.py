@@ -19,6 +19,7 @@ import sys
 import jinja2
 
 from convmixer_jax import cli
+from convmixer_jax import files
 from convmixer_jax.errors import UserError
 from experiments import plots
 from experiments import scores
@@ -46,13 +47,12 @@ def main(*names: str) -> None:
   page = render(sweep.name, sweep, folder, results, problems, pictures)
   try:
     # File names may not be valid Unicode.
-    Path(out).expanduser().write_text(page, "utf-8", "backslashreplace")
+    files.path(out).write_text(page, "utf-8", "backslashreplace")
     if _FIGURES.value:
-      figures = Path(_FIGURES.value).expanduser()
-      figures.mkdir(parents=True, exist_ok=True)
-      for picture in pictures:
-        svg = picture.svg.replace("currentColor", plots.GRAY)
-        (figures / f"{picture.name}.svg").write_text(svg, "utf-8")
+      with files.output(files.path(_FIGURES.value)) as figures:
+        for picture in pictures:
+          svg = picture.svg.replace("currentColor", plots.GRAY)
+          (figures / f"{picture.name}.svg").write_text(svg, "utf-8")
   except OSError as e:
     raise UserError(f"{e.filename}: {e.strerror}") from e
   for problem in problems:
@@ -64,7 +64,7 @@ def main(*names: str) -> None:
 def render(
   name: str,
   sweep: sweeps.Sweep,
-  folder: Path,
+  folder: files.AnyPath,
   results: Sequence[scores.Result],
   problems: Sequence[str],
   pictures: Sequence[plots.Picture],

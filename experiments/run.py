@@ -20,6 +20,8 @@ if that host is lost, another continues it.
 """
 
 import contextlib
+import datetime
+import math
 import os
 from pathlib import Path
 import shutil
@@ -31,7 +33,7 @@ import time
 import tqdm
 
 from convmixer_jax import cli
-from convmixer_jax import workdir as workdir_lib
+from convmixer_jax import files
 from convmixer_jax.errors import UserError
 from experiments import devices
 from experiments import estimate
@@ -73,25 +75,30 @@ _JOBS = _FLAGS.positive(
   "Runs at a time: --jobs 4. More runs than GPUs share them; on a CPU the runs"
   " divide the cores. Default: one per GPU or TPU chip, or one on a CPU.",
 )
+_DATA_DIR = _FLAGS.string(
+  "data_dir",
+  "Where TFDS prepared the data, if not in its default folder. From a bucket"
+  " each host copies them once: --data_dir gs://bucket/tfds.",
+)
 _DEVICES_PER_RUN = _FLAGS.positive(
   "devices_per_run",
   "GPUs or TPU chips that train a run together, which must divide its"
   " batch_size: --devices_per_run 4. Default: 1.",
 )
-# Seconds between two looks at the runs of other processes.
-LOOK_AGAIN = 5.0
+# Seconds between two looks at the runs of other processes, and in a bucket.
+LOOK_AGAIN, LOOK_AGAIN_IN_BUCKET = 5.0, 30.0
 
 
 def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   sweep = sweeps.get(*names)
-  root = Path(cli.required(_ROOT)).expanduser() / sweep.name
-  runs = [
-    runs_lib.Run(cell, seed, root / cell.name / f"seed{seed}")
-    for cell, seed in sweep.runs()
-  ]
+  root = files.path(cli.required(_ROOT)) / sweep.name
+  chosen = sweep.runs()
   if _ONLY.value is not None:
-    runs = runs_lib.part(runs, _ONLY.value)
+    chosen = runs_lib.part(chosen, _ONLY.value)
+  if _DATA_DIR.value is not None:
+    chosen = [(c.of_data(_DATA_DIR.value), seed) for c, seed in chosen]
+  runs = runs_lib.each(lambda each: runs_lib.Run.of(root, *each), chosen)
   print(f"{sweep.name}: {sweep.about} {len(runs)} runs")
   if not runs:  # More parts than runs.
     return
@@ -141,10 +148,11 @@ def _run_all(runs, shares, received=()):
   """
   slots: list[runs_lib.Run | None] = [None] * len(shares)
   waiting = [run for run in runs if run.status == "waiting"]
-  told, looked = 0, -LOOK_AGAIN
+  told, looked, drawn = 0, -math.inf, -math.inf
+  again = _look_again(runs)
   with tqdm.tqdm(
     total=len(runs),
-    initial=sum(run.share_done() for run in runs),
+    initial=sum(runs_lib.each(runs_lib.Run.share_done, runs)),
     bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}<{remaining}{postfix}",
     dynamic_ncols=True,
     disable=None,
@@ -152,11 +160,11 @@ def _run_all(runs, shares, received=()):
     while any(slots) or (waiting and not received):
       for i, run in enumerate(slots):
         if run and run.process.poll() is not None:
-          slots[i], looked = None, -LOOK_AGAIN
+          slots[i], looked = None, -math.inf
           _ended(run, stopping=told > 0)
           if run.status == "running elsewhere":
             waiting.append(run)
-        if slots[i] or received or time.monotonic() < looked + LOOK_AGAIN:
+        if slots[i] or received or time.monotonic() < looked + again:
           continue
         slots[i] = _start_next(waiting, i, shares, bar)
         if slots[i] is None:
@@ -166,11 +174,18 @@ def _run_all(runs, shares, received=()):
         _say("stopping: the active runs save their state")
         for run in filter(None, slots):
           run.process.terminate()
-      if not bar.disable:
+      if not bar.disable and time.monotonic() > drawn + again / 10:
         bar.set_postfix_str(runs_lib.summary(runs), refresh=False)
-        bar.update(sum(run.share_done() for run in runs) - bar.n)
+        bar.update(sum(runs_lib.each(runs_lib.Run.share_done, runs)) - bar.n)
         bar.refresh()
+        drawn = time.monotonic()
       time.sleep(0.5)
+
+
+def _look_again(runs):
+  """Seconds between two looks at the runs of other processes."""
+  in_bucket = any(not isinstance(run.workdir, Path) for run in runs)
+  return LOOK_AGAIN_IN_BUCKET if in_bucket else LOOK_AGAIN
 
 
 def _say(text):
@@ -185,10 +200,11 @@ def _start_next(waiting, slot, shares, bar):
   Removes it from `waiting`, and those before it that have ended. Returns None
   if other processes train all of `waiting`.
   """
-  for run in [*waiting]:
+  holders = runs_lib.each(_holder, waiting)
+  for run, holder in zip([*waiting], holders):
     before = run.status
     try:
-      if run.take():
+      if run.take(holder):
         _start(run, slot, shares)
     except (OSError, UserError) as e:
       run.release()
@@ -206,9 +222,17 @@ def _start_next(waiting, slot, shares, bar):
   return None
 
 
+def _holder(run, *locks):
+  """As `Run.holder`; '' also if it cannot be found out."""
+  try:
+    return run.holder(*locks)
+  except UserError:  # Taking it will fail too.
+    return ""
+
+
 def _start(run, slot, shares):
   (run.workdir / "failed.txt").unlink(missing_ok=True)
-  with (run.workdir / "log.txt").open("a", encoding="utf-8") as log:
+  with run.log.open("a", encoding="utf-8") as log:
     run.process = subprocess.Popen(
       run.cell.command(run.seed, run.workdir),
       stdout=log,
@@ -235,12 +259,13 @@ def _ended(run, stopping):
   # The second one ends it before there is anything to save.
   elif stopping and code in (128 + signal.SIGTERM, -signal.SIGTERM):
     run.status = "interrupted"
-  elif holder := workdir_lib.holder(run.workdir):
+  elif holder := _holder(run, "lock"):
     run.status, run.reason = "running elsewhere", holder
   else:
     run.status, run.reason = "failed", run.last_line()
     with contextlib.suppress(OSError):
-      text = f"exit code {code}: {run.reason}\n"
+      now = datetime.datetime.now().isoformat(" ", "seconds")
+      text = f"{now} exit code {code}: {run.reason}\n"
       (run.workdir / "failed.txt").write_text(text, "utf-8", "backslashreplace")
   run.release()
   evals = run.records("eval", "top1")
@@ -263,10 +288,10 @@ def _watch(runs):
              "process, or why it failed")]  # fmt: skip
     terminal = sys.stdout.isatty()
     brief = terminal and len(runs) + 3 > shutil.get_terminal_size().lines
-    for run in runs:
-      run.look()
+    runs_lib.each(runs_lib.Run.look, runs)
+    for run, progress in zip(runs, runs_lib.each(runs_lib.Run.progress, runs)):
       if not brief or run.status not in ("finished", "waiting"):
-        rows.append((run.name, run.status, *run.progress(), run.reason))
+        rows.append((run.name, run.status, *progress, run.reason))
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
     text = "\n".join([*lines, runs_lib.counts(runs)])
@@ -276,7 +301,7 @@ def _watch(runs):
     print("\033[H\033[2J" * again + text, flush=True)
     if not again:
       return
-    time.sleep(LOOK_AGAIN)
+    time.sleep(_look_again(runs))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,26 @@
 """The runs of a sweep: where each is, and who trains it."""
 
 import collections
+from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
+from concurrent import futures
 import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 import subprocess
 from typing import Any
+from typing import TypeVar
 
+from convmixer_jax import files
 from convmixer_jax import workdir as workdir_lib
+from convmixer_jax.buckets.mirror import Mirror
 from convmixer_jax.errors import UserError
 from experiments import cells
 from experiments import scores
+
+T = TypeVar("T")
 
 STATUSES = ("finished", "running", "running elsewhere", "failed", "waiting",
             "interrupted")  # fmt: skip
@@ -27,13 +34,14 @@ class Run:
 
   cell: cells.Cell
   seed: int
-  workdir: Path
+  workdir: files.AnyPath
   status: str = "waiting"
   reason: str = ""  # Why it failed, or who trains it.
   process: subprocess.Popen | None = None
   claim: contextlib.ExitStack = dataclasses.field(
     default_factory=contextlib.ExitStack
   )
+  mirror: Mirror | None = None  # Of a workdir in a bucket.
   # Of an earlier start, which is tried again.
   old_failure: str | None = dataclasses.field(init=False)
 
@@ -41,6 +49,11 @@ class Run:
     self.old_failure = self.failure()
     if scores.finished(self.workdir):
       self.status = "finished"
+
+  @classmethod
+  def of(cls, root: files.AnyPath, cell: cells.Cell, seed: int) -> "Run":
+    """The run of a cell and a seed; `root` is the sweep's folder."""
+    return cls(cell, seed, root / cell.name / f"seed{seed}")
 
   @property
   def name(self) -> str:
@@ -52,20 +65,20 @@ class Run:
 
   def failure(self) -> str | None:
     """The text of failed.txt, with its time; None if there is no such file."""
-    path = self.workdir / "failed.txt"
     try:
-      return f"{path.stat().st_mtime_ns} {path.read_text('utf-8', 'replace')}"
+      return (self.workdir / "failed.txt").read_text("utf-8", "replace")
     except OSError:
       return None
 
-  def _holder(self):
-    """The process that trains the run, or is about to; or ''."""
-    holders = (workdir_lib.holder(self.workdir, x) for x in ("lock", _CLAIM))
+  def holder(self, *locks: str) -> str:
+    """The process that trains the run, or by default is about to; or ''."""
+    locks = locks or ("lock", _CLAIM)
+    holders = (workdir_lib.holder(self.workdir, name) for name in locks)
     return next(filter(None, holders), "")
 
   def look(self) -> None:
     """Sets `status` and `reason` of a run that other processes train."""
-    self.reason = self._holder()
+    self.reason = self.holder()
     if scores.finished(self.workdir):
       self.status = "finished"
     elif self.reason:
@@ -73,18 +86,19 @@ class Run:
     elif failure := self.failure():
       self.status, self.reason = "failed", _reason(failure)
     else:
-      begun = (self.workdir / "metrics.jsonl").exists()
+      begun = files.exists(self.workdir / "metrics.jsonl")
       self.status = "interrupted" if begun else "waiting"
 
-  def take(self) -> bool:
+  def take(self, holder: str | None = None) -> bool:
     """Whether this process may train the run, which no other does then.
 
     Otherwise `status` and `reason` say why: another process trains it, or has
-    ended it. `release` ends the claim. Raises OSError if there can be no folder
-    of its name, UserError if it cannot be written.
+    ended it. `release` ends the claim. `holder` may have been found a moment
+    ago. Raises OSError if there can be no folder of its name, UserError if it
+    cannot be written.
     """
     self.workdir.mkdir(parents=True, exist_ok=True)
-    holder = self._holder()
+    holder = self.holder() if holder is None else holder
     try:
       if not holder:
         self.claim.enter_context(workdir_lib.lock(self.workdir / _CLAIM))
@@ -98,12 +112,24 @@ class Run:
       self.status, self.reason = "failed", _reason(failure)
     else:
       self.status, self.reason = "waiting", ""
+      if not isinstance(self.workdir, Path):
+        self._mirror_log()
       return True
     self.release()
     return False
 
+  def _mirror_log(self):
+    self.mirror = Mirror(self.workdir)
+    with contextlib.suppress(FileNotFoundError):
+      self.log.write_bytes((self.workdir / self.log.name).read_bytes())
+
   def release(self) -> None:
     """Leaves the run to other processes."""
+    if self.mirror:
+      # If another process has taken over, its log is the right one.
+      with contextlib.suppress(OSError, UserError):
+        self.mirror.close()
+      self.mirror = None
     self.claim.close()
 
   def records(self, kind: str, field: str) -> list[dict[str, Any]]:
@@ -126,10 +152,15 @@ class Run:
       str(last.get("time", "")).replace("T", " "),
     )
 
+  @property
+  def log(self) -> Path:
+    """The file of its output, which this process writes; see `take`."""
+    return (self.mirror.local if self.mirror else self.workdir) / "log.txt"
+
   def last_line(self) -> str:
     """The last line of its output that is not empty."""
     try:
-      text = (self.workdir / "log.txt").read_text("utf-8", "replace")
+      text = self.log.read_text("utf-8", "replace")
     except OSError as e:
       return f"{e.strerror}: {e.filename}"
     lines = reversed(text.splitlines())
@@ -143,11 +174,17 @@ class Run:
     return records[-1]["epoch"] / self.epochs if records else 0.0
 
 
+def each(function: Callable[[Run], T], runs: Iterable[Run]) -> list[T]:
+  """The function's result for each run; at once, as a bucket answers slowly."""
+  with futures.ThreadPoolExecutor(16) as pool:
+    return [*pool.map(function, runs)]
+
+
 def _reason(failure):
   return failure.partition(": ")[2].strip()
 
 
-def part(runs: Sequence[Run], only: str) -> Sequence[Run]:
+def part(runs: Sequence[Any], only: str) -> Sequence[Any]:
   """Part I of N of the runs; `only` is 'I/N', or else UserError."""
   try:
     number, parts = map(int, only.split("/"))

@@ -2,14 +2,17 @@
 
 from collections.abc import Mapping
 from collections.abc import Sequence
+from concurrent import futures
 import dataclasses
 import functools
 import json
-from pathlib import Path
 import statistics
 from typing import Any
 
+import tqdm
+
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import cells
@@ -57,7 +60,7 @@ class Result:
     return statistics.stdev(scores) if len(scores) > 1 else None
 
 
-def finished(workdir: Path) -> bool:
+def finished(workdir: files.AnyPath) -> bool:
   """Whether a run was trained to its end and evaluated."""
   try:
     start = json.loads((workdir / "run.json").read_text("utf-8"))["starts"][-1]
@@ -68,15 +71,17 @@ def finished(workdir: Path) -> bool:
     return False
 
 
-def locate(names: Sequence[str], root: str) -> tuple[sweeps.Sweep, Path]:
+def locate(
+  names: Sequence[str], root: str
+) -> tuple[sweeps.Sweep, files.AnyPath]:
   """The sweep that a command line names, and its folder.
 
   Raises:
     UserError: there is no such sweep, or `root` has no folder of that name.
   """
   sweep = sweeps.get(*names)
-  folder = Path(root).expanduser() / sweep.name
-  if not folder.is_dir():
+  folder = files.path(root) / sweep.name
+  if not files.is_folder(folder):
     raise UserError(
       f"--root={root}: has no folder {sweep.name}; run experiments.run first"
     )
@@ -84,7 +89,7 @@ def locate(names: Sequence[str], root: str) -> tuple[sweeps.Sweep, Path]:
 
 
 def collect(
-  sweep: sweeps.Sweep, folder: Path
+  sweep: sweeps.Sweep, folder: files.AnyPath
 ) -> tuple[list[Result], list[str]]:
   """Reads the runs of a sweep.
 
@@ -93,24 +98,47 @@ def collect(
   """
   results, problems = [], []
   known = {
-    folder / cell.name / f"seed{seed}" for cell, seed in sweep.runs()
-  } | {folder / cell.name for cell in sweep.cells}
-  for path in sorted([*folder.glob("*"), *folder.glob("*/*")]):
-    if path not in known:
+    folder / cell.name / f"seed{seed}": (cell, seed)
+    for cell, seed in sweep.runs()
+  }
+  cells_of = {folder / cell.name for cell in sweep.cells}
+  there = [*folder.iterdir()]
+  there += [path for above in there if above in cells_of for path in _in(above)]
+  for path in sorted(there):
+    if path not in known and path not in cells_of:
       problems.append(f"{path}: not part of this sweep")
+  begun = {
+    path: json.loads(cell.resolve(seed).to_json())
+    for path, (cell, seed) in known.items()
+    if path in there
+  }
+
+  def read(workdir):
+    problem = _problem(workdir, begun[workdir])
+    return problem, [] if problem else workdir_lib.read_metrics(workdir)
+
+  with futures.ThreadPoolExecutor(16) as pool:
+    read_runs = tqdm.tqdm(
+      pool.map(read, begun), "reading", len(begun), leave=False, delay=1,
+      disable=None,
+    )  # fmt: skip
+    found = dict(zip(begun, read_runs))
   for cell in sweep.cells:
     runs, workdirs = {}, []
     for seed in sweep.seeds:
       workdir = folder / cell.name / f"seed{seed}"
-      if not workdir.exists():
-        continue
-      if problem := _problem(cell, seed, workdir):
+      problem, records = found.get(workdir, ("", []))
+      if problem:
         problems.append(f"{workdir}: {problem}")
-        continue
-      runs[seed] = workdir_lib.read_metrics(workdir)
-      workdirs.append(workdir)
+      elif workdir in found:
+        runs[seed] = records
+        workdirs.append(workdir)
     results.append(Result(cell, runs, _num_classes(cell, workdirs)))
   return results, problems
+
+
+def _in(folder):
+  return [*folder.iterdir()] if folder.is_dir() else []
 
 
 def _num_classes(cell, workdirs):
@@ -125,7 +153,7 @@ def _num_classes(cell, workdirs):
     return None
 
 
-def _problem(cell, seed, workdir):
+def _problem(workdir, wanted):
   """Why a run is left out, or ''."""
   failed = workdir / "failed.txt"
   try:
@@ -134,7 +162,6 @@ def _problem(cell, seed, workdir):
     if not (workdir / "config.json").exists():
       return "has not begun"
     theirs = json.loads((workdir / "config.json").read_text("utf-8"))
-    wanted = json.loads(cell.resolve(seed).to_json())
   except (OSError, ValueError) as e:
     return f"config.json: {e}"
   if not isinstance(theirs, dict):

@@ -3,14 +3,18 @@
 #
 #   scripts/tpu_pod.sh NAME setup       copies this checkout and sets up .venv
 #   scripts/tpu_pod.sh NAME run CMD...  runs CMD in the checkout on all workers
-#   scripts/tpu_pod.sh NAME log         follows the output of worker 0
-#   scripts/tpu_pod.sh NAME stop        sends SIGTERM: a run saves and ends
+#   scripts/tpu_pod.sh NAME sweep SWEEP --root gs://BUCKET/PATH ...
+#                                       trains a sweep on all workers, a run a
+#                                       chip: experiments.run with these flags
+#   scripts/tpu_pod.sh NAME log [N]     follows the output of worker N (0)
+#   scripts/tpu_pod.sh NAME stop        sends SIGTERM: runs save and end
 #
 # Zone and project come from gcloud config, or from $ZONE and $PROJECT. Example:
 #
 #   scripts/tpu_pod.sh pod setup
-#   scripts/tpu_pod.sh pod run python -m convmixer_jax.main \
-#       --config configs/imagenet.py --workdir /mnt/bucket/run --distributed
+#   scripts/tpu_pod.sh pod run python -m convmixer_jax.main --distributed \
+#       --config configs/imagenet.py --workdir gs://bucket/runs/imagenet
+#   scripts/tpu_pod.sh pod sweep patch_kernel --root gs://bucket/runs
 #
 # A run continues when this terminal closes. Only committed files are copied.
 set -euo pipefail
@@ -25,7 +29,7 @@ main() {
     exit 0
   fi
   if (($# < 2)); then
-    fail "give NAME and one of setup, run, log, stop; see --help"
+    fail "give NAME and one of setup, run, sweep, log, stop; see --help"
   fi
   command -v gcloud >/dev/null || fail "gcloud: not found; see https://cloud.google.com/sdk"
   local tpu=$1 action=$2
@@ -40,10 +44,18 @@ main() {
     (($#)) || fail "run: give a command"
     run "$@"
     ;;
-  log) on_workers 0 "tail -n +1 -F convmixer_jax/pod.log" ;;
+  sweep)
+    # Without a root in a bucket each worker would train all runs.
+    [[ " $* " =~ " --root"[\ =][a-z0-9]+:// ]] || fail "sweep: give a sweep and --root gs://BUCKET/PATH"
+    run python -m experiments.run "$@"
+    ;;
+  log)
+    [[ ${1:-0} =~ ^[0-9]+$ ]] || fail "log $1: must be the number of a worker"
+    on_workers "${1:-0}" "tail -n +1 -F convmixer_jax/pod.log"
+    ;;
   # The command leads its own process group; the whole group gets the signal.
   stop) on_workers all 'kill -TERM -- "-$(cat convmixer_jax/pod.pid)"' ;;
-  *) fail "$action: must be setup, run, log or stop" ;;
+  *) fail "$action: must be setup, run, sweep, log or stop" ;;
   esac
 }
 
@@ -72,7 +84,7 @@ setup() {
     tar xzf convmixer_jax.tar.gz
     cd convmixer_jax
     make .venv
-    .venv/bin/pip install --quiet -c requirements.txt 'jax[tpu]'"
+    .venv/bin/pip install --quiet -c requirements.txt 'jax[tpu]' gcsfs"
 }
 
 run() {

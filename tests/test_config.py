@@ -312,8 +312,9 @@ def test_output_that_is_lost_is_an_error(monkeypatch):
 
 LAYERS = (
   ("errors", "peaks"),
-  ("files", "imports", "sheet", "writers"),
-  ("ops",),
+  ("buckets",),
+  ("files", "imports", "sheet"),
+  ("ops", "writers"),
   ("augment", "optim", "sharding"),
   ("models", "runtime"),
   ("step", "torch_pickle"),

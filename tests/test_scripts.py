@@ -68,7 +68,7 @@ def test_a_pod_is_set_up_runs_and_is_stopped(pod, tmp_path, monkeypatch):
   for home in homes:
     assert (home / "convmixer_jax" / "main.py").exists()
     pip = (home / "pip").read_text()
-    assert pip == "install --quiet -c requirements.txt jax[tpu]\n"
+    assert pip == "install --quiet -c requirements.txt jax[tpu] gcsfs\n"
   script = (
     'trap "echo saved; exit" TERM; echo "$1"; while :; do sleep 0.1; done'
   )
@@ -85,6 +85,20 @@ def test_a_pod_is_set_up_runs_and_is_stopped(pod, tmp_path, monkeypatch):
     assert f"compute tpus tpu-vm {verb} " in calls
   assert calls.count("--worker=all") == calls.count("--zone=us-west4-a") == 4
   assert "--project" not in calls
+
+
+def test_a_sweep_is_started_on_every_worker(pod, tmp_path):
+  """By the runner, in the environment of the checkout."""
+  homes = [tmp_path / f"worker{i}" / "convmixer_jax" for i in (0, 1)]
+  for home in homes:
+    python = home / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\necho "python $*"\n')
+    python.chmod(0o755)
+  flags = ("smoke", "--root", "gs://bucket/runs", "--jobs=2")
+  done = pod("mine", "sweep", *flags)
+  assert done.returncode == 0, done.stderr
+  wait_for(homes, f"python -m experiments.run {' '.join(flags)}\n")
 
 
 def wait_for(homes, line):
@@ -112,9 +126,12 @@ def group_exists(pid):
 @pytest.mark.parametrize(
   ("args", "says"),
   [
-    ([], "give NAME and one of setup, run, log, stop"),
-    (["mine", "start"], "start: must be setup, run, log or stop"),
+    ([], "give NAME and one of setup, run, sweep, log, stop"),
+    (["mine", "start"], "start: must be setup, run, sweep, log or stop"),
     (["mine", "run"], "run: give a command"),
+    (["mine", "sweep", "smoke"], "give a sweep and --root gs://BUCKET/PATH"),
+    (["mine", "sweep", "smoke", "--root=runs"], "--root gs://BUCKET/PATH"),
+    (["mine", "log", "x"], "log x: must be the number of a worker"),
   ],
 )
 def test_mistakes_call_nothing(pod, tmp_path, args, says):

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing import event_accumulator
 
 from convmixer_jax import checkpoint
 from convmixer_jax import evaluate
+from convmixer_jax import files
 from convmixer_jax import logger
 from convmixer_jax import models
 from convmixer_jax import ops
@@ -365,7 +366,7 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path):
   path = tmp_path / "run.json"
   path.write_text("old")
   with pytest.raises(UnicodeEncodeError):
-    workdir_lib.write_whole(path, "new, but for \ud800")
+    files.write_whole(path, "new, but for \ud800")
   assert path.read_text() == "old"
 
 

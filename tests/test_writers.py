@@ -212,7 +212,7 @@ def test_wandb_that_cannot_be_imported_stops_nothing(
   monkeypatch.syspath_prepend(str(tmp_path))
   monkeypatch.delitem(sys.modules, "wandb", raising=False)
   wandb = writers.Wandb("mixers")
-  wandb.start(tmp_path, "an id", "{}")
+  wandb.start("a name", tmp_path, "an id", "{}")
   wandb.write({"step": 1, "kind": "train", "loss": 2.0})
   wandb.finish("finished")
   err = capsys.readouterr().err

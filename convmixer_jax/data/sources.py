@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.data_sources import base
 import tqdm
 
+from convmixer_jax import files
 from convmixer_jax.data import decode
 from convmixer_jax.data import digits
 from convmixer_jax.data import folder
@@ -117,20 +118,37 @@ def open_source(
       return InMemory(images, labels, classes, ranges)
     reader = digits.Reader(images, labels)
     return Encoded(reader, len(images), classes, ranges=ranges)
-  here = os.path.isdir(os.path.expanduser(directory or ""))
-  bucket = "://" in (directory or "")  # TFDS reads from buckets too.
-  if directory is not None and not here and not bucket:
+  if directory is not None and not files.is_folder(directory):
     raise UserError(f"data.dir={directory}: no such directory")
+  if files.is_url(directory or ""):
+    directory = _local_copy(name, directory)
   if name == "folder":
     if directory is None:
       raise UserError(
         "data.dir: required with data.name=folder: a directory that contains"
         " train/CLASS/*.jpeg and val/CLASS/*.jpeg"
       )
-    files, labels, classes, ranges = folder.labelled(directory, split)
-    reader = _FolderReader(files, labels)
-    return Encoded(reader, len(files), classes, ranges=ranges)
+    images, labels, classes, ranges = folder.labelled(directory, split)
+    reader = _FolderReader(images, labels)
+    return Encoded(reader, len(images), classes, ranges=ranges)
   return _tfds(name, directory, split, image_size)
+
+
+def _local_copy(name, directory):
+  """The directory of a copy of a data set in a bucket."""
+  root = files.path(directory)
+  if name == "folder":
+    return str(files.local(root))
+  # All versions: a bucket for training has one, as a rule.
+  path = name.partition(":")[0]
+  try:
+    found = files.local(root / path)
+  except UserError as e:
+    raise UserError(
+      f"data.dir={directory}: {e}. Prepare {name} on a machine with TensorFlow,"
+      f" and copy its folder {path} to {directory}"
+    ) from e
+  return str(found.parents[path.count("/")])
 
 
 @dataclasses.dataclass(frozen=True)

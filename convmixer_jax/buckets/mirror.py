@@ -1,0 +1,79 @@
+"""Files that grow, such as logs, of a run in a bucket: objects cannot grow.
+
+They are written to a local folder, whose files are copied to the bucket while
+they change.
+"""
+
+import contextlib
+import os
+from pathlib import Path
+import tempfile
+import threading
+
+from convmixer_jax.buckets import lease
+from convmixer_jax.buckets.paths import BucketPath
+from convmixer_jax.errors import UserError
+
+INTERVAL = 30.0  # Seconds between two copies.
+
+_open: list["Mirror"] = []
+
+
+class Mirror:
+  """Copies files that change in the folder `local` to `remote`."""
+
+  def __init__(self, remote: BucketPath):
+    self.remote = remote
+    self._folder = tempfile.TemporaryDirectory(prefix="convmixer_jax_")
+    self.local = Path(self._folder.name)
+    self._copied: dict[Path, tuple[int, int]] = {}
+    self._mutex = threading.Lock()
+    self._stop = threading.Event()
+    self._thread = threading.Thread(target=self._copy_on, daemon=True)
+    self._thread.start()
+    _open.append(self)
+
+  def _copy_on(self):
+    while not self._stop.wait(INTERVAL):
+      # The next `flush` of the main thread will raise them.
+      with contextlib.suppress(OSError, UserError):
+        self.flush()
+
+  def confirm(self) -> None:
+    """Raises as `flush`, if another process has taken over `remote`."""
+    lease.confirm(self.remote)
+
+  def flush(self) -> None:
+    """Copies what has changed.
+
+    Raises UserError if another process has taken over `remote`, OSError if it
+    cannot be written.
+    """
+    with self._mutex:
+      lease.confirm(self.remote)
+      for file in sorted(self.local.rglob("*")):
+        if not file.is_file():
+          continue
+        now = os.stat(file)
+        version = (now.st_size, now.st_mtime_ns)
+        if self._copied.get(file) != version:
+          target = self.remote / file.relative_to(self.local).as_posix()
+          target.write_bytes(file.read_bytes())  # It may grow meanwhile.
+          self._copied[file] = version
+
+  def close(self) -> None:
+    """Copies what has changed, and removes the local folder."""
+    self._stop.set()
+    _open.remove(self)
+    try:
+      self.flush()
+    finally:
+      self._folder.cleanup()
+
+
+def flush(path: BucketPath) -> None:
+  """Copies what has changed to the folders above `path`; see `Mirror.flush`."""
+  lease.confirm(path)
+  for mirror in [*_open]:
+    if path.is_relative_to(mirror.remote):
+      mirror.flush()
