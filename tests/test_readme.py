@@ -23,10 +23,11 @@ PAGES = {
   for path in [common.ROOT / "README.md", *common.ROOT.glob("docs/*.md")]
 }
 TEXT = "\n".join(PAGES.values())
+# `tpu_pod.sh NAME sweep` is the runner on each worker.
 COMMANDS = re.findall(
   r"^(?:scripts/tpu_pod.sh NAME run )?python -m"
   r" ((?:convmixer_jax|benchmarks|examples|experiments)\.\w+)(.*)$",
-  TEXT,
+  TEXT.replace("NAME sweep ", "NAME run python -m experiments.run "),
   re.M,
 )
 PYTHON = [
