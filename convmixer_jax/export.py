@@ -97,7 +97,8 @@ def main() -> None:
         raise RuntimeError(f"{path}: differs by {difference:.1e}: a bug")
       mebibytes = os.path.getsize(path) / 2**20
   except OSError as e:
-    raise UserError(f"{e.filename}: {e.strerror}") from e
+    flag = "--out=" if e.filename == str(out) else ""
+    raise UserError(f"{flag}{e.filename}: {e.strerror}") from e
   print(
     f"{out / path.name}: {mebibytes:.1f} MiB, {what}; read back, it differs"
     f" from the model by {difference:.1e} of the largest"

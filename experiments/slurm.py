@@ -23,6 +23,7 @@ import time
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
+from convmixer_jax import files
 from convmixer_jax.errors import UserError
 from experiments import scores
 from experiments import sweeps
@@ -112,6 +113,9 @@ class Task:
 
 def main(*words: str) -> None:
   """Submits what the flags say; see --help."""
+  if files.is_url(_ROOT.value):
+    text = "must be a folder that all hosts share: Slurm writes there too"
+    raise UserError(f"--root={_ROOT.value}: {text}")
   root = Path(_ROOT.value).expanduser().absolute()
   if words and words[0].startswith("-"):
     name, tasks = "convmixer", [_single(words)]

@@ -254,6 +254,7 @@ def test_what_slurm_refuses_is_one_line(slurm, tmp_path):
   ("args", "says"),
   [
     (["smok"], "nearest is smoke"),
+    (["smoke", "--root=gs://b/runs"], "must be a folder that all hosts share"),
     ([], "Give the name of a sweep, or --"),
     (["--", "--config=configs/digits.py", "--config.epoch=1"], "no such field"),
     (

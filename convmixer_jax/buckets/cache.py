@@ -53,6 +53,30 @@ def local_copy(source: BucketPath) -> Path:
   return target
 
 
+def local_data(name: str, directory: str) -> str:
+  """The data directory of a local copy of a data set; see `local_copy`.
+
+  Args:
+    name: 'folder', or a TFDS data set.
+    directory: root of the folder, or TFDS's data directory.
+  """
+  root = BucketPath.of(directory)
+  if name == "folder":
+    return str(local_copy(root))
+  # All versions: a bucket for training has one, as a rule.
+  path = name.partition(":")[0]
+  try:
+    if not (root / path).is_dir():
+      raise UserError(
+        f"data.dir={directory}: has no folder {path}; prepare {name} on a"
+        " machine with TensorFlow, and copy this folder from there"
+      )
+  except OSError as e:
+    raise UserError(f"data.dir={directory}: {e.strerror}") from e
+  found = local_copy(root / path)
+  return str(found.parents[path.count("/")])
+
+
 def _copy(source, objects, target):
   total = sum(size for size, _ in objects.values())
   free = shutil.disk_usage(target.parent).free

@@ -86,7 +86,8 @@ class Lease:
     self._stop.set()
     with self._mutex, contextlib.suppress(OSError):  # It will be silent.
       self._ending = True
-      self._write(released=True)
+      if time.monotonic() < self._beaten + 3 * BEAT:  # The bucket answers.
+        self._write(released=True)
 
 
 def confirm(path: BucketPath) -> None:
@@ -192,8 +193,8 @@ def _alive(path, number, content):
   """The owner, in words, or None if it has ended or is silent."""
   if not content or content.get("released"):
     return None
-  here = content.get("host") == _host()
-  if here and not psutil.pid_exists(int(content.get("pid", 0))):
+  pid, here = content.get("pid"), content.get("host") == _host()
+  if here and isinstance(pid, int) and not psutil.pid_exists(pid):
     return None
   key, text = _numbered(path, number), json.dumps(content)
   if _seen.get(key, ("", 0.0))[0] != text:

@@ -5,10 +5,12 @@ they change.
 """
 
 import contextlib
+import math
 import os
 from pathlib import Path
 import tempfile
 import threading
+import time
 
 from convmixer_jax.buckets import lease
 from convmixer_jax.buckets.paths import BucketPath
@@ -27,6 +29,7 @@ class Mirror:
     self._folder = tempfile.TemporaryDirectory(prefix="convmixer_jax_")
     self.local = Path(self._folder.name)
     self._copied: dict[Path, tuple[int, int]] = {}
+    self._failed = -math.inf  # When the last copy failed.
     self._mutex = threading.Lock()
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._copy_on, daemon=True)
@@ -58,15 +61,24 @@ class Mirror:
         version = (now.st_size, now.st_mtime_ns)
         if self._copied.get(file) != version:
           target = self.remote / file.relative_to(self.local).as_posix()
-          target.write_bytes(file.read_bytes())  # It may grow meanwhile.
+          try:
+            target.write_bytes(file.read_bytes())  # It may grow meanwhile.
+          except OSError:
+            self._failed = time.monotonic()
+            raise
           self._copied[file] = version
 
   def close(self) -> None:
-    """Copies what has changed, and removes the local folder."""
+    """Copies what has changed, and removes the local folder.
+
+    Raises as `flush`. If that has failed a moment ago, it is not tried again,
+    because a bucket that does not answer takes half a minute.
+    """
     self._stop.set()
     _open.remove(self)
     try:
-      self.flush()
+      if time.monotonic() > self._failed + 10:
+        self.flush()
     finally:
       self._folder.cleanup()
 

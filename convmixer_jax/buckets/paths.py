@@ -21,7 +21,7 @@ from typing import Any
 from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 
-# Extra of this package, and what it installs, by scheme.
+# What the extras of this package install.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
 
 
@@ -55,8 +55,8 @@ def filesystem(scheme: str) -> Any:
     os.environ.setdefault("EPATH_USE_TF", "false")
     return fsspec.filesystem(scheme)
   except ImportError as e:
-    package = _PACKAGES.get(scheme)
-    how = f"pip install {package}" if package else "use gs:// or s3://"
+    package = _PACKAGES.get(scheme, "a client that fsspec knows")
+    how = f"pip install {package}, or this package with its extra [gcs] or [s3]"
     raise UserError(f"{scheme}://: {first_line(e)}; {how}") from e
   except ValueError as e:  # No such scheme.
     text = "gs:// and s3:// are known"

@@ -19,6 +19,7 @@ from tensorflow_datasets.core.data_sources import base
 import tqdm
 
 from convmixer_jax import files
+from convmixer_jax.buckets import cache
 from convmixer_jax.data import decode
 from convmixer_jax.data import digits
 from convmixer_jax.data import folder
@@ -121,7 +122,7 @@ def open_source(
   if directory is not None and not files.is_folder(directory):
     raise UserError(f"data.dir={directory}: no such directory")
   if files.is_url(directory or ""):
-    directory = _local_copy(name, directory)
+    directory = cache.local_data(name, directory)
   if name == "folder":
     if directory is None:
       raise UserError(
@@ -132,23 +133,6 @@ def open_source(
     reader = _FolderReader(images, labels)
     return Encoded(reader, len(images), classes, ranges=ranges)
   return _tfds(name, directory, split, image_size)
-
-
-def _local_copy(name, directory):
-  """The directory of a copy of a data set in a bucket."""
-  root = files.path(directory)
-  if name == "folder":
-    return str(files.local(root))
-  # All versions: a bucket for training has one, as a rule.
-  path = name.partition(":")[0]
-  try:
-    found = files.local(root / path)
-  except UserError as e:
-    raise UserError(
-      f"data.dir={directory}: {e}. Prepare {name} on a machine with TensorFlow,"
-      f" and copy its folder {path} to {directory}"
-    ) from e
-  return str(found.parents[path.count("/")])
 
 
 @dataclasses.dataclass(frozen=True)
