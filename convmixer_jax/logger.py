@@ -278,7 +278,7 @@ class Logger:
     confusion = record.pop("confusion", None)
     with writing(self._workdir):
       if self._mirror:
-        self._mirror.confirm()
+        self._mirror.check()
       self._records.write(json.dumps(record) + "\n")
       if self._tensorboard is not None:
         self._tensorboard.write(record, confusion)

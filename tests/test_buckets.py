@@ -69,6 +69,7 @@ def bucket(service, tmp_path, monkeypatch):
   """A bucket without faults, and with a cache of its own."""
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
   yield service
+  service.start()
   service.faults.clear()
   service.delay, service.bandwidth = 0.0, float("inf")
 

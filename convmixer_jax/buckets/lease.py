@@ -43,6 +43,8 @@ class Lease:
     self._beaten = time.monotonic()
     self._mutex = threading.Lock()
     self._lost = self._ending = False
+    self._failure: OSError | None = None  # Of the last sign of life.
+    self._failed = 0.0
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._beat_on, daemon=True)
     self._thread.start()
@@ -56,9 +58,15 @@ class Lease:
     with self._mutex:
       if self._ending:
         return
+      if self._failure and time.monotonic() < self._failed + 10:
+        raise self._failure  # Another thread has just tried for half a minute.
       now = time.monotonic()
-      self._write(beat=self._content["beat"] + 1)
-      self._beaten = now
+      try:
+        self._write(beat=self._content["beat"] + 1)
+        self._beaten, self._failure = now, None
+      except OSError as e:
+        self._failure, self._failed = e, time.monotonic()
+        raise
 
   def _write(self, **more):
     if not self._lost:
@@ -75,6 +83,10 @@ class Lease:
     """
     if not self._lost and time.monotonic() - self._beaten > SILENT / 2:
       self._beat()
+    self.check()
+
+  def check(self) -> None:
+    """As `confirm`, of what is known; asks nobody."""
     if self._lost:
       raise UserError(
         f"{self.folder}: another process has taken over, because this one gave"
@@ -90,11 +102,15 @@ class Lease:
         self._write(released=True)
 
 
-def confirm(path: BucketPath) -> None:
-  """Raises UserError if this process has lost a lease of a folder above."""
+def confirm(path: BucketPath, *, ask: bool = True) -> None:
+  """Raises UserError if this process has lost a lease of a folder above.
+
+  If it has been silent itself, the bucket is asked, or else what is known
+  counts. Raises OSError if the bucket does not answer.
+  """
   for lease in [*_held]:
     if path.is_relative_to(lease.folder):
-      lease.confirm()
+      lease.confirm() if ask else lease.check()
 
 
 @contextlib.contextmanager

@@ -42,9 +42,9 @@ class Mirror:
       with contextlib.suppress(OSError, UserError):
         self.flush()
 
-  def confirm(self) -> None:
-    """Raises as `flush`, if another process has taken over `remote`."""
-    lease.confirm(self.remote)
+  def check(self) -> None:
+    """Raises UserError if it is known that another has taken over `remote`."""
+    lease.confirm(self.remote, ask=False)
 
   def flush(self) -> None:
     """Copies what has changed.
