@@ -104,7 +104,10 @@ class Checkpointer:
     Raises UserError if no checkpoint can be read, they are of another model, or
     reading fails for another reason.
     """
-    with _reader(self._directory.parent) as manager:
+    with (
+      files.reading(self._directory),
+      _reader(self._directory.parent) as manager,
+    ):
       state, damaged = _newest(manager, template, manager.all_steps())
     for step, problem in damaged.items():
       moved = self._set_aside(step)
@@ -128,7 +131,8 @@ class Checkpointer:
           path = folder / f"{step}.{number}"
         files.move_folder(self._directory / str(step), path)
     multihost_utils.sync_global_devices("set aside")
-    self._manager.reload()
+    with files.reading(self._directory):
+      self._manager.reload()
     return path
 
   def preempted(self, step: int) -> bool:
@@ -152,7 +156,8 @@ def restore(
   """As `Checkpointer.restore`, of the steps before `before`. Read-only."""
   if latest_step(workdir) is None:
     return None
-  with _reader(workdir) as manager:
+  folder = _directory(workdir)
+  with files.reading(folder), _reader(workdir) as manager:
     steps = [step for step in manager.all_steps() if step < before]
     return _newest(manager, template, steps)[0]
 

@@ -39,6 +39,8 @@ def absolute(where: str | os.PathLike) -> AnyPath:
 
 def exists(where: str | os.PathLike) -> bool:
   """Whether there is such a file or folder; UserError if that is unknown."""
+  if not os.fspath(where):
+    return False
   found = path(where)
   try:
     return found.exists()
@@ -48,6 +50,8 @@ def exists(where: str | os.PathLike) -> bool:
 
 def is_folder(where: str | os.PathLike) -> bool:
   """As `exists`, for a folder."""
+  if not os.fspath(where):
+    return False
   found = path(where)
   try:
     return found.is_dir()
@@ -65,13 +69,14 @@ def local(where: str | os.PathLike) -> Path:
 
 
 @contextlib.contextmanager
-def output(folder: AnyPath) -> Iterator[Path]:
-  """Creates a folder, or a local one whose files then go into the bucket.
+def output(folder: AnyPath, *, create: bool = True) -> Iterator[Path]:
+  """A folder to write to; a local one, whose files then go into the bucket.
 
-  Raises OSError if it cannot be written.
+  It is created, if `create`. Raises OSError if it cannot be written.
   """
   if isinstance(folder, Path):
-    folder.mkdir(parents=True, exist_ok=True)
+    if create:
+      folder.mkdir(parents=True, exist_ok=True)
     yield folder
     return
   with tempfile.TemporaryDirectory() as name:
@@ -100,6 +105,27 @@ def writing(folder: AnyPath, *errors: type[Exception]) -> Iterator[None]:
       f"{folder}: cannot be written: {text}. What is saved there is intact;"
       " rerun the command to resume from it"
     ) from e
+
+
+def denied(error: BaseException | None) -> bool:
+  """Whether an error, or its cause, is that a path may not be used."""
+  while error and not isinstance(error, OSError):
+    error = error.__cause__
+  codes = (errno.EACCES, errno.ENOENT, errno.EPERM)
+  return error is not None and error.errno in codes
+
+
+@contextlib.contextmanager
+def reading(folder: AnyPath) -> Iterator[None]:
+  """Turns what a disk or a bucket raises into a UserError."""
+  try:
+    yield
+  except Exception as e:
+    known = isinstance(e, OSError) or paths.is_clients(e)
+    if not known or isinstance(e, UserError):
+      raise
+    text = getattr(e, "strerror", None) or reason(e)
+    raise UserError(f"{folder}: cannot be read: {text}") from e
 
 
 def sync(*places: AnyPath) -> None:

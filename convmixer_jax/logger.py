@@ -77,8 +77,14 @@ class Logger:
     if not isinstance(self._workdir, Path):
       self._mirror = mirror.Mirror(self._workdir)
       self._folder = self._mirror.local
-    with writing(self._workdir):
-      self._open(config_json, changes)
+    try:
+      with writing(self._workdir):
+        self._open(config_json, changes)
+    except BaseException:
+      if self._mirror:
+        with contextlib.suppress(OSError, UserError):
+          self._mirror.close()
+      raise
     if profile and profile.stop <= first_step:
       self.say(
         f"--profile: nothing will be traced, because {first_step} updates are"
@@ -253,21 +259,22 @@ class Logger:
     """Closes the files; `status` is 'finished', 'interrupted' or 'failed'."""
     if not self._active:
       return
-    if self._tracing:
-      self._end_trace()
     self._bar.close()
     start = self._starts["starts"][-1]
     start.update(status=status, last_step=step, ended=_now())
     # If writing was what failed, that error is already being raised.
     quiet = [UserError] if status == "failed" else []
-    writes = [self._write_run, self._records.close]
-    if self._tensorboard is not None:
-      writes.append(self._tensorboard.close)
-    if self._mirror:
-      writes.append(self._mirror.close)
-    for write in writes:
-      with contextlib.suppress(*quiet), writing(self._workdir):
-        write()
+    with contextlib.suppress(*quiet), contextlib.ExitStack() as stack:
+      stack.enter_context(writing(self._workdir))
+      # The last one first, and all of them, if some fail.
+      if self._mirror:
+        stack.callback(self._mirror.close)
+      if self._tensorboard is not None:
+        stack.callback(self._tensorboard.close)
+      stack.callback(self._records.close)
+      stack.callback(self._write_run)
+      if self._tracing:
+        stack.callback(self._end_trace)
     if self._wandb:
       self._wandb.finish(status)
 

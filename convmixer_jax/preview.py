@@ -52,7 +52,7 @@ def main() -> None:
   picture = sheet.draw(images[:num], targets[:num], names, f"step {step}")
   path = files.path(out)
   try:
-    with files.output(path.parent) as folder:
+    with files.output(path.parent, create=False) as folder:
       picture.save(folder / path.name)
   except (OSError, ValueError) as e:
     raise UserError(f"--out={out}: {e}") from e

@@ -20,6 +20,7 @@ from typing import Any
 from typing import TextIO
 
 import jax
+from jax._src import distributed as jax_distributed  # Its barriers.
 import psutil
 
 from convmixer_jax.ops import build
@@ -192,3 +193,9 @@ def provenance() -> dict[str, Any]:
     "python": platform.python_version(),
     "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
   }
+
+
+def wait_for_all(name: str, seconds: float = 600) -> None:
+  """Waits for the other processes of a run, longer than a collective does."""
+  if client := jax_distributed.global_state.client:
+    client.wait_at_barrier(name, round(1000 * seconds))

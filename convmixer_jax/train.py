@@ -274,7 +274,8 @@ def _check_finite(recipe, workdir, checkpointer, step, pending):
       recipe.data, config.seed, number - 1, config.batch_size
     )
     if jax.process_index() == 0:
-      path.write_text(json.dumps(record) + "\n", "utf-8")
+      with files.writing(path.parent):
+        files.write_whole(path, json.dumps(record) + "\n")
     saved = checkpoint.latest_step(workdir)
     saved = "nothing is saved" if saved is None else f"step {saved} is saved"
     raise UserError(

@@ -20,6 +20,7 @@ import ml_collections
 
 from convmixer_jax import config as config_lib
 from convmixer_jax import files
+from convmixer_jax import runtime
 from convmixer_jax.buckets import lease
 from convmixer_jax.errors import InUse
 from convmixer_jax.errors import UserError
@@ -94,10 +95,12 @@ def locked(workdir: str | os.PathLike) -> Iterator[None]:
 
   In a run of several processes the first one holds the lock for all.
   """
-  if jax.process_index() > 0:
-    yield
-    return
-  with lock(files.path(workdir) / "lock", wait=True):
+  path = files.path(workdir) / "lock"
+  with contextlib.ExitStack() as stack:
+    if jax.process_index() == 0:
+      stack.enter_context(lock(path, wait=True))
+    if not isinstance(path, Path):  # Taking over a lease takes a while.
+      runtime.wait_for_all("convmixer_jax_lock")
     yield
 
 

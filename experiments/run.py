@@ -166,7 +166,7 @@ def _run_all(runs, shares, received=()):
             waiting.append(run)
         if slots[i] or received or time.monotonic() < looked + again:
           continue
-        slots[i] = _start_next(waiting, i, shares, bar)
+        slots[i] = _start_next(waiting, i, shares, bar, received)
         if slots[i] is None:
           looked = time.monotonic()
       if len(received) > told:
@@ -194,20 +194,26 @@ def _say(text):
   sys.stdout.flush()
 
 
-def _start_next(waiting, slot, shares, bar):
+def _start_next(waiting, slot, shares, bar, received):
   """Starts the first run that no other process trains, and returns it.
 
   Removes it from `waiting`, and those before it that have ended. Returns None
-  if other processes train all of `waiting`.
+  if other processes train all of `waiting`, if a bucket does not answer, or if
+  a signal was received.
   """
   holders = runs_lib.each(_holder, waiting)
   for run, holder in zip([*waiting], holders):
+    if received:
+      return None
     before = run.status
     try:
       if run.take(holder):
         _start(run, slot, shares)
     except (OSError, UserError) as e:
       run.release()
+      if files.is_url(run.workdir) and not files.denied(e):
+        _say(f"{run.name}: not started, tried again later: {e}")
+        return None
       run.status, run.reason = "failed", str(e)
       if isinstance(e, OSError):
         run.reason = f"{e.strerror}: {e.filename or run.workdir}"
@@ -254,12 +260,16 @@ def _ended(run, stopping):
   code = run.process.returncode
   # Whatever the code: a signal may come after the last record, and a process
   # of a runner that was killed may have trained it.
-  if scores.finished(run.workdir):
+  try:
+    finished, unknown = scores.finished(run.workdir), ""
+  except UserError as e:
+    finished, unknown = False, str(e)
+  if finished:
     run.status = "finished"
   # The second one ends it before there is anything to save.
   elif stopping and code in (128 + signal.SIGTERM, -signal.SIGTERM):
     run.status = "interrupted"
-  elif holder := _holder(run, "lock"):
+  elif holder := unknown or _holder(run, "lock"):
     run.status, run.reason = "running elsewhere", holder
   else:
     run.status, run.reason = "failed", run.last_line()

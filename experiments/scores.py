@@ -6,6 +6,7 @@ from concurrent import futures
 import dataclasses
 import functools
 import json
+from pathlib import Path
 import statistics
 from typing import Any
 
@@ -61,14 +62,22 @@ class Result:
 
 
 def finished(workdir: files.AnyPath) -> bool:
-  """Whether a run was trained to its end and evaluated."""
+  """Whether a run was trained to its end and evaluated.
+
+  Raises UserError if a bucket does not tell.
+  """
   try:
     start = json.loads((workdir / "run.json").read_text("utf-8"))["starts"][-1]
-    steps = [(r["kind"], r["step"]) for r in workdir_lib.read_metrics(workdir)]
-    last = ("eval", start["last_step"])
-    return start["status"] == "finished" and steps[-1] == last
-  except (OSError, ValueError, LookupError, TypeError):
+    last, done = ("eval", start["last_step"]), start["status"] == "finished"
+  except OSError as e:
+    absent = isinstance(e, (FileNotFoundError, NotADirectoryError))
+    if absent or isinstance(workdir, Path):
+      return False
+    raise UserError(f"{workdir}: {e.strerror}") from e
+  except (ValueError, LookupError, TypeError):
     return False
+  records = workdir_lib.read_metrics(workdir)
+  return done and [(r["kind"], r["step"]) for r in records][-1:] == [last]
 
 
 def locate(
@@ -96,6 +105,11 @@ def collect(
   Returns:
     A result for each cell, and a line for everything that was left out.
   """
+  with files.reading(folder):
+    return _collect(sweep, folder)
+
+
+def _collect(sweep, folder):
   results, problems = [], []
   known = {
     folder / cell.name / f"seed{seed}": (cell, seed)

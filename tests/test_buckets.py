@@ -21,10 +21,13 @@ from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.buckets import cache
 from convmixer_jax.buckets import lease
 from convmixer_jax.buckets import mirror
+from convmixer_jax.buckets import paths
 from convmixer_jax.data import folder as folder_lib
 from convmixer_jax.data import sources
 from convmixer_jax.errors import InUse
 from convmixer_jax.errors import UserError
+from experiments import cells as cells_lib
+from experiments import run as run_lib
 from experiments import runs as runs_lib
 from experiments import sweeps
 from tests import common
@@ -133,7 +136,7 @@ def test_a_bucket_path_is_used_as_pathlibs(url):
   assert [*top.iterdir()] == [top / "copy"]
   with pytest.raises(UserError, match=r"^gs:.*: must be gs://BUCKET/PATH$"):
     files.path("gs://")
-  with pytest.raises(UserError, match=r"^nope://: .*gs:// and s3:// are known"):
+  with pytest.raises(UserError, match=r"^nope://: must be gs:// or s3://$"):
     files.exists("nope://a/b")
 
 
@@ -141,6 +144,16 @@ def test_the_client_of_a_scheme_is_named(monkeypatch):
   monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
   with pytest.raises(UserError, match=r"^s3://: .*; pip install s3fs, or"):
     files.exists("s3://a/b")
+
+
+def test_a_role_that_lacks_a_permission(bucket, url):
+  """orbax asks for the bucket's kind before it deletes a checkpoint."""
+  with (
+    bucket.inject(403, r"GET /storage/v1/b/runs\?"),
+    pytest.raises(UserError, match=rf"{url}/checkpoints: cannot be wri.*403"),
+  ):
+    train_digits(url, save_every=2)
+  assert checkpoint.latest_step(url) >= 6
 
 
 @pytest.mark.parametrize("status", [401, 403])
@@ -323,6 +336,39 @@ def test_a_run_that_was_taken_over_ends(url, fast, whole, monkeypatch):
   assert same_state(train_digits(url), whole[1])
 
 
+def test_a_gap_of_the_observer_is_no_silence(url, fast, monkeypatch):
+  """A bucket that nobody could reach for a while."""
+  owner, path = silence(url, monkeypatch), files.path(url) / "lock"
+  assert lease.holder(path) == "process 7 on B"
+  time.sleep(1.5)
+  assert lease.holder(path) == "process 7 on B"
+  deadline = time.monotonic() + 1.3
+  while lease.holder(path):
+    assert time.monotonic() < deadline
+    time.sleep(0.1)
+  owner.release()
+
+
+def test_a_lease_that_comes_late_is_given_back(url, fast, monkeypatch):
+  """Others come and go while the request to create it is under way."""
+  path, create, calls = files.path(url) / "lock", paths.BucketPath.create, []
+
+  def late(self, data):
+    calls.append(self.name)
+    if len(calls) == 1:
+      for _ in range(2):
+        with lease.lock(path, wait=False):
+          pass
+    create(self, data)
+
+  monkeypatch.setattr(paths.BucketPath, "create", late)
+  with lease.lock(path, wait=False):
+    assert [x.name for x in files.path(url).iterdir()] == ["lock.3"]
+    (held,) = lease._held
+    assert held._number == 3
+  assert calls == ["lock.1", "lock.1", "lock.2", "lock.3"]
+
+
 def test_one_of_many_gets_a_lease(bucket, url):
   """Also if the answer to its request is lost, and it asks again."""
   bucket.inject(gcs.LOSE, gcs.writes(key(f"{url}/lock")), times=1)
@@ -377,12 +423,20 @@ def test_data_in_a_bucket_are_copied_once(
   upload(photos, f"{url}/photos")
   there = sources.open_source("folder", f"{url}/photos", "train", 32)
   assert there.size == sum(map(is_unicode, folder_lib.images(photos / "train")))
-  # A data set that has changed is copied again.
+  # A data set that has changed is copied again; who reads the old one may.
   file = files.path(there.read.name(0))
   name = file.relative_to(cache.local_copy(files.path(f"{url}/photos")))
+  old = there.read(0)[0]
   (files.path(f"{url}/photos") / name.as_posix()).write_bytes(b"new")
-  there = sources.open_source("folder", f"{url}/photos", "train", 32)
-  assert there.read(0)[0] == b"new"
+  changed = sources.open_source("folder", f"{url}/photos", "train", 32)
+  assert changed.read(0)[0] == b"new"
+  assert there.read(0)[0] == old
+  while cache._used:
+    cache._used.pop().close()  # As at the end of their processes.
+  (files.path(f"{url}/photos") / name.as_posix()).write_bytes(b"newer")
+  again = sources.open_source("folder", f"{url}/photos", "train", 32)
+  assert again.read(0)[0] == b"newer"
+  assert not file.exists()
   usage = lambda path: type("", (), {"free": 10})
   monkeypatch.setattr(cache.shutil, "disk_usage", usage)
   with pytest.raises(UserError, match=r"GiB do not fit .* XDG_CACHE_HOME"):
@@ -485,6 +539,31 @@ def test_a_run_of_a_sweep_is_claimed_in_a_bucket(url, fast):
   other.release()
   log = files.path(url) / cell.name / "seed0" / "log.txt"
   assert log.read_text() == "of the first\nof the second\n"
+
+
+def test_a_sweep_goes_on_when_the_bucket_answers_again(
+  bucket, url, fast, monkeypatch, capsys
+):
+  monkeypatch.setattr(run_lib, "LOOK_AGAIN_IN_BUCKET", 0.0)
+  monkeypatch.setattr(cells_lib.Cell, "command", lambda *args: ["true"])
+  cells = sweeps.get("smoke").cells[:2]
+  runs = [runs_lib.Run.of(files.path(url), cell, 0) for cell in cells]
+  create, failures = paths.BucketPath.create, [5, 5]
+
+  def fail(self, data):
+    if failures and failures.pop():
+      raise OSError(5, "does not answer", str(self))
+    create(self, data)
+
+  monkeypatch.setattr(paths.BucketPath, "create", fail)
+  run_lib._run_all(runs, [{}])
+  assert [run.reason for run in runs] == ["no output", "no output"]  # Of true.
+  out = capsys.readouterr().out
+  assert out.count("not started, tried again later: ") == 2
+  with bucket.inject(403, gcs.writes(key(url))):
+    runs = [runs_lib.Run.of(files.path(url), cell, 0) for cell in cells]
+    run_lib._run_all(runs, [{}])
+  assert all("Forbidden" in run.reason for run in runs)
 
 
 # --- Faults of real processes.
@@ -614,6 +693,8 @@ TWO = Sweep("?", [Cell(x, "configs/digits.py", small) for x in "ab"], (0, 1))
     workdir = f"{url}/TWO/{name}/seed{seed}"
     steps = [r["step"] for r in records(workdir) if r["kind"] == "train"]
     assert steps == sorted({*steps})
-    assert "finished: top-1" in (files.path(workdir) / "log.txt").read_text()
+    log = files.path(workdir) / "log.txt"
+    # The lost runner's is lost.
+    assert not log.exists() or "finished: top-1" in log.read_text()
     starts = workdir_lib.read_starts(workdir)["starts"]
     assert len(starts) == 1

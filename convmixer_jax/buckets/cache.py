@@ -3,7 +3,7 @@
 from concurrent import futures
 import contextlib
 import fcntl
-import json
+import hashlib
 import os
 from pathlib import Path
 import shutil
@@ -13,44 +13,76 @@ import tqdm
 from convmixer_jax.buckets.paths import BucketPath
 from convmixer_jax.errors import UserError
 
+# Locks of the copies that this process uses, until it ends.
+_used = []
 
-def local_copy(source: BucketPath) -> Path:
+
+def local_copy(source: BucketPath, base: BucketPath | None = None) -> Path:
   """Where an object, or all below a folder, lies on this machine.
 
   It is copied to ~/.cache/convmixer_jax (or $XDG_CACHE_HOME/convmixer_jax) at
-  the first time, and again if it has changed in the bucket. Of several
-  processes one copies, and the others wait.
+  the first time, and again if it has changed in the bucket. A copy that has
+  changed is deleted when no process uses it. Of several processes one copies,
+  and the others wait.
+
+  Args:
+    source: the object or folder.
+    base: a folder above it, whose own path the copy then has too. Default: the
+      one above it.
 
   Raises:
     UserError: it does not exist, cannot be read, or does not fit on the disk.
   """
   top = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
-  target = top / "convmixer_jax" / source.scheme / source.key
+  place = top / "convmixer_jax" / _hash(str(source))
   try:
     objects = source.objects()
     if not objects:
       raise UserError(f"{source}: no such file or directory")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    beside = lambda suffix: target.with_name(f".{target.name}.{suffix}")
-    index, part = beside("json"), beside("part")
-    listing = {
-      str(path.relative_to(source)): [*version]
-      for path, version in objects.items()
-    }
-    with beside("lock").open("a", encoding="utf-8") as lock:
-      fcntl.flock(lock, fcntl.LOCK_EX)
-      with contextlib.suppress(OSError, ValueError):
-        if json.loads(index.read_text("utf-8")) == listing and target.exists():
-          return target
-      for old in (index, target, part):
-        shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-      _copy(source, objects, part)
-      part.rename(target)
-      index.write_text(json.dumps(listing), "utf-8")
+    version = _hash(repr(sorted(objects.items())))
+    target = place / version
+    place.mkdir(parents=True, exist_ok=True)
+    name = source.relative_to(base or source.parent)
+    with _locked(place / "copying", fcntl.LOCK_EX):
+      _used.append(_locked(place / f"{version}.lock", fcntl.LOCK_SH))
+      if not target.exists():
+        for other in place.glob("*.lock"):
+          _delete(other)
+        part = place / f"{version}.part"
+        shutil.rmtree(part, ignore_errors=True)
+        (part / name).parent.mkdir(parents=True)
+        _copy(source, objects, part / name)
+        part.rename(target)
   except OSError as e:
-    text = f"cannot be copied to {target.parent}: {e.strerror}"
+    text = f"cannot be copied to {place}: {e.strerror}"
     raise UserError(f"{source}: {text}") from e
-  return target
+  return target / name
+
+
+def _hash(text):
+  return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:16]
+
+
+def _locked(path, how):
+  """An open file with a lock, if its file system has locks."""
+  file = path.open("a", encoding="utf-8")
+  try:
+    fcntl.flock(file, how)
+  except BlockingIOError:
+    file.close()
+    raise
+  except OSError:
+    pass
+  return file
+
+
+def _delete(lock):
+  """Deletes the copy that belongs to a lock, unless a process uses it."""
+  with (
+    contextlib.suppress(BlockingIOError),
+    _locked(lock, fcntl.LOCK_EX | fcntl.LOCK_NB),
+  ):
+    shutil.rmtree(lock.with_suffix(""), ignore_errors=True)
 
 
 def local_data(name: str, directory: str) -> str:
@@ -73,7 +105,7 @@ def local_data(name: str, directory: str) -> str:
       )
   except OSError as e:
     raise UserError(f"data.dir={directory}: {e.strerror}") from e
-  found = local_copy(root / path)
+  found = local_copy(root / path, root)
   return str(found.parents[path.count("/")])
 
 

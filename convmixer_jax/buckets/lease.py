@@ -30,8 +30,14 @@ SILENT = 90.0  # Seconds without one, after which an owner is taken for dead.
 
 # Leases of this process, which keep others from writing below their folders.
 _held: list["Lease"] = []
-# Object -> its content, and since when this process has seen that.
-_seen: dict[BucketPath, tuple[str, float]] = {}
+# Object -> its content, since when this process has seen that, and when last.
+_seen: dict[BucketPath, tuple[str, float, float]] = {}
+
+
+def _now():
+  """Seconds; also while the machine is suspended, where the system says so."""
+  clock = getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC)
+  return time.clock_gettime(clock)
 
 
 class Lease:
@@ -40,7 +46,7 @@ class Lease:
   def __init__(self, path: BucketPath, number: int, content: dict[str, Any]):
     self.folder = path.parent
     self._path, self._number, self._content = path, number, content
-    self._beaten = time.monotonic()
+    self._beaten = _now()
     self._mutex = threading.Lock()
     self._lost = self._ending = False
     self._failure: OSError | None = None  # Of the last sign of life.
@@ -58,14 +64,14 @@ class Lease:
     with self._mutex:
       if self._ending:
         return
-      if self._failure and time.monotonic() < self._failed + 10:
+      if self._failure and _now() < self._failed + 10:
         raise self._failure  # Another thread has just tried for half a minute.
-      now = time.monotonic()
+      now = _now()
       try:
         self._write(beat=self._content["beat"] + 1)
         self._beaten, self._failure = now, None
       except OSError as e:
-        self._failure, self._failed = e, time.monotonic()
+        self._failure, self._failed = e, _now()
         raise
 
   def _write(self, **more):
@@ -81,7 +87,7 @@ class Lease:
 
     Raises OSError if that cannot be found out.
     """
-    if not self._lost and time.monotonic() - self._beaten > SILENT / 2:
+    if not self._lost and _now() - self._beaten > SILENT / 2:
       self._beat()
     self.check()
 
@@ -98,7 +104,7 @@ class Lease:
     self._stop.set()
     with self._mutex, contextlib.suppress(OSError):  # It will be silent.
       self._ending = True
-      if time.monotonic() < self._beaten + 3 * BEAT:  # The bucket answers.
+      if _now() < self._beaten + 3 * BEAT:  # The bucket answers.
         self._write(released=True)
 
 
@@ -159,7 +165,12 @@ def _take(path, wait):
       if _read(path, number + 1).get("owner") != content["owner"]:
         continue
     break
-  for old in _numbers(path):
+  numbers = _numbers(path)
+  if max(numbers, default=0) > number + 1:
+    # Others came and went while the request was under way.
+    _numbered(path, number + 1).unlink(missing_ok=True)
+    return _take(path, wait)
+  for old in numbers:
     if old <= number:
       _numbered(path, old).unlink(missing_ok=True)
   return Lease(path, number + 1, content)
@@ -209,26 +220,31 @@ def _alive(path, number, content):
   """The owner, in words, or None if it has ended or is silent."""
   if not content or content.get("released"):
     return None
-  pid, here = content.get("pid"), content.get("host") == _host()
+  pid, host = content.get("pid"), _host()
+  here = host is not None and content.get("host") == host
   if here and isinstance(pid, int) and not psutil.pid_exists(pid):
     return None
-  key, text = _numbered(path, number), json.dumps(content)
-  if _seen.get(key, ("", 0.0))[0] != text:
-    _seen[key] = (text, time.monotonic())
-  elif time.monotonic() - _seen[key][1] > SILENT:
+  key, text, now = _numbered(path, number), json.dumps(content), _now()
+  before, since, last = _seen.get(key, ("", now, now))
+  # Who has not looked for long may have been cut off himself.
+  if before != text or now - last > SILENT / 2:
+    since = now
+  _seen[key] = (text, since, now)
+  if now - since > SILENT:
     return None
   return str(content.get("holder") or "another process")
 
 
 def _host():
-  """Names this host since its start, and what numbers its processes."""
-  known = [platform.node()]
-  with contextlib.suppress(OSError):
-    known += [
-      Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip(),
-      os.readlink("/proc/self/ns/pid"),
-    ]
-  return " ".join(known)
+  """Names this host since its start, and what numbers its processes.
+
+  None if that is unknown.
+  """
+  try:
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text("ascii").strip()
+    return f"{platform.node()} {boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return None
 
 
 def _ours():

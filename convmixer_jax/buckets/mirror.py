@@ -5,9 +5,10 @@ they change.
 """
 
 import contextlib
-import math
 import os
 from pathlib import Path
+import shutil
+import sys
 import tempfile
 import threading
 import time
@@ -26,10 +27,10 @@ class Mirror:
 
   def __init__(self, remote: BucketPath):
     self.remote = remote
-    self._folder = tempfile.TemporaryDirectory(prefix="convmixer_jax_")
-    self.local = Path(self._folder.name)
+    self.local = Path(tempfile.mkdtemp(prefix="convmixer_jax_"))
     self._copied: dict[Path, tuple[int, int]] = {}
-    self._failed = -math.inf  # When the last copy failed.
+    self._failure: OSError | None = None  # Of the last copy, and its time.
+    self._failed = 0.0
     self._mutex = threading.Lock()
     self._stop = threading.Event()
     self._thread = threading.Thread(target=self._copy_on, daemon=True)
@@ -53,34 +54,47 @@ class Mirror:
     cannot be written.
     """
     with self._mutex:
-      lease.confirm(self.remote)
-      for file in sorted(self.local.rglob("*")):
-        if not file.is_file():
-          continue
-        now = os.stat(file)
-        version = (now.st_size, now.st_mtime_ns)
-        if self._copied.get(file) != version:
-          target = self.remote / file.relative_to(self.local).as_posix()
-          try:
-            target.write_bytes(file.read_bytes())  # It may grow meanwhile.
-          except OSError:
-            self._failed = time.monotonic()
-            raise
-          self._copied[file] = version
+      try:
+        lease.confirm(self.remote)
+        for folder, _, names in os.walk(self.local):
+          for name in names:
+            self._copy(Path(folder, name))
+        self._failure = None
+      except OSError as e:
+        self._failure, self._failed = e, time.monotonic()
+        raise
+
+  def _copy(self, file):
+    try:
+      now = file.stat()
+      version = (now.st_size, now.st_mtime_ns)
+      if self._copied.get(file) == version:
+        return
+      content = file.read_bytes()  # Of now: it may grow.
+    except FileNotFoundError:  # Another has deleted it.
+      return
+    target = self.remote / file.relative_to(self.local).as_posix()
+    target.write_bytes(content)
+    self._copied[file] = version
 
   def close(self) -> None:
     """Copies what has changed, and removes the local folder.
 
     Raises as `flush`. If that has failed a moment ago, it is not tried again,
-    because a bucket that does not answer takes half a minute.
+    because a bucket that does not answer takes half a minute. The local folder
+    then stays, and a warning names it.
     """
     self._stop.set()
     _open.remove(self)
     try:
-      if time.monotonic() > self._failed + 10:
-        self.flush()
-    finally:
-      self._folder.cleanup()
+      if self._failure and time.monotonic() < self._failed + 10:
+        raise self._failure
+      self.flush()
+    except OSError:
+      text = f"files that could not be copied are in {self.local}"
+      print(f"warning: {self.remote}: {text}", file=sys.stderr)
+      raise
+    shutil.rmtree(self.local, ignore_errors=True)
 
 
 def flush(path: BucketPath) -> None:

@@ -36,6 +36,10 @@ def is_clients(error: BaseException) -> bool:
 @functools.cache
 def filesystem(scheme: str) -> Any:
   """fsspec's file system, whose listings are never old."""
+  if scheme not in _PACKAGES:
+    raise UserError(f"{scheme}://: must be gs:// or s3://")
+  # Buckets with real folders are not supported.
+  os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
   try:
     import fsspec
     import fsspec.config
@@ -55,12 +59,9 @@ def filesystem(scheme: str) -> Any:
     os.environ.setdefault("EPATH_USE_TF", "false")
     return fsspec.filesystem(scheme)
   except ImportError as e:
-    package = _PACKAGES.get(scheme, "a client that fsspec knows")
+    package = _PACKAGES[scheme]
     how = f"pip install {package}, or this package with its extra [gcs] or [s3]"
     raise UserError(f"{scheme}://: {first_line(e)}; {how}") from e
-  except ValueError as e:  # No such scheme.
-    text = "gs:// and s3:// are known"
-    raise UserError(f"{scheme}://: {first_line(e)}; {text}") from e
   except Exception as e:  # No credentials.
     raise UserError(f"{scheme}://: {first_line(e)}") from e
 
@@ -86,7 +87,8 @@ def _os_errors(path):
 
 def is_url(where: str | os.PathLike) -> bool:
   """Whether it is a path in a bucket: SCHEME://BUCKET/PATH."""
-  return re.match(r"[a-z][a-z0-9]+:/", os.fspath(where)) is not None
+  # pathlib has made one slash of two.
+  return re.match(r"\w+://|(gs|s3):/", os.fspath(where)) is not None
 
 
 @dataclasses.dataclass(frozen=True, order=True)
