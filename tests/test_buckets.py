@@ -33,6 +33,7 @@ from experiments import sweeps
 from tests import common
 from tests import gcs
 from tests import test_data
+from tests import test_distributed
 from tests import test_train
 from tests.test_train import finish
 from tests.test_train import FLAGS
@@ -667,6 +668,20 @@ def test_a_bucket_that_fails_for_good(bucket, url, reference, fault):
   assert checkpoint.latest_step(url) == 4
   finish(run_in(bucket, url))
   assert_same_run(url, reference)
+
+
+@pytest.mark.slow
+def test_processes_of_a_run_wait_for_a_lost_host(bucket, url):
+  """The first one may take its lock after 90 seconds; the others wait too."""
+  content = lease._ours() | {"host": "another", "holder": "process 7 on B"}
+  (files.path(url) / "lock.1").write_text(json.dumps(content))
+  processes = test_distributed.start(
+    2, *FLAGS, f"--workdir={url}", environment=bucket.environment
+  )
+  for process in processes:
+    finish(process)
+  assert checkpoint.latest_step(url) == 45
+  assert bucket.names(key(f"{url}/lock")) == [key(f"{url}/lock.2")]
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
 They have the methods of pathlib's paths that a run needs, by fsspec. An object
 is written whole: readers see the old one or the new one. There are no folders;
-one is there while something is in it. Requests that fail are repeated for about
-a minute.
+one is there while something is in it. Requests that fail are repeated for half
+a minute, and if there is no answer for some minutes.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,6 @@ from convmixer_jax.errors import UserError
 
 # What the extras of this package install.
 _PACKAGES = {"gs": "gcsfs", "s3": "s3fs"}
-
 
 _CLIENTS = ("aiohttp", "botocore", "fsspec", "gcsfs", "google", "requests")
 
@@ -54,9 +53,7 @@ def filesystem(scheme: str) -> Any:
       )
       # The error that it raises is enough.
       logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
-    # For orbax too, which would use TensorFlow if it were installed.
-    fsspec.config.conf.setdefault(scheme, {}).update(options)
-    os.environ.setdefault("EPATH_USE_TF", "false")
+    fsspec.config.conf.setdefault(scheme, {}).update(options)  # Orbax's too.
     return fsspec.filesystem(scheme)
   except ImportError as e:
     package = _PACKAGES[scheme]
