@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import re
+import shutil
 import signal
 import threading
 import time
@@ -660,7 +661,15 @@ def test_a_bucket_that_fails_for_good(bucket, url, reference, fault):
     bucket.inject(403, gcs.writes(key(f"{url}/checkpoints/8")))
   _out, err = finish(run_in(bucket, url), 2)
   lines = [line for line in err.splitlines() if "google_auth" not in line]
-  (line,) = filter(None, lines)
+  *before, line = filter(None, lines)
+  if fault == "stop":  # What was logged since the first checkpoint.
+    (warning,) = before
+    folder = warning.partition("files that could not be copied are in ")[2]
+    kept = workdir_lib.read_metrics(folder)
+    assert kept[-1]["step"] >= 8
+    shutil.rmtree(folder)
+  else:
+    assert not before
   assert re.match(rf"error: {url}/checkpoints: cannot be written: ", line)
   assert line.endswith("rerun the command to resume from it")
   bucket.faults.clear()
@@ -692,7 +701,7 @@ from experiments.sweeps import Sweep
 small = {"model.dim": 8, "model.depth": 1, "epochs": 20, "save_every": 50}
 TWO = Sweep("?", [Cell(x, "configs/digits.py", small) for x in "ab"], (0, 1))
 """)
-  command = (f"{tmp_path}/two.py:TWO", f"--root={url}")
+  command = (f"{tmp_path}/two.py:TWO", f"--root={url}", f"--data_dir={url}/d")
   start = lambda: common.run_main(
     *command, module="experiments.run", environment=bucket.environment
   )
@@ -709,6 +718,8 @@ TWO = Sweep("?", [Cell(x, "configs/digits.py", small) for x in "ab"], (0, 1))
     steps = [r["step"] for r in records(workdir) if r["kind"] == "train"]
     assert steps == sorted({*steps})
     log = files.path(workdir) / "log.txt"
+    config = workdir_lib.read_config(workdir)
+    assert (config.data.dir, config.epochs) == (f"{url}/d", 20)
     # The lost runner's is lost.
     assert not log.exists() or "finished: top-1" in log.read_text()
     starts = workdir_lib.read_starts(workdir)["starts"]
