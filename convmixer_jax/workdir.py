@@ -43,6 +43,7 @@ def config_changes(
   except UnicodeEncodeError as e:  # Orbax cannot write there.
     text = "must be UTF-8, in a locale of UTF-8"
     raise UserError(f"--workdir={workdir}: {text}") from e
+  check_place(workdir)
   path = files.path(workdir) / "config.json"
   if not (os.path.islink(path) or files.exists(path)):
     return {}
@@ -53,6 +54,15 @@ def config_changes(
     for name in sorted(old.keys() | new.keys())
     if old.get(name) != new.get(name) and name not in may_differ
   }
+
+
+def check_place(workdir: str | os.PathLike, flag: str = "workdir") -> None:
+  """Raises UserError if orbax does not write to such a place."""
+  path = files.path(workdir)
+  if not isinstance(path, Path) and path.scheme != "gs":
+    raise UserError(
+      f"--{flag}={path}: orbax keeps checkpoints on a disk or in gs:// only"
+    )
 
 
 def load_config(where: str | os.PathLike) -> ml_collections.ConfigDict:

@@ -34,6 +34,7 @@ import tqdm
 
 from convmixer_jax import cli
 from convmixer_jax import files
+from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import devices
 from experiments import estimate
@@ -93,6 +94,7 @@ def main(*names: str) -> None:
   """Runs what the flags say; see --help."""
   sweep = sweeps.get(*names)
   root = files.path(cli.required(_ROOT)) / sweep.name
+  workdir_lib.check_place(root.parent, "root")
   chosen = sweep.runs()
   if _ONLY.value is not None:
     chosen = runs_lib.part(chosen, _ONLY.value)

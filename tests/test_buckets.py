@@ -158,6 +158,14 @@ def test_a_role_that_lacks_a_permission(bucket, url):
   assert checkpoint.latest_step(url) >= 6
 
 
+def test_orbax_needs_gs(capsys):
+  text = "=s3://b/r: orbax keeps checkpoints on a disk or in gs:// only"
+  with pytest.raises(UserError, match=f"--workdir{text}"):
+    train_digits("s3://b/r")
+  code, _, err = common.call("experiments.run", "smoke", "--root=s3://b/r")
+  assert (code, err) == (2, f"error: --root{text}\n")
+
+
 @pytest.mark.parametrize("status", [401, 403])
 def test_a_denial_is_one_line(bucket, url, status):
   with bucket.inject(status, key(url)), pytest.raises(UserError) as e:
