@@ -352,7 +352,7 @@ def test_a_gap_of_the_observer_is_no_silence(url, fast, monkeypatch):
   assert lease.holder(path) == "process 7 on B"
   time.sleep(1.5)
   assert lease.holder(path) == "process 7 on B"
-  deadline = time.monotonic() + 1.3
+  deadline = time.monotonic() + 30
   while lease.holder(path):
     assert time.monotonic() < deadline
     time.sleep(0.1)
