@@ -138,7 +138,7 @@ MISTAKES = [
   ([DIGITS, "--process_id=1"], "need --distributed"),
   ([DIGITS, "--distributed"], "--distributed: no cluster"),
   ([DIGITS, "--workdir=README.md/x"], "--workdir=README.md/x: Not a directory"),
-  ([DIGITS, "--workdir=gs://b/r"], "mount the bucket"),
+  ([DIGITS, "--workdir=s3://b/r"], "on a disk or in gs:// only"),
   ([DIGITS, "--workdir=caf\udce9"], "must be UTF-8"),
 ]  # fmt: skip
 
