@@ -6,7 +6,8 @@
 Compiles the train step of one seed, and that step under vmap over (seed, state,
 batch), for a TPU v5e chip, which need not be here. Prints one JSON object:
 milliseconds of both steps, at best and by the compiler's estimate as in `plan`,
-and the gains, the seeds' times one after the other by their time together.
+and the gains, the seeds' times one after the other by their time together. It
+takes minutes.
 """
 
 import json
@@ -19,6 +20,7 @@ from convmixer_jax import cli
 from convmixer_jax import ops
 from convmixer_jax import plan
 from convmixer_jax import sharding
+from convmixer_jax.errors import first_line
 from convmixer_jax.errors import UserError
 from convmixer_jax.plan import cost
 from convmixer_jax.plan import hlo
@@ -66,7 +68,13 @@ def main() -> None:
 
 
 def _milliseconds(device, traced):
-  program = hlo.Program(traced.lower().compile().as_text())
+  try:
+    compiled = traced.lower().compile()
+  except jax.errors.JaxRuntimeError as e:
+    if "RESOURCE_EXHAUSTED" not in str(e):
+      raise
+    raise UserError(f"does not fit on the chip: {first_line(e)}") from e
+  program = hlo.Program(compiled.as_text())
   seconds = cost.step_seconds(
     topology.CHIPS[device.device_kind],
     cost.flops(traced.jaxpr.jaxpr),

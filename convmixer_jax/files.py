@@ -25,7 +25,12 @@ is_url = paths.is_url
 
 
 def path(where: str | os.PathLike) -> AnyPath:
-  """A path, which may be in a bucket: gs://BUCKET/PATH."""
+  """A path, which may be in a bucket: gs://BUCKET/PATH.
+
+  Raises UserError if it is empty, or no bucket of a kind that is known.
+  """
+  if not os.fspath(where):
+    raise UserError("a path is empty; name a file or folder")
   if paths.is_url(where):
     return paths.BucketPath.of(where)
   return Path(os.path.expanduser(where))
@@ -39,24 +44,14 @@ def absolute(where: str | os.PathLike) -> AnyPath:
 
 def exists(where: str | os.PathLike) -> bool:
   """Whether there is such a file or folder; UserError if that is unknown."""
-  if not os.fspath(where):
-    return False
-  found = path(where)
-  try:
+  with reading(found := path(where)):
     return found.exists()
-  except OSError as e:
-    raise UserError(f"{found}: {e.strerror}") from e
 
 
 def is_folder(where: str | os.PathLike) -> bool:
   """As `exists`, for a folder."""
-  if not os.fspath(where):
-    return False
-  found = path(where)
-  try:
+  with reading(found := path(where)):
     return found.is_dir()
-  except OSError as e:
-    raise UserError(f"{found}: {e.strerror}") from e
 
 
 def local(where: str | os.PathLike) -> Path:
@@ -196,13 +191,15 @@ def damage(folder: AnyPath, problem: BaseException | str) -> str:
     causes.append(cause)
     cause = cause.__cause__ or cause.__context__
   try:  # orbax does not raise all errors, so each file is read once more.
-    for file in folder.rglob("*"):
-      if not isinstance(file, Path):
+    if not isinstance(folder, Path):
+      for file in folder.objects():
         file.read_bytes()
-      elif file.is_file():
-        with file.open("rb") as f:
-          while f.read(1 << 24):
-            pass
+    else:
+      for file in folder.rglob("*"):
+        if file.is_file():
+          with file.open("rb") as f:
+            while f.read(1 << 24):
+              pass
   except OSError as e:
     causes.append(e)
   for cause in causes:

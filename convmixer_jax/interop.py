@@ -204,7 +204,7 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
   path = os.fspath(path)
   if re.fullmatch("hf-hub:[^/]+/[^/]+", path):
     path = _download(path)
-  path = os.fspath(files.local(path)) if path else path
+  path = os.fspath(files.local(path))
   try:
     # Opening a FIFO would wait for a writer.
     if os.path.exists(path) and not os.path.isfile(path):

@@ -40,7 +40,7 @@ def load(where: str | os.PathLike) -> dict[str, Any]:
   Raises:
     UserError: no weights are there, or they cannot be read.
   """
-  where = os.fspath(files.path(where)) if os.fspath(where) else ""
+  where = os.fspath(files.path(where))
   if not files.is_folder(where):
     state_dict = interop.load(where)
     try:

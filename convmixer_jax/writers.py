@@ -38,9 +38,9 @@ class TensorBoard:
     self,
     folder: Path,
     records: Iterable[Mapping[str, Any]],
-    workdir: files.AnyPath | None = None,
+    workdir: files.AnyPath,
   ):
-    """Writes to `folder`, a copy of `workdir`, or by default the same."""
+    """Writes to `folder`, whose files go to `workdir`; it may be the same."""
     from tensorboard.compat.proto import event_pb2  # Without tensorflow.
     from tensorboard.compat.proto import summary_pb2
     from tensorboard.summary.writer import record_writer
@@ -51,7 +51,7 @@ class TensorBoard:
     path = folder / f"{prefix}{now:010}.{host}.{os.getpid()}"
     earlier = [
       file
-      for file in (workdir or folder).iterdir()
+      for file in workdir.iterdir()
       if file.name.startswith(prefix) and file.name != path.name
     ]
     self._writer = record_writer.RecordWriter(path.open("wb"))

@@ -100,7 +100,7 @@ def main(*names: str) -> None:
     chosen = runs_lib.part(chosen, _ONLY.value)
   if _DATA_DIR.value is not None:
     chosen = [(c.of_data(_DATA_DIR.value), seed) for c, seed in chosen]
-  runs = runs_lib.each(lambda each: runs_lib.Run.of(root, *each), chosen)
+  runs = scores.each(lambda each: runs_lib.Run.of(root, *each), chosen)
   print(f"{sweep.name}: {sweep.about} {len(runs)} runs")
   if not runs:  # More parts than runs.
     return
@@ -154,7 +154,7 @@ def _run_all(runs, shares, received=()):
   again = _look_again(runs)
   with tqdm.tqdm(
     total=len(runs),
-    initial=sum(runs_lib.each(runs_lib.Run.share_done, runs)),
+    initial=sum(scores.each(runs_lib.Run.share_done, runs)),
     bar_format="{percentage:3.0f} %|{bar:20}| {elapsed}<{remaining}{postfix}",
     dynamic_ncols=True,
     disable=None,
@@ -178,7 +178,7 @@ def _run_all(runs, shares, received=()):
           run.process.terminate()
       if not bar.disable and time.monotonic() > drawn + again / 10:
         bar.set_postfix_str(runs_lib.summary(runs), refresh=False)
-        bar.update(sum(runs_lib.each(runs_lib.Run.share_done, runs)) - bar.n)
+        bar.update(sum(scores.each(runs_lib.Run.share_done, runs)) - bar.n)
         bar.refresh()
         drawn = time.monotonic()
       time.sleep(0.5)
@@ -203,7 +203,7 @@ def _start_next(waiting, slot, shares, bar, received):
   if other processes train all of `waiting`, if a bucket does not answer, or if
   a signal was received.
   """
-  holders = runs_lib.each(_holder, waiting)
+  holders = scores.each(_holder, waiting)
   for run, holder in zip([*waiting], holders):
     if received:
       return None
@@ -300,8 +300,8 @@ def _watch(runs):
              "process, or why it failed")]  # fmt: skip
     terminal = sys.stdout.isatty()
     brief = terminal and len(runs) + 3 > shutil.get_terminal_size().lines
-    runs_lib.each(runs_lib.Run.look, runs)
-    for run, progress in zip(runs, runs_lib.each(runs_lib.Run.progress, runs)):
+    scores.each(runs_lib.Run.look, runs)
+    for run, progress in zip(runs, scores.each(runs_lib.Run.progress, runs)):
       if not brief or run.status not in ("finished", "waiting"):
         rows.append((run.name, run.status, *progress, run.reason))
     widths = [max(map(len, column)) for column in zip(*rows)]

@@ -1,26 +1,22 @@
 """The runs of a sweep: where each is, and who trains it."""
 
 import collections
-from collections.abc import Callable
 from collections.abc import Iterable
 from collections.abc import Sequence
-from concurrent import futures
 import contextlib
 import dataclasses
 import functools
 from pathlib import Path
 import subprocess
 from typing import Any
-from typing import TypeVar
 
 from convmixer_jax import files
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.buckets.mirror import Mirror
+from convmixer_jax.errors import InUse
 from convmixer_jax.errors import UserError
 from experiments import cells
 from experiments import scores
-
-T = TypeVar("T")
 
 STATUSES = ("finished", "running", "running elsewhere", "failed", "waiting",
             "interrupted")  # fmt: skip
@@ -102,7 +98,7 @@ class Run:
     try:
       if not holder:
         self.claim.enter_context(workdir_lib.lock(self.workdir / _CLAIM))
-    except workdir_lib.InUse as e:
+    except InUse as e:
       holder = e.holder
     if holder:
       self.status, self.reason = "running elsewhere", holder
@@ -172,12 +168,6 @@ class Run:
       return 1.0
     records = self.records("train", "epoch")
     return records[-1]["epoch"] / self.epochs if records else 0.0
-
-
-def each(function: Callable[[Run], T], runs: Iterable[Run]) -> list[T]:
-  """The function's result for each run; at once, as a bucket answers slowly."""
-  with futures.ThreadPoolExecutor(16) as pool:
-    return [*pool.map(function, runs)]
 
 
 def _reason(failure):

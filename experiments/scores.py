@@ -1,5 +1,7 @@
 """Reads, checks and summarises the results of a sweep's runs."""
 
+from collections.abc import Callable
+from collections.abc import Collection
 from collections.abc import Mapping
 from collections.abc import Sequence
 from concurrent import futures
@@ -9,6 +11,7 @@ import json
 from pathlib import Path
 import statistics
 from typing import Any
+from typing import TypeVar
 
 import tqdm
 
@@ -18,6 +21,8 @@ from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.errors import UserError
 from experiments import cells
 from experiments import sweeps
+
+T, R = TypeVar("T"), TypeVar("R")
 
 COLUMNS = ("cell", "parameters", "GFLOP/image", "img/s", "ours", "paper",
            "difference")  # fmt: skip
@@ -131,12 +136,7 @@ def _collect(sweep, folder):
     problem = _problem(workdir, begun[workdir])
     return problem, [] if problem else workdir_lib.read_metrics(workdir)
 
-  with futures.ThreadPoolExecutor(16) as pool:
-    read_runs = tqdm.tqdm(
-      pool.map(read, begun), "reading", len(begun), leave=False, delay=1,
-      disable=None,
-    )  # fmt: skip
-    found = dict(zip(begun, read_runs))
+  found = dict(zip(begun, each(read, begun)))
   for cell in sweep.cells:
     runs, workdirs = {}, []
     for seed in sweep.seeds:
@@ -149,6 +149,20 @@ def _collect(sweep, folder):
         workdirs.append(workdir)
     results.append(Result(cell, runs, _num_classes(cell, workdirs)))
   return results, problems
+
+
+def each(function: Callable[[T], R], items: Collection[T]) -> list[R]:
+  """The function's result for each item.
+
+  Of several at once, because a bucket answers slowly, and with a progress bar
+  if it takes long.
+  """
+  with futures.ThreadPoolExecutor(16) as pool:
+    results = pool.map(function, items)
+    bar = tqdm.tqdm(
+      results, "reading", len(items), leave=False, delay=2, disable=None
+    )
+    return [*bar]
 
 
 def _in(folder):

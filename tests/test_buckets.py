@@ -130,7 +130,7 @@ def test_a_bucket_path_is_used_as_pathlibs(url):
   assert (file.exists(), file.is_file(), file.is_dir()) == (True, True, False)
   assert (top.exists(), top.is_dir(), top.is_file()) == (True, True, False)
   assert [*top.iterdir()] == [top / "a"]
-  assert [*top.rglob("*")] == [file]
+  assert [*top.objects()] == [file]
   file.copy(top / "copy")
   with pytest.raises(FileExistsError):
     file.create(b"x")
@@ -317,13 +317,14 @@ def test_a_silent_owner_is_succeeded(url, fast, monkeypatch, capsys):
     lease._held.remove(owner)
   assert config.read_text() == before
   owner.release()
-  assert [*files.path(url).rglob("lock.*")] == [files.path(url) / "lock.4"]
+  names = [path.name for path in files.path(url).iterdir()]
+  assert [name for name in names if "lock" in name] == ["lock.4"]
 
 
 def test_a_run_that_was_taken_over_ends(url, fast, whole, monkeypatch):
   """It hangs before the sixth step; another process continues its run."""
   monkeypatch.setattr(lease.Lease, "_beat_on", lambda self: None)
-  step, main = train.recipe_lib.Recipe.is_due, threading.get_ident()
+  step = train.recipe_lib.Recipe.is_due
 
   def hang(recipe, step_number, every, done=[]):  # noqa: B006
     if step_number == 6 and not done:
@@ -340,7 +341,6 @@ def test_a_run_that_was_taken_over_ends(url, fast, whole, monkeypatch):
   monkeypatch.setattr(lease, "_host", lambda: str(time.monotonic()))
   with pytest.raises(UserError, match=r"another process has taken over"):
     train_digits(url)
-  assert main == threading.get_ident()
   assert checkpoint.latest_step(url) == 5
   monkeypatch.undo()
   assert same_state(train_digits(url), whole[1])
@@ -480,7 +480,7 @@ def test_commands_read_and_write_a_bucket(url, whole, photos, tmp_path):
       texts.append(text.replace(str(out), "OUT").replace(str(run), "RUN"))
     outputs.append(texts)
   assert outputs[0] == outputs[1]
-  written = [*files.path(f"{url}/out").rglob("*")]
+  written = [*files.path(f"{url}/out").objects()]
   assert len(written) == 5
   for path in written:
     local = tmp_path / "out" / path.relative_to(files.path(f"{url}/out"))

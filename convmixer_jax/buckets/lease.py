@@ -158,22 +158,21 @@ def _take(path, wait):
       first = content
       time.sleep(BEAT / 10)
       continue
-    content = _ours()
+    content, number = _ours(), number + 1
     try:
-      _numbered(path, number + 1).create(json.dumps(content).encode())
+      _numbered(path, number).create(json.dumps(content).encode())
     except FileExistsError:  # Another was faster, or the answer was lost.
-      if _read(path, number + 1).get("owner") != content["owner"]:
+      if _read(path, number).get("owner") != content["owner"]:
         continue
-    break
-  numbers = _numbers(path)
-  if max(numbers, default=0) > number + 1:
+    numbers = _numbers(path)
+    if max(numbers, default=0) <= number:
+      break
     # Others came and went while the request was under way.
-    _numbered(path, number + 1).unlink(missing_ok=True)
-    return _take(path, wait)
+    _numbered(path, number).unlink(missing_ok=True)
   for old in numbers:
-    if old <= number:
+    if old < number:
       _numbered(path, old).unlink(missing_ok=True)
-  return Lease(path, number + 1, content)
+  return Lease(path, number, content)
 
 
 def holder(path: BucketPath) -> str | None:

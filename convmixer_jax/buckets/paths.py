@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import errno
-import fnmatch
 import functools
 import logging
 import os
@@ -76,6 +75,7 @@ def _os_errors(path):
   except Exception as e:
     code = codes.get(type(e))
     text = os.strerror(code) if code else " ".join(str(e).split())[:200]
+    # gcsfs has no type for a denial.
     if "Forbidden" in text or getattr(e, "code", None) in (401, "401"):
       code = errno.EACCES
     text = text or type(e).__name__
@@ -190,13 +190,7 @@ class BucketPath(os.PathLike):
       except FileNotFoundError:
         names = []
     # A folder may have an empty object of its own name.
-    return (self._at(k) for k in map(_stripped, names) if k != self.key)
-
-  def rglob(self, pattern: str) -> Iterator["BucketPath"]:
-    """The objects below it whose names match."""
-    return (
-      path for path in self.objects() if fnmatch.fnmatch(path.name, pattern)
-    )
+    return (self._at(k) for k in (n.strip("/") for n in names) if k != self.key)
 
   def objects(self) -> dict["BucketPath", tuple[int, str]]:
     """The objects below it, or itself, with sizes and versions."""
@@ -217,7 +211,3 @@ class BucketPath(os.PathLike):
     """Copies an object within the bucket."""
     with _os_errors(self):
       self._fs.cp_file(self.key, target.key)
-
-
-def _stripped(key):
-  return key.lstrip("/").rstrip("/")

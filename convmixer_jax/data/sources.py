@@ -119,7 +119,7 @@ def open_source(
       return InMemory(images, labels, classes, ranges)
     reader = digits.Reader(images, labels)
     return Encoded(reader, len(images), classes, ranges=ranges)
-  if directory is not None and not files.is_folder(directory):
+  if directory is not None and not (directory and files.is_folder(directory)):
     raise UserError(f"data.dir={directory}: no such directory")
   if files.is_url(directory or ""):
     directory = cache.local_data(name, directory)
