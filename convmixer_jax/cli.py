@@ -109,8 +109,8 @@ class Flags(flags.FlagValues):
 
 
 def required(flag: flags.FlagHolder) -> Any:
-  """The value of a flag; raises UserError if it is not set."""
-  if flag.value is None:
+  """The value of a flag; raises UserError if it is not set, or empty."""
+  if flag.value is None or flag.value == "":
     raise UserError(f"--{flag.name}: is required; see --help")
   return flag.value
 

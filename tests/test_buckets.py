@@ -628,6 +628,21 @@ def test_a_killed_run_resumes_bit_for_bit(bucket, url, reference, kills):
 
 
 @pytest.mark.slow
+def test_a_stopped_run_resumes_bit_for_bit(bucket, url, reference):
+  process = run_in(bucket, url)
+  wait_for(lambda: bucket.names(key(f"{url}/checkpoints/4/")))
+  process.send_signal(signal.SIGTERM)
+  out, _ = finish(process, 128 + signal.SIGTERM)
+  assert "stopped by SIGTERM: step " in out
+  step = checkpoint.latest_step(url)
+  assert f"step {step} is saved in {url}; " in out
+  finish(run_in(bucket, url))
+  (first, _) = workdir_lib.read_starts(url)["starts"]
+  assert (first["status"], first["last_step"]) == ("interrupted", step)
+  assert_same_run(url, reference)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [503, gcs.RESET, gcs.LOSE, "stop", "slow"])
 def test_a_bucket_that_fails_for_a_while(bucket, url, reference, fault):
   """From the middle of a checkpoint on."""

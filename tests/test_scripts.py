@@ -1,4 +1,5 @@
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -99,6 +100,36 @@ def test_a_sweep_is_started_on_every_worker(pod, tmp_path):
   done = pod("mine", "sweep", *flags)
   assert done.returncode == 0, done.stderr
   wait_for(homes, f"python -m experiments.run {' '.join(flags)}\n")
+
+
+DOCUMENTED = re.findall(
+  r"^(?:gcloud|scripts/tpu_pod\.sh) .*$",
+  (common.ROOT / "docs" / "distributed.md").read_text(),
+  re.M,
+)
+
+
+def test_documented_commands_are_found():
+  assert len(DOCUMENTED) >= 10
+
+
+@pytest.mark.parametrize("line", DOCUMENTED)
+def test_documented_commands_reach_gcloud(pod, tmp_path, line):
+  """With flags that the script knows; gcloud itself is not here."""
+  (tmp_path / "bin" / "gcloud").write_text(
+    '#!/bin/sh\necho "$1 $2 $3 $4" >>"$FAKE/calls"\n'
+  )
+  done = subprocess.run(
+    ["bash", "-c", line], cwd=common.ROOT, capture_output=True, text=True,
+    timeout=60, check=False,
+  )  # fmt: skip
+  assert (done.returncode, done.stderr) == (0, "")
+  for call in (tmp_path / "calls").read_text().splitlines():
+    assert call.startswith((
+      "compute tpus tpu-vm create", "compute tpus tpu-vm ssh",
+      "compute tpus tpu-vm scp", "compute tpus tpu-vm delete",
+      "storage buckets create", "storage cp",
+    )), call  # fmt: skip
 
 
 def wait_for(homes, line):
