@@ -25,6 +25,7 @@ from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.ops import tpu
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +116,11 @@ class Recipe:
     config = self.config
     replicated = sharding.replicated(self.mesh)
     batch_sharding = sharding.batch_sharding(self.mesh)
+    options = (
+      {"xla_gpu_deterministic_ops": True} if config.deterministic else {}
+    )
+    if config.model.implementation == "pallas":
+      options |= tpu.compiler_options(self.mesh.devices.flat[0])
 
     def update(seed, state, batch):
       train_step = step_lib.make_train_step(
@@ -135,9 +141,7 @@ class Recipe:
       in_shardings=(replicated, replicated, batch_sharding),
       out_shardings=replicated,
       donate_argnames="state",
-      compiler_options=(
-        {"xla_gpu_deterministic_ops": True} if config.deterministic else None
-      ),
+      compiler_options=options,
     )
 
   @functools.cached_property

@@ -204,13 +204,15 @@ def _conv_groups_plain(static, x, kernel, bias, scale, offset):
   static, residual = static
   y = depthwise_conv(x, kernel, implementation=static[0][0])
   args = y, bias, scale, offset, x if residual else None, None
-  z, mean, var = groups(static, *args)
-  return z, mean, var, y
+  return *groups(static, *args), y, x
 
 
 def _conv_groups_forward(static, x, kernel, bias, scale, offset):
   static, residual = static
   how, group, _ = static
+  # The kernels need x in memory. So that XLA adds this x and computes it only
+  # once, it must not know how x was computed.
+  x = lax.optimization_barrier(x)
 
   def plain(x, kernel, bias):
     y = depthwise_conv(x, kernel)
@@ -226,7 +228,7 @@ def _conv_groups_forward(static, x, kernel, bias, scale, offset):
   mean, var = _statistics(group, x.shape[1] * x.shape[2], *of_images)
   residual = x if residual else None
   z = _normalized(static, y, bias, scale, offset, residual, mean, var)
-  return z, mean, var, y
+  return z, mean, var, y, x
 
 
 def _conv_groups_tangent(static, args, tangents):
@@ -236,9 +238,9 @@ def _conv_groups_tangent(static, args, tangents):
 
 def _conv_groups_backward(static, args, kept, grads):
   static, residual = static
-  x, kernel, bias, scale, _ = args
-  *kept, y = kept
-  *grads, _ = grads  # y's is zero: `conv_groups` does not return it.
+  _, kernel, bias, scale, _ = args
+  *kept, y, x = kept
+  *grads, _, _ = grads  # Zeros: `conv_groups` does not return y and x.
   p, q, r, grad_scale, grad_offset = _input_grad_factors(
     static, y, bias, scale, kept, grads
   )
