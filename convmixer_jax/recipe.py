@@ -6,6 +6,7 @@ Training, evaluation, plan, replay, preview and benchmarks all start here.
 from collections.abc import Callable
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import dataclasses
 import functools
 from typing import Any
@@ -25,6 +26,8 @@ from convmixer_jax import sharding
 from convmixer_jax import step as step_lib
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import first_line
+from convmixer_jax.errors import UserError
 from convmixer_jax.ops import tpu
 
 
@@ -95,14 +98,25 @@ class Recipe:
 
   @property
   def augment(self) -> step_lib.Augment:
-    """Augmentation on the device, after the host's crops if it crops."""
+    """Augmentation in the step, after what the host does."""
     data = self.config.data
     return augment.make_augment(
       self.config.augment,
       mean=data.mean,
       std=data.std,
       crop=self.data.crop_on_device,
+      policy=not self.policy_on_host,
     )
+
+  @property
+  def policy_on_host(self) -> bool:
+    """Whether the host applies RandAugment, and the crop and flip before it.
+
+    It does for TPUs. They read pixels at computed places one by one, which
+    would take four times as long as the rest of a step (docs/speed.md).
+    """
+    on_tpu = self.mesh.devices.flat[0].platform == "tpu"
+    return on_tpu and bool(self.config.augment.randaugment)
 
   @property
   def seed(self) -> jax.Array:
@@ -233,10 +247,11 @@ class Recipe:
   ) -> Iterator[stream.Batch]:
     """This process's part of the batches of steps start, ..., stop - 1.
 
-    `self.data` must be a source. See `stream.train_batches`.
+    `self.data` must be a source. See `stream.train_batches`. With
+    `policy_on_host`, the first part of the augmentation is done.
     """
     config, data = self.config, self.config.data
-    return stream.train_batches(
+    batches = stream.train_batches(
       self.data,
       seed=config.seed,
       batch_size=config.batch_size,
@@ -251,6 +266,37 @@ class Recipe:
       ratio=config.augment.crop_ratio,
       interpolation=config.augment.interpolation,
     )
+    return self._with_policy(batches, start) if self.policy_on_host else batches
+
+  def _with_policy(self, batches, start):
+    with contextlib.closing(batches):
+      for step, batch in enumerate(batches, start):
+        images = self._apply_policy(np.int32(step), batch["image"])
+        yield batch | {"image": np.asarray(images)}
+
+  @functools.cached_property
+  def _apply_policy(self):
+    """(step, this process's images) -> the images after `make_policy`."""
+    config = self.config
+    try:
+      cpu = jax.local_devices(backend="cpu")[:1]
+    except RuntimeError as e:
+      text = f"{first_line(e)}; RandAugment runs on the host"
+      raise UserError(f"{text}: set JAX_PLATFORMS=tpu,cpu") from e
+    mesh = sharding.make_mesh(cpu)
+    apply = augment.make_policy(
+      config.augment, mean=config.data.mean, crop=self.data.crop_on_device
+    )
+    rows = sharding.local_rows(self.mesh, config.batch_size)
+    whole = len(rows) == config.batch_size
+    rows = None if whole else augment.Rows(config.batch_size, rows)
+
+    def run(step, images):
+      key = step_lib.augment_key(np.uint32(config.seed), step)
+      with ops.over(mesh):
+        return apply(key, images, rows)
+
+    return jax.jit(run, in_shardings=sharding.replicated(mesh))
 
 
 def build(

@@ -101,9 +101,13 @@ def augmented(
   targets = batch["label"]
   if targets.ndim == 1:
     targets = soft_targets(targets, num_classes, label_smoothing)
-  key = jax.random.fold_in(jax.random.key(seed), step)
   with jax.named_scope("augment"):
-    return augment(key, batch["image"], targets)
+    return augment(augment_key(seed, step), batch["image"], targets)
+
+
+def augment_key(seed: int | jax.Array, step: int | jax.Array) -> jax.Array:
+  """The key of a batch's augmentation after `step` updates."""
+  return jax.random.fold_in(jax.random.key(seed), step)
 
 
 def make_train_step(

@@ -625,12 +625,14 @@ def test_tpus_get_no_code_for_cpus():
   script = """
 import re
 from convmixer_jax import plan
+from convmixer_jax import recipe
 from convmixer_jax.data import sources
 from convmixer_jax.plan import topology
 from tests import common
 devices = topology.open_topology("v4:2x2x1")
 assert [d.device_kind for d in devices] == ["TPU v4"] * 4
 config = common.digits_config(batch_size=32)
+config.augment.randaugment = "rand-m9-mstd0.5-inc1"
 data = sources.describe("digits", None, "train", 8)
 *_, traced = plan.trace_step(config, devices, data)
 lowered = traced.lower()
@@ -639,6 +641,11 @@ assert "feature_group_count = 8" in text  # XLA's own depthwise convolution.
 assert "optimization_barrier" not in text  # As the sum of shifted products has.
 text += lowered.compile().as_text()
 assert not re.search("convmixer_(?!jax)", text)  # native.cc's functions.
+# And they read or count no pixels one by one: the host applies the policy.
+assert not re.search(r" (gather|scatter)\\(", text)
+recipe.Recipe.policy_on_host = False
+*_, traced = plan.trace_step(config, devices, data)
+assert re.search(r" (gather|scatter)\\(", traced.lower().compile().as_text())
 """
   command = [sys.executable, "-c", script]
   result = subprocess.run(

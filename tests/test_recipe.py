@@ -6,13 +6,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 from convmixer_jax import evaluate
 from convmixer_jax import models
 from convmixer_jax import optim
 from convmixer_jax import recipe as recipe_lib
+from convmixer_jax import sharding
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
+from convmixer_jax.errors import UserError
 from tests import common
 
 # Every field that the step depends on, off its default and digits' own value.
@@ -58,22 +61,19 @@ def make_recipe(**more):
   fields = {f"augment.{k}": v for k, v in AUGMENT.items()}
   fields |= {f"optim.{k}": v for k, v in OPTIM.items()}
   fields |= {f"model.{k}": v for k, v in MODEL.items()}
-  config = common.digits_config(
-    **fields,
-    **{
-      "augment.label_smoothing": 0.3,
-      "data.mean": MEAN,
-      "data.std": STD,
-      "batch_size": 16,
-      "accum_steps": 2,
-      "ema_decay": 0.4,
-      "epochs": 3,
-      "seed": 5,
-      "freeze": ("stem",),
-      "backbone_lr_scale": 0.25,
-      **more,
-    },
-  )
+  fields |= {
+    "augment.label_smoothing": 0.3,
+    "data.mean": MEAN,
+    "data.std": STD,
+    "batch_size": 16,
+    "accum_steps": 2,
+    "ema_decay": 0.4,
+    "epochs": 3,
+    "seed": 5,
+    "freeze": ("stem",),
+    "backbone_lr_scale": 0.25,
+  }
+  config = common.digits_config(**fields | more)
   return recipe_lib.build(config, SOURCE, jax.devices()[:1])
 
 
@@ -147,7 +147,8 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   assert options == {"xla_gpu_deterministic_ops": True}
   config, options = asked[0]
   assert AUGMENT.items() <= config.items()
-  assert options == {"mean": MEAN, "std": STD, "crop": True}
+  wanted = {"mean": MEAN, "std": STD, "crop": True, "policy": True}
+  assert options == wanted
   assert (recipe.total_steps, recipe.steps_per_epoch) == (8, 2.5)
   due = [n for n in range(1, 9) if recipe.is_due(n, None)]
   assert due == [3, 5, 8]  # The first steps beyond 40, 80 and 120 samples.
@@ -194,3 +195,46 @@ def test_batches_get_what_the_config_says(monkeypatch):
     )
     _ = recipe_lib.build(recipe.config, data, jax.devices()[:1]).augment
     assert called == [crops]
+
+
+def recipe_on_a_tpu(monkeypatch, on_tpu=True):
+  monkeypatch.setattr(recipe_lib.Recipe, "policy_on_host", on_tpu)
+  return make_recipe(**{"augment.randaugment": "rand-m9-mstd0.5-inc1"})
+
+
+def test_the_host_applies_the_policy_as_the_step_does(monkeypatch):
+  """Crop, flip and RandAugment before the step, bit for bit."""
+  runs = []
+  for on_host in (False, True):
+    recipe = recipe_on_a_tpu(monkeypatch, on_host)
+    state, seen = recipe.init_state(), []
+    batches = recipe.train_batches(0, 2)
+    for step, batch in enumerate(batches):
+      seen.append((batch, recipe.training_images(batch, step)))
+      state, metrics = recipe.train_step(recipe.seed, state, batch)
+    runs.append((seen, jax.device_get((state.params, metrics))))
+  (seen, result), (seen_host, result_host) = runs
+  jax.tree.map(np.testing.assert_array_equal, result, result_host)
+  for (batch, images), (batch_host, images_host) in zip(seen, seen_host):
+    jax.tree.map(np.testing.assert_array_equal, images, images_host)
+    same = batch["image"] == batch_host["image"]
+    assert same.mean() < 0.5  # The host did it, not the step.
+
+
+def test_a_host_has_some_rows_of_a_batch(monkeypatch):
+  recipe = recipe_on_a_tpu(monkeypatch)
+  whole = next(recipe.train_batches(1, 2))
+  rows = np.array([3, 4, 9])
+  monkeypatch.setattr(sharding, "local_rows", lambda *_: rows)
+  part = next(recipe_on_a_tpu(monkeypatch).train_batches(1, 2))
+  np.testing.assert_array_equal(part["image"], whole["image"][rows])
+
+
+def test_a_host_without_its_cpu(monkeypatch):
+  def local_devices(backend):
+    raise RuntimeError(f"Unknown backend {backend}")
+
+  batches = recipe_on_a_tpu(monkeypatch).train_batches(0, 1)
+  monkeypatch.setattr(jax, "local_devices", local_devices)
+  with pytest.raises(UserError, match="set JAX_PLATFORMS=tpu,cpu"):
+    next(batches)

@@ -1,6 +1,8 @@
-"""Augmentation on the device, inside the train step.
+"""Augmentation, inside the train step.
 
-All functions are pure; their randomness comes from a PRNG key.
+All functions are pure; their randomness comes from a PRNG key. For TPUs, what
+the policy draws is computed before the step, on the host: see
+`Recipe.train_batches`.
 """
 
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from convmixer_jax.augment.jitter import color_jitter as color_jitter
 from convmixer_jax.augment.mixing import mix as mix
 from convmixer_jax.augment.randaugment import apply_policy as apply_policy
 from convmixer_jax.augment.randaugment import parse as parse
+from convmixer_jax.augment.rows import Rows as Rows
 
 
 def make_normalize(
@@ -38,12 +41,45 @@ def make_normalize(
   return normalize
 
 
+def make_policy(
+  config: Mapping[str, Any], *, mean: Sequence[float], crop: bool = True
+) -> Callable[..., jax.Array]:
+  """Returns the first part of `make_augment`: crop, flip and RandAugment.
+
+  It maps (key, images uint8 [R, H, W, C], rows) to images of the same shape.
+  `rows` are those of the batch that the images are; None: all. For the other
+  arguments see `make_augment`.
+  """
+  policy = parse(config["randaugment"]) if config["randaugment"] else None
+  fill = [round(255 * m) for m in mean] if policy and policy.smooth else [0] * 3
+
+  def apply(key, images, rows=None):
+    keys = jax.random.split(key, 6)
+    if crop and (*config["crop_scale"], *config["crop_ratio"]) != (1, 1, 1, 1):
+      images = random_resized_crop(
+        keys[0],
+        images,
+        scale=config["crop_scale"],
+        ratio=config["crop_ratio"],
+        interpolation=config["interpolation"],
+        rows=rows,
+      )
+    if config["flip"]:
+      images = random_flip(keys[1], images, rows)
+    if policy:
+      images = apply_policy(keys[2], images, policy, fill, rows)
+    return images
+
+  return apply
+
+
 def make_augment(
   config: Mapping[str, Any],
   *,
   mean: Sequence[float],
   std: Sequence[float],
   crop: bool = True,
+  policy: bool = True,
 ):
   """Returns a function that augments and normalises a batch.
 
@@ -57,25 +93,15 @@ def make_augment(
       torchvision's with black.
     std: see `make_normalize`.
     crop: False if the host has cropped the images already.
+    policy: False if `make_policy`'s function was applied already.
   """
   normalize = make_normalize(mean, std)
-  policy = parse(config["randaugment"]) if config["randaugment"] else None
-  fill = [round(255 * m) for m in mean] if policy and policy.smooth else [0] * 3
+  first = make_policy(config, mean=mean, crop=crop) if policy else None
 
   def augment(key, images, targets):
     keys = jax.random.split(key, 6)
-    if crop and (*config["crop_scale"], *config["crop_ratio"]) != (1, 1, 1, 1):
-      images = random_resized_crop(
-        keys[0],
-        images,
-        scale=config["crop_scale"],
-        ratio=config["crop_ratio"],
-        interpolation=config["interpolation"],
-      )
-    if config["flip"]:
-      images = random_flip(keys[1], images)
-    if policy:
-      images = apply_policy(keys[2], images, policy, fill)
+    if first:
+      images = first(key, images)
     if config["color_jitter"]:
       images = color_jitter(keys[3], images, config["color_jitter"])
     images, targets = mix(

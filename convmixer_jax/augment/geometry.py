@@ -6,10 +6,16 @@ import math
 import jax
 import jax.numpy as jnp
 
+from convmixer_jax.augment.rows import drawn
+from convmixer_jax.augment.rows import Rows
 
-def random_flip(key: jax.Array, images: jax.Array) -> jax.Array:
+
+def random_flip(
+  key: jax.Array, images: jax.Array, rows: Rows | None = None
+) -> jax.Array:
   """Flips each image of [B, H, W, C] left to right with probability 1/2."""
-  flip = jax.random.bernoulli(key, shape=(images.shape[0], 1, 1, 1))
+  draw = lambda batch: jax.random.bernoulli(key, shape=(batch, 1, 1, 1))
+  flip = drawn(draw, images, rows)
   return jnp.where(flip, images[:, :, ::-1], images)
 
 
@@ -20,6 +26,7 @@ def random_resized_crop(
   scale: Sequence[float],
   ratio: Sequence[float],
   interpolation: str = "bilinear",
+  rows: Rows | None = None,
 ) -> jax.Array:
   """Crops a random box out of each image and resizes it to the image's size.
 
@@ -33,16 +40,19 @@ def random_resized_crop(
     ratio: see `random_boxes`.
     interpolation: 'bilinear', 'bicubic' or 'random' (one of the two for each
       image, with equal probability).
+    rows: of the batch that the images are; None: all.
   """
-  batch, height, width, _ = images.shape
+  _, height, width, _ = images.shape
   box_key, filter_key = jax.random.split(key)
-  top, left, box_height, box_width = random_boxes(
-    box_key, batch, height, width, scale, ratio
-  )
-  if interpolation == "random":
-    bicubic = jax.random.bernoulli(filter_key, shape=(batch, 1, 1))
-  else:
-    bicubic = jnp.full((batch, 1, 1), interpolation == "bicubic")
+
+  def draw(batch):
+    boxes = random_boxes(box_key, batch, height, width, scale, ratio)
+    if interpolation == "random":
+      return boxes, jax.random.bernoulli(filter_key, shape=(batch, 1, 1))
+    return boxes, jnp.full((batch, 1, 1), interpolation == "bicubic")
+
+  boxes, bicubic = drawn(draw, images, rows)
+  top, left, box_height, box_width = boxes
 
   def resample(equation, images, weights):
     y = jnp.einsum(equation, weights, images, precision="highest")

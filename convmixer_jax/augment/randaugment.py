@@ -25,6 +25,8 @@ import jax
 import jax.numpy as jnp
 
 from convmixer_jax.augment import stages
+from convmixer_jax.augment.rows import drawn
+from convmixer_jax.augment.rows import Rows
 from convmixer_jax.errors import UserError
 
 # (level [B], sign [B], (height, width)) -> argument [B] of `apply_stages`. A
@@ -168,15 +170,22 @@ def _error(policy, part, text):
 
 
 def apply_policy(
-  key: jax.Array, images: jax.Array, policy: Policy, fill: Sequence[int]
+  key: jax.Array,
+  images: jax.Array,
+  policy: Policy,
+  fill: Sequence[int],
+  rows: Rows | None = None,
 ) -> jax.Array:
   """Applies random operations to each of the images, uint8 [B, H, W, 3].
 
   Pixels that geometric operations take from outside an image are `fill`: RGB.
+  `rows` are those of the batch that the images are; None: all.
   """
-  batch, height, width, _ = images.shape
+  _, height, width, _ = images.shape
   keys = jax.random.split(key, policy.num_ops)
-  draw_stage = lambda key: draw(key, policy, batch, (height, width))
+  draw_stage = lambda key: drawn(
+    lambda batch: draw(key, policy, batch, (height, width)), images, rows
+  )
   return stages.apply_stages(images, draw_stage, keys, fill)
 
 
@@ -185,7 +194,7 @@ def draw(
 ) -> stages.Stage:
   """Draws one operation for each of `batch` images; size: height and width."""
   op_key, prob_key, level_key, sign_key, filter_key = jax.random.split(key, 5)
-  drawn = jax.random.randint(op_key, (batch,), 0, len(policy.ops))
+  op_index = jax.random.randint(op_key, (batch,), 0, len(policy.ops))
   applied = jax.random.bernoulli(prob_key, policy.prob, (batch,))
   level = policy.mean + policy.std * jax.random.normal(level_key, (batch,))
   level = jnp.clip(level, 0, policy.high)
@@ -193,6 +202,6 @@ def draw(
   bicubic = jax.random.bernoulli(filter_key, shape=(batch,))
   chosen, args = {}, jnp.zeros(batch)
   for i, (op, argument) in enumerate(policy.ops.values()):
-    chosen[op] = (drawn == i) & applied
+    chosen[op] = (op_index == i) & applied
     args = jnp.where(chosen[op], argument(level, sign, size), args)
   return chosen, args, bicubic if policy.smooth else None
