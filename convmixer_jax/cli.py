@@ -5,6 +5,7 @@ import contextlib
 import errno
 import functools
 import inspect
+import math
 import os
 import re
 import signal
@@ -60,6 +61,13 @@ for _type, _parser in {
   config_flags.register_flag_parser_for_type(_type, _OrNone(_parser))
 
 
+class _FiniteParser(flags.FloatParser):
+  """absl compares with its bounds, which nan and inf may pass."""
+
+  def is_outside_bounds(self, val):
+    return not math.isfinite(val) or super().is_outside_bounds(val)
+
+
 class Flags(flags.FlagValues):
   """The flags of one command.
 
@@ -75,9 +83,13 @@ class Flags(flags.FlagValues):
   words = functools.partialmethod(_add, flags.DEFINE_list)
   integer = functools.partialmethod(_add, flags.DEFINE_integer)
   positive = functools.partialmethod(_add, flags.DEFINE_integer, lower_bound=1)
-  number = functools.partialmethod(_add, flags.DEFINE_float)
   boolean = functools.partialmethod(_add, flags.DEFINE_boolean, default=False)
   enum = functools.partialmethod(_add, flags.DEFINE_enum)
+
+  def number(self, name, text, default=None, **bounds):
+    """A finite number."""
+    parser = _FiniteParser(**bounds)
+    return flags.DEFINE(parser, name, default, text, flag_values=self)
 
   def define_config(self) -> flags.FlagHolder:
     """Defines --config and a flag for each of its fields."""
@@ -218,6 +230,8 @@ def run(
   `main` gets the arguments that are not flags. If it takes no arguments, they
   are an error. For `only_prints` see `guard_output`.
   """
+  if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
   logging.set_verbosity(logging.WARNING)
   # Reading a checkpoint stops at the first damaged array. orbax leaves reads of
   # the others: coroutines, which find their event loop closed, and of which

@@ -307,6 +307,25 @@ def test_output_that_is_lost_is_an_error(monkeypatch):
       print("a line", flush=True)
 
 
+@pytest.mark.parametrize("command", ["convmixer_jax.main", "experiments.run"])
+def test_ctrl_c_while_modules_are_imported(tmp_path, command):
+  """It ends the command, in silence."""
+  (tmp_path / "ml_collections.py").write_text(
+    "import os, signal, time\n"
+    "os.kill(os.getpid(), signal.SIGINT)\n"
+    "time.sleep(60)\n"
+  )
+  process = subprocess.run(
+    [sys.executable, "-m", command, "--help"],
+    cwd=common.ROOT,
+    env=os.environ | {"PYTHONPATH": str(tmp_path)},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
+
+
 # --- The import rule: every module may import those in the rows before its own,
 # and others of its own row only where it is a package.
 

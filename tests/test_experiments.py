@@ -233,6 +233,10 @@ def test_costs_of_unknown_classes_are_unknown(tmp_path):
       "needs --topology",
     ),
     (["smoke", "--root=x", "--dry_run", "--topology=h100"], "as in h100:8"),
+    *(
+      (["smoke", f"--dollars_per_chip_hour={value}"], "not a non-negative num")
+      for value in ("nan", "inf", "-1")
+    ),
   ],
 )
 def test_mistakes_get_one_line(args, says):
