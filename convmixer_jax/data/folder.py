@@ -48,15 +48,16 @@ def labelled(
     raise UserError(f"data.dir={directory}: {text}")
 
   root = Path(directory).expanduser()
-  subfolders = lambda path: next(_walk(path), (path, [], []))[1]
-  names = subfolders(root)
+  names = _subfolders(root)
   if not names:
     fail("contains no folders (one per split: train, val)")
+  if not splits.named(split, names) and (advice := _advice(root, names)):
+    fail(f"has no folder {split}; {advice}")
   # Labels are those of `train`, also in a split in which a class is missing.
-  classes = subfolders(root / "train") if "train" in names else []
+  classes = _subfolders(root / "train") if "train" in names else []
   listing = dict.fromkeys(names, ())
   for name in splits.named(split, names):
-    here = subfolders(root / name)
+    here = _subfolders(root / name)
     if not here:
       fail(f"{name} contains no folders (one per class: {name}/CLASS/*.jpeg)")
     classes = classes or here
@@ -79,6 +80,33 @@ def labelled(
   chosen = (listing[name][i] for name, rows in ranges for i in rows)
   files, labels = zip(*chosen)
   return files, np.array(labels, np.int32), classes, ranges
+
+
+def _subfolders(path):
+  return next(_walk(path), (path, [], []))[1]
+
+
+def _advice(root, names):
+  """What to do about a split for which there is no folder; "" if unknown."""
+  if names == ["train"]:
+    return (
+      "to hold out a tenth of the training images, pass"
+      " --config.data.train_split='train[:90%]'"
+      " --config.data.eval_split='train[90%:]'"
+    )
+  if "train" in names:
+    return ""
+  for name in names:
+    if "train" in _subfolders(root / name):
+      return f"pass the folder below, --config.data.dir={root / name}"
+  if any(
+    images(root / name) and not _subfolders(root / name) for name in names
+  ):
+    return (
+      f"{names[0]} seems to be a class; pass the folder above,"
+      f" --config.data.dir={root.absolute().parent}"
+    )
+  return ""
 
 
 def _walk(top) -> Iterator[tuple[str, list[str], list[str]]]:
