@@ -133,7 +133,8 @@ class Recipe:
     options = (
       {"xla_gpu_deterministic_ops": True} if config.deterministic else {}
     )
-    if config.model.implementation == "pallas":
+    # Under a scan, XLA uses this memory for the arrays of a block.
+    if config.model.implementation == "pallas" and not config.model.scan:
       options |= tpu.compiler_options(self.mesh.devices.flat[0])
 
     def update(seed, state, batch):
