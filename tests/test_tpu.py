@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -227,6 +228,18 @@ print(json.dumps([kernels, test_tpu.test_ops.exchanges(text)]))
 """
 
 
+def run_script(script, *args):
+  process = subprocess.run(
+    [sys.executable, "-c", script, *args],
+    cwd=common.ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert process.returncode == 0, process.stderr[-2000:]
+  return json.loads(process.stdout.splitlines()[-1])
+
+
 @test_plan.tpu
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", [False, True])
@@ -236,17 +249,54 @@ def test_programs_for_tpus(kind, norm):
 
   A v4 has too little memory on the chip for them, and gets XLA's operations.
   """
-  process = subprocess.run(
-    [sys.executable, "-c", SCRIPT, kind, str(norm)],
-    cwd=common.ROOT,
-    capture_output=True,
-    text=True,
-    check=False,
-  )
-  assert process.returncode == 0, process.stderr[-2000:]
-  kernels, exchanges = json.loads(process.stdout.splitlines()[-1])
+  kernels, exchanges = run_script(SCRIPT, kind, str(norm))
   if kind.startswith("v4"):
     assert kernels == 0
   else:  # Without a norm: the gradients' alone.
     assert kernels == (2 if norm else 1)
   assert exchanges == ([] if kind.endswith("1x1") else ["all-reduce"])
+
+
+STEP = """
+import json, re
+from convmixer_jax import plan
+from convmixer_jax.data import sources
+from convmixer_jax.plan import hlo
+from convmixer_jax.plan import topology
+from tests import common
+devices = topology.open_topology("v5e:1x1")
+import jax
+jax.config.update("jax_enable_compilation_cache", False)
+config = common.load_config("configs/imagenet.py").unlock()
+config.model.update(depth=1, implementation="pallas")
+config.batch_size = 64
+data = sources.Description(1281167, 1000, (None, None, 3), 224)
+*_, traced = plan.trace_step(config, devices, data)
+program = hlo.Program(traced.lower().compile().as_text())
+print(json.dumps(sum(
+  runs * len(re.findall(r"bf16\\[(?:64,32,32|32,32,64),1536\\]", i.shape))
+  for i, runs in program.instructions()
+  if i.opcode in ("fusion", "custom-call", "copy", "convolution")
+)))
+"""
+
+
+@test_plan.tpu
+@pytest.mark.slow
+def test_a_step_writes_six_arrays_a_block():
+  """The results of its norms and convolutions, but not of the first norm.
+
+  x, y, u; and the gradients of u, z and x. The products compute z, the result
+  of the first norm, as they read y and x. Around the block there are two.
+  """
+  assert run_script(STEP) == 6 + 2
+
+
+def test_compiler_options():
+  """Of the chips with enough memory alone; other compilers would refuse it."""
+  device = lambda platform, kind: mock.Mock(platform=platform, device_kind=kind)
+  for kind in ("TPU v5 lite", "TPU v6 lite"):
+    (name,) = tpu.compiler_options(device("tpu", kind))
+    assert name == "xla_tpu_scoped_vmem_limit_kib"
+  assert tpu.compiler_options(device("tpu", "TPU v4")) == {}
+  assert tpu.compiler_options(jax.devices()[0]) == {}
