@@ -112,8 +112,8 @@ class Recipe:
   def policy_on_host(self) -> bool:
     """Whether the host applies RandAugment, and the crop and flip before it.
 
-    It does for TPUs. They read pixels at computed places one by one, which
-    would take four times as long as the rest of a step (docs/speed.md).
+    It does for TPUs, which read pixels at computed places one by one. That
+    would take several times as long as the rest of a step (docs/speed.md).
     """
     on_tpu = self.mesh.devices.flat[0].platform == "tpu"
     return on_tpu and bool(self.config.augment.randaugment)
