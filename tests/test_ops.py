@@ -23,6 +23,7 @@ from convmixer_jax.models import layers
 from convmixer_jax.ops import build
 from convmixer_jax.ops import native
 from convmixer_jax.ops import partition
+from convmixer_jax.ops import tpu
 from tests import common
 
 needs_compiler = pytest.mark.skipif(
@@ -589,12 +590,12 @@ def test_batch_norm_of_mixed_dtypes_and_vmap():
     assert common.tree_error(ours, expected) < 2e-6
 
 
-def chain(x, kernel, matrix, bias, exactly=False):
+def chain(x, kernel, matrix, bias, exactly=False, implementation=None):
   """All operations but a norm without a convolution, to one number.
 
   `exactly`: of JAX's own functions, for any precision.
   """
-  module = ops.BatchNorm(2, "gelu")
+  module = ops.BatchNorm(2, "gelu", implementation=implementation)
   stats = {"mean": jnp.zeros(5), "var": jnp.ones(5)}
   params = {"scale": jnp.cos(bias), "bias": bias}
 
@@ -620,8 +621,8 @@ def chain(x, kernel, matrix, bias, exactly=False):
 CHAIN = ((4, 3, 2, 5), (2, 2, 5), (5, 5), (5,))
 
 
-def gradient(*args, exactly=False):
-  return jax.grad(functools.partial(chain, exactly=exactly), range(4))(*args)
+def gradient(*args, **options):
+  return jax.grad(functools.partial(chain, **options), range(4))(*args)
 
 
 @functools.cache
@@ -635,14 +636,21 @@ def exact_chain():
     return args, dots, jax.tree.map(np.asarray, expected)
 
 
-def test_derivatives_of_second_order():
+@pytest.mark.parametrize(
+  ("implementation", "fused"),
+  [(None, False), ("pallas", False), ("pallas", True)],
+)
+def test_derivatives_of_second_order(monkeypatch, implementation, fused):
+  monkeypatch.setattr(tpu, "supported", lambda *args, **kwargs: fused)
   args, dots, (_, expected) = exact_chain()
+  value = functools.partial(chain, implementation=implementation)
+  gradients = functools.partial(gradient, implementation=implementation)
 
   @jax.jit
   def derivatives(args, dots):
-    forward = lambda *args: jax.jvp(chain, args, dots)[1]
-    product = lambda *args: sum(map(jnp.vdot, gradient(*args), dots))
-    times = lambda c: jax.jvp(gradient, args, (*(c * dot for dot in dots),))[1]
+    forward = lambda *args: jax.jvp(value, args, dots)[1]
+    product = lambda *args: sum(map(jnp.vdot, gradients(*args), dots))
+    times = lambda c: jax.jvp(gradients, args, (*(c * dot for dot in dots),))[1]
     return {
       # As in jax.hessian.
       "forward over reverse": [v[1] for v in jax.vmap(times)(jnp.arange(2.0))],

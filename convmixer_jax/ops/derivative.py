@@ -1,6 +1,7 @@
 """Functions with derivatives of their own, in both modes and of any order."""
 
 from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ def differentiable(
   tangent: Function,
   backward: Function,
   keep: Function = lambda y: (),
+  symbolic_zeros: bool = False,
 ) -> Function:
   """Gives a function derivatives of its own, in both modes, of any order.
 
@@ -43,6 +45,7 @@ def differentiable(
     tangent: (static, args, tangents of args) -> y's tangent.
     backward: (static, args, keep(y), gradient of y) -> gradients of args.
     keep: y -> what `backward` needs besides the args.
+    symbolic_zeros: `backward` gets `ad.Zero` for a gradient that is zero.
   """
   function = jax.custom_jvp(function, nondiff_argnums=(0,))
 
@@ -60,7 +63,10 @@ def differentiable(
 
     def transpose(*flat):
       args, kept = known_tree.unflatten(flat[: len(known)])
-      grad = tree.unflatten(flat[len(known) :])
+      grads = flat[len(known) :]
+      if not symbolic_zeros:
+        grads = map(ad.instantiate_zeros, grads)
+      grad = tree.unflatten(grads)
       return jax.tree.leaves(backward(static, args, kept, grad))
 
     results = _linear.bind(
@@ -74,6 +80,25 @@ def differentiable(
     return y, tree.unflatten(results)
 
   return lambda static, *args: function(static, *varying(args))
+
+
+def tangent_of(function: Function) -> Function:
+  """The `tangent` of a function that JAX can differentiate."""
+  return lambda static, *args: jax.jvp(
+    functools.partial(function, static), *args
+  )[1]
+
+
+def with_derivatives_of(plain: Function, function: Function) -> Function:
+  """`function`, which JAX then differentiates as `plain`, of equal results."""
+  function = jax.custom_jvp(function)
+  function.defjvp(
+    lambda args, tangents: (
+      function(*args),
+      jax.jvp(plain, args, tangents)[1],
+    )
+  )
+  return function
 
 
 # The tangent of a `differentiable` function: apply(*args). It is linear in all
@@ -91,7 +116,7 @@ def _linear_jvp(args, tangents, *, apply, **_):
 
 
 def _linear_transpose(grads, *args, transpose, count, **_):
-  grads = transpose(*args[:count], *map(ad.instantiate_zeros, grads))
+  grads = transpose(*args[:count], *grads)
   unknown = map(ad.is_undefined_primal, args[count:])
   return [None] * count + [g if u else None for g, u in zip(grads, unknown)]
 
@@ -103,10 +128,11 @@ def _linear_batch(args, axes, *, apply, transpose, avals, count):
     args[i] = batching.bdim_at_front(args[i], axes[i], size)
   known = (*axes[:count],)
   axes = known + (0,) * (len(args) - count)
+  mapped = jax.vmap(transpose, known + (0,) * len(avals))
   results = _linear.bind(
     *args,
     apply=jax.vmap(apply, axes),
-    transpose=jax.vmap(transpose, known + (0,) * len(avals)),
+    transpose=lambda *args: mapped(*map(ad.instantiate_zeros, args)),
     avals=tuple(a.update(shape=(size, *a.shape)) for a in avals),
     count=count,
   )

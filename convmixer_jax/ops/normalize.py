@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 from jax import lax
+from jax.interpreters import ad
 import jax.numpy as jnp
 
 from convmixer_jax.ops import derivative
@@ -56,10 +57,6 @@ def _affine_forward(static, x, bias, scale, offset, residual):
   return y
 
 
-def _affine_tangent(static, args, tangents):
-  return jax.jvp(functools.partial(_affine_forward, static), args, tangents)[1]
-
-
 def _affine_backward(static, args, _, grad):
   x, bias, scale, _, residual = args
   zeros = jnp.zeros_like(scale)
@@ -70,7 +67,7 @@ def _affine_backward(static, args, _, grad):
 
 
 affine = derivative.differentiable(
-  _affine_forward, _affine_tangent, _affine_backward
+  _affine_forward, derivative.tangent_of(_affine_forward), _affine_backward
 )
 
 
@@ -146,10 +143,6 @@ def _groups_forward(static, x, bias, scale, offset, residual, center):
   return y, mean, var
 
 
-def _groups_tangent(static, args, tangents):
-  return jax.jvp(functools.partial(_groups_forward, static), args, tangents)[1]
-
-
 def _groups_backward(static, args, kept, grads):
   x, bias, scale, _, residual, center = args
   one_pass = static[0][0] == "pallas" or partition.on_gpu()
@@ -192,7 +185,10 @@ def _input_grad_factors(static, x, bias, scale, kept, grads, one_pass=False):
 # Returns y, and the groups' means and (biased) variances, [B / group, C]. The
 # last argument is None or `center` of `moments`.
 groups = derivative.differentiable(
-  _groups_forward, _groups_tangent, _groups_backward, keep=lambda y: y[1:]
+  _groups_forward,
+  derivative.tangent_of(_groups_forward),
+  _groups_backward,
+  keep=lambda y: y[1:],
 )
 
 
@@ -231,16 +227,16 @@ def _conv_groups_forward(static, x, kernel, bias, scale, offset):
   return z, mean, var, y, x
 
 
-def _conv_groups_tangent(static, args, tangents):
-  plain = functools.partial(_conv_groups_plain, static)
-  return jax.jvp(plain, args, tangents)[1]
-
-
 def _conv_groups_backward(static, args, kept, grads):
+  instantiated = tuple(map(ad.instantiate_zeros, grads))
+  if not all(isinstance(grad, ad.Zero) for grad in grads[3:]):
+    # Of y and x, which `conv_groups` does not return: a second derivative.
+    plain = functools.partial(_conv_groups_plain, static)
+    return jax.vjp(plain, *args)[1](instantiated)
   static, residual = static
   _, kernel, bias, scale, _ = args
   *kept, y, x = kept
-  *grads, _, _ = grads  # Zeros: `conv_groups` does not return y and x.
+  grads = instantiated[:3]
   p, q, r, grad_scale, grad_offset = _input_grad_factors(
     static, y, bias, scale, kept, grads
   )
@@ -250,19 +246,21 @@ def _conv_groups_backward(static, args, kept, grads):
     grad_x, grad_kernel = jax.vjp(depthwise_conv, x, kernel)[1](grad_y)
     return grad_x + grad if residual else grad_x, grad_kernel, grad_bias
 
-  grad_x, grad_kernel, grad_bias = lax.platform_dependent(
-    *(x, kernel, grads[0], y, bias, p, q, r),
-    tpu=functools.partial(tpu.conv_norm_vjp, static[0][1], residual),
-    default=plain,
+  fused = functools.partial(tpu.conv_norm_vjp, static[0][1], residual)
+  function = derivative.with_derivatives_of(
+    plain, lambda *args: lax.platform_dependent(*args, tpu=fused, default=plain)
   )
+  args = x, kernel, grads[0], y, bias, p, q, r
+  grad_x, grad_kernel, grad_bias = function(*args)
   return grad_x, grad_kernel, grad_bias.sum(0), grad_scale, grad_offset
 
 
 _conv_groups = derivative.differentiable(
   _conv_groups_forward,
-  _conv_groups_tangent,
+  derivative.tangent_of(_conv_groups_plain),
   _conv_groups_backward,
   keep=lambda y: y[1:],
+  symbolic_zeros=True,
 )
 
 
@@ -274,17 +272,16 @@ def conv_groups(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 # --- The passes over images that the functions above use.
 
 
-def _dispatch(static, name, plain, *args, **attributes):
+def _dispatch(static, name, plain, *args, more=(), **attributes):
   implementation, activation = static
   index = [*ACTIVATIONS].index(activation)
   plain = functools.partial(plain, ACTIVATIONS[activation])
   call = functools.partial(native.call, name, activation=index, **attributes)
-  fused = jax.custom_jvp(lambda *args: tuple(call(*args)))
-  fused.defjvp(
-    lambda args, tangents: (fused(*args), jax.jvp(plain, args, tangents)[1])
+  fused = derivative.with_derivatives_of(
+    plain, lambda *all_args: tuple(call(*all_args[: len(args)]))
   )
   return native.dispatch(
-    implementation, *args, native=fused, shift=plain, xla=plain
+    implementation, *args, *more, native=fused, shift=plain, xla=plain
   )
 
 
@@ -303,7 +300,7 @@ def moments(static, x, bias, center=None):
   is the mean of the first row, otherwise `center` [C] if it is given.
   """
 
-  def plain(act, x, bias):
+  def plain(act, x, bias, center=None):
     activated = lambda x: act(native.widened(x) + bias)
     a = activated(_apart(x))
     near = activated(x[:, :1]).mean((1, 2)) if partition.on_gpu() else center
@@ -315,7 +312,8 @@ def moments(static, x, bias, center=None):
     mean = a.mean((1, 2), keepdims=True)
     return mean[:, 0, 0], jnp.square(a - mean).sum((1, 2))
 
-  return _dispatch(static, "moments", plain, x, bias)
+  more = () if center is None else (center,)
+  return _dispatch(static, "moments", plain, x, bias, more=more)
 
 
 def _grad_sums(static, x, bias, mean, grad, one_pass=False):
