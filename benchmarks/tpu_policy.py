@@ -26,6 +26,7 @@ from convmixer_jax import augment
 from convmixer_jax import cli
 from convmixer_jax import ops
 from convmixer_jax.data import sources
+from convmixer_jax.errors import UserError
 from convmixer_jax.plan import hlo
 from convmixer_jax.plan import topology
 
@@ -83,14 +84,16 @@ def _rows(program, folder, clock):
         # Equal ones have one schedule.
         cycles[key] = _cycles(folder, fusion.name) or cycles.get(key)
   for (opcode, pixels), runs in counts.items():
-    if pixel_cycles := cycles[opcode, pixels]:
-      yield {
-        "operation": opcode,
-        "runs": runs,
-        "pixels": pixels,
-        "cycles_a_pixel": round(pixel_cycles, 1),
-        "ms": 1e3 * runs * pixels * pixel_cycles / clock,
-      }
+    pixel_cycles = cycles[opcode, pixels]
+    if pixel_cycles is None:
+      raise UserError(f"{opcode} of {pixels} pixels: has no schedule")
+    yield {
+      "operation": opcode,
+      "runs": runs,
+      "pixels": pixels,
+      "cycles_a_pixel": round(pixel_cycles, 1),
+      "ms": 1e3 * runs * pixels * pixel_cycles / clock,
+    }
 
 
 def _cycles(folder, name):

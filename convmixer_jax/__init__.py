@@ -13,8 +13,9 @@ os.environ.setdefault("EPATH_USE_TF", "false")
 
 # While a command's modules are imported, Ctrl-C just ends it, without Python's
 # traceback. `cli.run` puts Python's handler back.
+_COMMAND = r"[^\0]*(\0-[^\0]*)*\0-m\0(convmixer_jax|experiments)\."
 if (
-  re.search(r"\0-m\0(convmixer_jax|experiments)\.", "\0".join(sys.orig_argv))
+  re.match(_COMMAND, "\0".join(sys.orig_argv))
   and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 ):
   signal.signal(signal.SIGINT, signal.SIG_DFL)

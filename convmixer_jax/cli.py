@@ -89,7 +89,8 @@ class Flags(flags.FlagValues):
   def number(self, name, text, default=None, **bounds):
     """A finite number."""
     parser = _FiniteParser(**bounds)
-    return flags.DEFINE(parser, name, default, text, flag_values=self)
+    serializer = flags.ArgumentSerializer()
+    return flags.DEFINE(parser, name, default, text, self, serializer)
 
   def define_config(self) -> flags.FlagHolder:
     """Defines --config and a flag for each of its fields."""

@@ -43,6 +43,8 @@ class Recipe:
     shapes: {'params', 'batch_stats'}, of the model's variables.
     tx: the optimiser.
     schedule: updates done -> learning rate of the next.
+    host: a CPU of this process that applies RandAugment, and the crop and flip
+      before it; None if the step does.
   """
 
   config: ml_collections.ConfigDict
@@ -52,6 +54,7 @@ class Recipe:
   shapes: Any
   tx: optax.GradientTransformation
   schedule: optax.Schedule
+  host: jax.sharding.Mesh | None = None
 
   @property
   def steps_per_epoch(self) -> float:
@@ -105,18 +108,8 @@ class Recipe:
       mean=data.mean,
       std=data.std,
       crop=self.data.crop_on_device,
-      policy=not self.policy_on_host,
+      policy=self.host is None,
     )
-
-  @property
-  def policy_on_host(self) -> bool:
-    """Whether the host applies RandAugment, and the crop and flip before it.
-
-    It does for TPUs, which read pixels at computed places one by one. That
-    would take several times as long as the rest of a step (docs/speed.md).
-    """
-    on_tpu = self.mesh.devices.flat[0].platform == "tpu"
-    return on_tpu and bool(self.config.augment.randaugment)
 
   @property
   def seed(self) -> jax.Array:
@@ -248,8 +241,8 @@ class Recipe:
   ) -> Iterator[stream.Batch]:
     """This process's part of the batches of steps start, ..., stop - 1.
 
-    `self.data` must be a source. See `stream.train_batches`. With
-    `policy_on_host`, the first part of the augmentation is done.
+    `self.data` must be a source. See `stream.train_batches`. What the `host`
+    does of the augmentation is done.
     """
     config, data = self.config, self.config.data
     batches = stream.train_batches(
@@ -267,37 +260,56 @@ class Recipe:
       ratio=config.augment.crop_ratio,
       interpolation=config.augment.interpolation,
     )
-    return self._with_policy(batches, start) if self.policy_on_host else batches
+    if self.policy is None:
+      return batches
+    return self._with_policy(self.policy, batches, start)
 
-  def _with_policy(self, batches, start):
+  def _with_policy(self, policy, batches, start):
     with contextlib.closing(batches):
       for step, batch in enumerate(batches, start):
-        images = self._apply_policy(np.int32(step), batch["image"])
+        images = policy(self.config.seed, step, batch["image"])
         yield batch | {"image": np.asarray(images)}
 
   @functools.cached_property
-  def _apply_policy(self):
-    """(step, this process's images) -> the images after `make_policy`."""
-    config = self.config
-    try:
-      cpu = jax.local_devices(backend="cpu")[:1]
-    except RuntimeError as e:
-      text = f"{first_line(e)}; RandAugment runs on the host"
-      raise UserError(f"{text}: set JAX_PLATFORMS=tpu,cpu") from e
-    mesh = sharding.make_mesh(cpu)
+  def policy(self) -> Callable[..., jax.Array] | None:
+    """Compiled (seed, step, this process's images) -> images, on the `host`."""
+    if self.host is None:
+      return None
+    config, data = self.config, self.config.data
     apply = augment.make_policy(
-      config.augment, mean=config.data.mean, crop=self.data.crop_on_device
+      config.augment, mean=data.mean, crop=self.data.crop_on_device
     )
     rows = sharding.local_rows(self.mesh, config.batch_size)
     whole = len(rows) == config.batch_size
-    rows = None if whole else augment.Rows(config.batch_size, rows)
+    drawn = None if whole else augment.Rows(config.batch_size, rows)
 
-    def run(step, images):
-      key = step_lib.augment_key(np.uint32(config.seed), step)
-      with ops.over(mesh):
-        return apply(key, images, rows)
+    def run(seed, step, images):
+      with ops.over(self.host):
+        return apply(step_lib.augment_key(seed, step), images, drawn)
 
-    return jax.jit(run, in_shardings=sharding.replicated(mesh))
+    size = data.image_size
+    images = jax.ShapeDtypeStruct((len(rows), size, size, 3), np.uint8)
+    number = jax.ShapeDtypeStruct((), np.uint32)
+    run = jax.jit(run, in_shardings=sharding.replicated(self.host))
+    run = run.lower(number, number, images).compile()
+    return lambda seed, step, images: run(
+      np.uint32(seed), np.uint32(step), images
+    )
+
+
+def _host(config, mesh):
+  """`Recipe.host`: for TPUs, which read pixels at computed places one by one.
+
+  That would take longer than all the rest of a step (docs/speed.md).
+  """
+  on_tpu = mesh.devices.flat[0].platform == "tpu"
+  if not on_tpu or not config.augment.randaugment:
+    return None
+  try:
+    return sharding.make_mesh(jax.local_devices(backend="cpu")[:1])
+  except RuntimeError as e:
+    text = f"{first_line(e)}; RandAugment runs on the host"
+    raise UserError(f"{text}: set JAX_PLATFORMS=tpu,cpu") from e
 
 
 def build(
@@ -314,7 +326,7 @@ def build(
       `plan.open_topology`) as long as nothing is computed.
 
   Raises:
-    UserError: `config.freeze` names no parameter.
+    UserError: `config.freeze` names no parameter; JAX has no CPU, see `_host`.
   """
   model = models.create_model(num_classes=data.num_classes, **config.model)
   shapes = models.variable_shapes(model, config.data.image_size)
@@ -333,4 +345,5 @@ def build(
     backbone_lr_scale=config.backbone_lr_scale,
   )
   mesh = sharding.make_mesh(devices)
-  return Recipe(config, data, mesh, model, shapes, tx, schedule)
+  host = _host(config, mesh)
+  return Recipe(config, data, mesh, model, shapes, tx, schedule, host)

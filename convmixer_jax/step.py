@@ -126,7 +126,7 @@ def make_train_step(
   Args:
     model: called with `train=True` on augmented images.
     tx: the optimiser.
-    augment: the random part, on the device; see `augmented`.
+    augment: what is random in a batch; see `augmented`.
     seed: of the augmentation.
     label_smoothing: see `soft_targets`.
     accum_steps: number of equal microbatches of consecutive images, whose

@@ -131,8 +131,8 @@ def train_and_evaluate(
         )
       return state
 
-    # --- 3. Logs and programs. Both steps are compiled here, so that no signal
-    # waits for their compilation.
+    # --- 3. Logs and programs. All are compiled here, so that no signal waits
+    # for their compilation.
     logger = logger_lib.Logger(
       workdir,
       config.to_json(indent=2),
@@ -163,6 +163,7 @@ def train_and_evaluate(
     train_step = recipe.train_step.lower(
       seed, state, recipe.batch_shapes()
     ).compile()
+    _ = recipe.policy
     evaluate = evaluate_lib.make_evaluate(recipe, eval_source, state)
     learning_rate = jax.jit(lambda step: recipe.schedule(step - 1))
 

@@ -80,7 +80,8 @@ setup() {
   # Ubuntu 22.04 packages Python 3.11; later releases have a newer default.
   on_workers all "set -e
     sudo apt-get update -q
-    sudo apt-get install -yq make python3.11-venv || sudo apt-get install -yq make python3-venv
+    sudo apt-get install -yq g++ make python3.11-venv ||
+      sudo apt-get install -yq g++ make python3-venv
     tar xzf convmixer_jax.tar.gz
     cd convmixer_jax
     make .venv

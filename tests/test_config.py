@@ -326,6 +326,18 @@ def test_ctrl_c_while_modules_are_imported(tmp_path, command):
   assert (process.returncode, process.stderr) == (-signal.SIGINT, "")
 
 
+@pytest.mark.parametrize(
+  "args", [["lib.py"], ["lib.py", "-m", "experiments.run"]]
+)
+def test_a_library_leaves_signals_alone(tmp_path, args):
+  (tmp_path / "lib.py").write_text(
+    "import signal, convmixer_jax\n"
+    "assert signal.getsignal(2) is signal.default_int_handler\n"
+  )
+  env = os.environ | {"PYTHONPATH": str(common.ROOT)}
+  subprocess.run([sys.executable, *args], cwd=tmp_path, env=env, check=True)
+
+
 # --- The import rule: every module may import those in the rows before its own,
 # and others of its own row only where it is a package.
 

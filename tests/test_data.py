@@ -776,6 +776,8 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   path = str(broken)
   refused(f"below, .*data.dir={path}$", "folder", str(tmp_path), "train")
   refused(f"above, .*data.dir={path}$", "folder", f"{path}/train", "train")
+  flat = f"{path}/val"  # Of classes, as `folder` leaves it, but no split's.
+  refused(f"move the classes into {flat}/train$", "folder", flat, "train")
   refused("pass one of these.*eval_split=val, or a slice", "folder", path, "te")
   renamed = (broken / "train" / "n01").rename(broken / "train" / "n\n1")
   refused(r"class train/n\\n1: has a line break", "folder", path, "train")
@@ -784,7 +786,9 @@ def test_what_sources_refuse(tfds_dir, folder, tmp_path):
   (broken / "train" / "n01" / "0.heic").touch()
   refused("class train/n01 has no images; .*webp", "folder", path, "train")
   shutil.rmtree(broken / "val")
-  refused(r"has no folder val; .*'train\[90%:\]'", "folder", path, "val")
+  refused(
+    r"has no folder for the split val; .*'train\[90%:\]'", "folder", path, "val"
+  )
   (broken / "val").mkdir()
   (broken / "val" / "0.jpeg").touch()
   refused("val contains no folders .*val/CLASS", "folder", path, "val")

@@ -1,6 +1,7 @@
 """A config's fields all arrive: a recipe's parts, beside ones wired by hand."""
 
 import dataclasses
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -198,7 +199,8 @@ def test_batches_get_what_the_config_says(monkeypatch):
 
 
 def recipe_on_a_tpu(monkeypatch, on_tpu=True):
-  monkeypatch.setattr(recipe_lib.Recipe, "policy_on_host", on_tpu)
+  host = sharding.make_mesh(jax.devices()[:1]) if on_tpu else None
+  monkeypatch.setattr(recipe_lib, "_host", lambda *_: host)
   return make_recipe(**{"augment.randaugment": "rand-m9-mstd0.5-inc1"})
 
 
@@ -207,9 +209,8 @@ def test_the_host_applies_the_policy_as_the_step_does(monkeypatch):
   runs = []
   for on_host in (False, True):
     recipe = recipe_on_a_tpu(monkeypatch, on_host)
-    state, seen = recipe.init_state(), []
-    batches = recipe.train_batches(0, 2)
-    for step, batch in enumerate(batches):
+    state, seen = recipe.init_state().replace(step=np.int32(3)), []
+    for step, batch in enumerate(recipe.train_batches(3, 5), 3):
       seen.append((batch, recipe.training_images(batch, step)))
       state, metrics = recipe.train_step(recipe.seed, state, batch)
     runs.append((seen, jax.device_get((state.params, metrics))))
@@ -230,11 +231,19 @@ def test_a_host_has_some_rows_of_a_batch(monkeypatch):
   np.testing.assert_array_equal(part["image"], whole["image"][rows])
 
 
-def test_a_host_without_its_cpu(monkeypatch):
+def test_which_devices_need_the_host(monkeypatch):
+  tpu = mock.Mock(platform="tpu")
+  mesh = mock.Mock(devices=np.array([tpu]))
+  config = make_recipe().config
+  assert recipe_lib._host(config, mesh).devices.tolist() == jax.devices()[:1]
+  assert recipe_lib._host(config, sharding.make_mesh()) is None
+  config.augment.randaugment = ""
+  assert recipe_lib._host(config, mesh) is None
+
   def local_devices(backend):
     raise RuntimeError(f"Unknown backend {backend}")
 
-  batches = recipe_on_a_tpu(monkeypatch).train_batches(0, 1)
+  config.augment.randaugment = "rand-m9-inc1"
   monkeypatch.setattr(jax, "local_devices", local_devices)
   with pytest.raises(UserError, match="set JAX_PLATFORMS=tpu,cpu"):
-    next(batches)
+    recipe_lib._host(config, mesh)

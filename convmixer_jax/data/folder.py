@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from collections.abc import Sequence
+import contextlib
 import os
 from pathlib import Path
 
@@ -51,8 +52,12 @@ def labelled(
   names = _subfolders(root)
   if not names:
     fail("contains no folders (one per split: train, val)")
-  if not splits.named(split, names) and (advice := _advice(root, names)):
-    fail(f"has no folder {split}; {advice}")
+  if not splits.named(split, names):
+    advice = ""
+    with contextlib.suppress(UserError):  # Not of folders that nobody named.
+      advice = _advice(root, names, split)
+    if advice:
+      fail(f"has no folder for the split {split}; {advice}")
   # Labels are those of `train`, also in a split in which a class is missing.
   classes = _subfolders(root / "train") if "train" in names else []
   listing = dict.fromkeys(names, ())
@@ -86,8 +91,9 @@ def _subfolders(path):
   return next(_walk(path), (path, [], []))[1]
 
 
-def _advice(root, names):
-  """What to do about a split for which there is no folder; "" if unknown."""
+def _advice(root, names, split):
+  """What to do if none of `names`, the folders of root, is the split's."""
+  root = Path(os.path.abspath(root))
   if names == ["train"]:
     return (
       "to hold out a tenth of the training images, pass"
@@ -97,16 +103,17 @@ def _advice(root, names):
   if "train" in names:
     return ""
   for name in names:
-    if "train" in _subfolders(root / name):
+    if os.path.isdir(root / name / "train"):
       return f"pass the folder below, --config.data.dir={root / name}"
-  if any(
-    images(root / name) and not _subfolders(root / name) for name in names
-  ):
-    return (
-      f"{names[0]} seems to be a class; pass the folder above,"
-      f" --config.data.dir={root.absolute().parent}"
-    )
-  return ""
+  # Of many classes, the first is enough.
+  _, folders, files = next(_walk(root / names[0]), ("", [], []))
+  if folders or not any(x.lower().endswith(decode.SUFFIXES) for x in files):
+    return ""
+  if splits.named(split, [root.name]):
+    where = f"pass the folder above, --config.data.dir={root.parent}"
+  else:
+    where = f"move the classes into {root / 'train'}"
+  return f"{names[0]} seems to be a class: {where}"
 
 
 def _walk(top) -> Iterator[tuple[str, list[str], list[str]]]:

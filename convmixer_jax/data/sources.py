@@ -3,7 +3,7 @@
 A source is `InMemory`: images that need no resizing, or `Encoded`: files.
 Preprocessing depends on the config and the pixels, not on the source's kind: if
 a data set declares that all its images have image_size x image_size pixels,
-training crops are cut on the device, otherwise from the files on the host.
+training crops are part of the augmentation, otherwise of decoding the files.
 """
 
 from collections.abc import Sequence

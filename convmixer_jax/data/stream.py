@@ -74,7 +74,7 @@ def train_batches(
 
   Args:
     source: the images. They are decoded and cropped at random here, except
-      those that are cropped on the device.
+      those that `augment` crops.
     seed: seed of the order and the crops.
     batch_size: size of the global batch.
     rows: [R] int, the rows of the global batch to load.

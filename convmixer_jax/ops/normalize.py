@@ -231,8 +231,8 @@ def _conv_groups_backward(static, args, kept, grads):
   instantiated = tuple(map(ad.instantiate_zeros, grads))
   if not all(isinstance(grad, ad.Zero) for grad in grads[3:]):
     # Of y and x, which `conv_groups` does not return: a second derivative.
-    plain = functools.partial(_conv_groups_plain, static)
-    return jax.vjp(plain, *args)[1](instantiated)
+    composed = functools.partial(_conv_groups_plain, static)
+    return jax.vjp(composed, *args)[1](instantiated)
   static, residual = static
   _, kernel, bias, scale, _ = args
   *kept, y, x = kept
