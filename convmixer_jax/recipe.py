@@ -123,9 +123,8 @@ class Recipe:
     config = self.config
     replicated = sharding.replicated(self.mesh)
     batch_sharding = sharding.batch_sharding(self.mesh)
-    options = (
-      {"xla_gpu_deterministic_ops": True} if config.deterministic else {}
-    )
+    on_gpus = {"xla_gpu_deterministic_ops": True}
+    options = on_gpus if config.deterministic else {}
     # Under a scan, XLA uses this memory for the arrays of a block.
     if config.model.implementation == "pallas" and not config.model.scan:
       options |= tpu.compiler_options(self.mesh.devices.flat[0])
@@ -268,33 +267,35 @@ class Recipe:
     with contextlib.closing(batches):
       for step, batch in enumerate(batches, start):
         images = policy(self.config.seed, step, batch["image"])
-        yield batch | {"image": np.asarray(images)}
+        yield batch | {"image": images}
 
   @functools.cached_property
-  def policy(self) -> Callable[..., jax.Array] | None:
+  def policy(self) -> Callable[..., np.ndarray] | None:
     """Compiled (seed, step, this process's images) -> images, on the `host`."""
+    config, data = self.config, self.config.data
     if self.host is None:
       return None
-    config, data = self.config, self.config.data
     apply = augment.make_policy(
       config.augment, mean=data.mean, crop=self.data.crop_on_device
     )
     rows = sharding.local_rows(self.mesh, config.batch_size)
-    whole = len(rows) == config.batch_size
-    drawn = None if whole else augment.Rows(config.batch_size, rows)
+    rows = augment.Rows(config.batch_size, rows)
 
     def run(seed, step, images):
       with ops.over(self.host):
-        return apply(step_lib.augment_key(seed, step), images, drawn)
+        return apply(step_lib.augment_key(seed, step), images, rows)
 
-    size = data.image_size
-    images = jax.ShapeDtypeStruct((len(rows), size, size, 3), np.uint8)
+    shape = len(rows.index), data.image_size, data.image_size, 3
+    images = jax.ShapeDtypeStruct(shape, np.uint8)
     number = jax.ShapeDtypeStruct((), np.uint32)
-    run = jax.jit(run, in_shardings=sharding.replicated(self.host))
-    run = run.lower(number, number, images).compile()
-    return lambda seed, step, images: run(
-      np.uint32(seed), np.uint32(step), images
-    )
+    jitted = jax.jit(run, in_shardings=sharding.replicated(self.host))
+    compiled = jitted.lower(number, number, images).compile()
+
+    def policy(seed, step, images):
+      with jax.transfer_guard("allow"):
+        return np.asarray(compiled(np.uint32(seed), np.uint32(step), images))
+
+    return policy
 
 
 def _host(config, mesh):

@@ -1,8 +1,7 @@
-"""Augmentation, inside the train step.
+"""Augmentation, inside the train step; for TPUs, partly before it.
 
-All functions are pure; their randomness comes from a PRNG key. For TPUs, what
-the policy draws is computed before the step, on the host: see
-`Recipe.train_batches`.
+All functions are pure; their randomness comes from a PRNG key. See
+`Recipe.host` for TPUs.
 """
 
 from collections.abc import Callable
