@@ -231,6 +231,7 @@ def run(
   `main` gets the arguments that are not flags. If it takes no arguments, they
   are an error. For `only_prints` see `guard_output`.
   """
+  # See convmixer_jax/__init__.py.
   if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
     signal.signal(signal.SIGINT, signal.default_int_handler)
   logging.set_verbosity(logging.WARNING)

@@ -17,6 +17,7 @@ from convmixer_jax import sharding
 from convmixer_jax.data import sources
 from convmixer_jax.data import stream
 from convmixer_jax.errors import UserError
+from convmixer_jax.ops import tpu
 from tests import common
 
 # Every field that the step depends on, off its default and digits' own value.
@@ -141,11 +142,19 @@ def test_the_step_is_what_the_config_says(monkeypatch):
   assert common.tree_error(metrics, expected) <= 2e-5
   groups = make_recipe(**{"model.bn_group_size": 4}).model.bn_group_size
   assert groups == 4  # With it, accumulation would change nothing above.
-  # What acts on GPUs only.
+  # What acts on GPUs and TPUs only.
+  in_pallas = {"model.implementation": "pallas"}
   with monkeypatch.context() as context:
     context.setattr(jax, "jit", lambda f, **options: options)
-    options = make_recipe(deterministic=True).train_step["compiler_options"]
-  assert options == {"xla_gpu_deterministic_ops": True}
+    context.setattr(tpu, "compiler_options", lambda device: {"memory": 48})
+    for fields, of_compiler in (
+      ({"deterministic": True}, {"xla_gpu_deterministic_ops": True}),
+      (in_pallas, {"memory": 48}),
+      (in_pallas | {"model.scan": True}, {}),
+      ({}, {}),
+    ):
+      options = make_recipe(**fields).train_step["compiler_options"]
+      assert options == of_compiler
   config, options = asked[0]
   assert AUGMENT.items() <= config.items()
   wanted = {"mean": MEAN, "std": STD, "crop": True, "policy": True}
@@ -232,8 +241,7 @@ def test_a_host_has_some_rows_of_a_batch(monkeypatch):
 
 
 def test_which_devices_need_the_host(monkeypatch):
-  tpu = mock.Mock(platform="tpu")
-  mesh = mock.Mock(devices=np.array([tpu]))
+  mesh = mock.Mock(devices=np.array([mock.Mock(platform="tpu")]))
   config = make_recipe().config
   assert recipe_lib._host(config, mesh).devices.tolist() == jax.devices()[:1]
   assert recipe_lib._host(config, sharding.make_mesh()) is None

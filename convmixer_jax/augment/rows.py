@@ -1,5 +1,6 @@
 """Which images of a batch a process has."""
 
+from collections.abc import Callable
 from typing import Any
 from typing import NamedTuple
 
@@ -19,11 +20,18 @@ class Rows(NamedTuple):
   index: np.ndarray
 
 
-def drawn(draw: Any, images: jax.Array, rows: Rows | None) -> Any:
-  """draw(batch_size) of the whole batch, cut to the rows that `images` are.
+def drawn(
+  draw: Callable[[int], Any], images: jax.Array, rows: Rows | None
+) -> Any:
+  """Draws for a whole batch, and cuts the result to the rows of `images`.
 
-  `draw` returns a tree of arrays [batch_size, ...]. Without `rows`, the images
-  are the batch.
+  Args:
+    draw: batch size B -> a tree of arrays [B, ...].
+    images: [R, ...].
+    rows: of the batch that the images are; None: all, B = R.
+
+  Returns:
+    The tree, of arrays [R, ...].
   """
   if rows is None:
     return draw(len(images))
