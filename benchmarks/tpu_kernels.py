@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import benchmarks
 from convmixer_jax import cli
 from convmixer_jax.ops import tpu
+from convmixer_jax.ops import tpu_blocks
 from convmixer_jax.plan import cost
 from convmixer_jax.plan import topology
 
@@ -29,6 +30,7 @@ SHAPES = [  # B, H, W, C, k, activation
   (64, 32, 32, 1536, 9, "gelu"),
   (64, 32, 32, 768, 7, "relu"),
   (64, 16, 16, 256, 5, "gelu"),
+  (512, 16, 16, 256, 5, "gelu"),
 ]
 
 _FLAGS = cli.Flags()
@@ -55,12 +57,12 @@ def main() -> None:
   if _JSON.value:
     print(json.dumps({"rows": rows} | benchmarks.provenance(), indent=2))
     return
-  print(f"{'kernel':26}{'shape':26}k  bundles: step, once     ms: "
+  print(f"{'kernel':26}{'shape':26}k  bundles: block, channels, call ms: "
         "schedule  bytes  products")  # fmt: skip
   for row in rows:
     print(
       f"{row['kernel']:26}{row['shape']!s:26}{row['k']}"
-      f" {row['step']:12,.0f} {row['once']:9,.0f}"
+      f" {row['block']:12,.0f} {row['channels']:9,.0f} {row['call']:9,.0f}"
       f" {row['schedule_ms']:16.3f} {row['bytes_ms']:6.3f}"
       f" {row['products_ms']:9.3f}"
     )
@@ -95,18 +97,19 @@ def _row(folder, devices, shape, name, fused):
   text = traced.lower().compile().as_text()
   call = next(x for x in text.splitlines() if "tpu_custom_call" in x)
   called = re.search(r"%([\w.-]+) = ", call)[1]
-  step, once = _bundles(folder, called, name == "backward")
+  block, once, call = _bundles(folder, called, name == "backward")
   chip = topology.CHIPS[devices[0].device_kind]
-  calls = (eqn for eqn in traced.jaxpr.eqns if "grid_mapping" in eqn.params)
-  blocks, steps = next(calls).params["grid_mapping"].grid
+  at = tpu_blocks.of_maps(maps, kernel)
+  parts = at.blocks // at.per_channels
   moved = sum(_bytes(a) for a in jax.tree.leaves((args, traced.out_info)))
   return {
     "kernel": name + (f", {activation}, BatchNorm" if fused else ""),
     "shape": image,
     "k": k,
-    "step": step,
-    "once": once,
-    "schedule_ms": 1e3 * blocks * (steps * step + once) / chip.clock,
+    "block": block,
+    "channels": once,
+    "call": call,
+    "schedule_ms": 1e3 * (at.blocks * block + parts * once + call) / chip.clock,
     "bytes_ms": 1e3 * moved / chip.bandwidth,
     "products_ms": 1e3 * cost.flops(traced.jaxpr.jaxpr) / chip.flops,
   }
@@ -117,11 +120,12 @@ def _bytes(array):
 
 
 def _bundles(folder, name, backward):
-  """Bundles of a step, and of what is done once for a block of channels.
+  """Bundles of a block, once for 128 channels, and once for a call.
 
-  The kernel's loops are, in the order of the code: the bands; the arrays that
-  are read; the channels; the array that is written; and in the backward kernel
-  the sums of the kernel's gradient. See tpu_kernels for their unrolling.
+  The kernel's loops are, in the order of the code: the bands; what the first
+  and the last step do; what the others do, for even and for odd blocks; and in
+  the backward kernel the sums of the kernel's gradient. See tpu_kernels for
+  their unrolling.
   """
   (path,) = (
     path
@@ -139,10 +143,10 @@ def _bundles(folder, name, backward):
     elif begin is not None and re.search(r"sbr.rel \(!%p", line):
       loops.append(total + 4 - begin)  # And four that follow the branch.
       begin = None
+  bands, *ends, even, odd = loops[:-1] if backward else loops
   sums = loops[-1] if backward else 0
-  bands, *reads, channels, write = loops[:-1] if backward else loops
-  step = 4 * (sum(reads) + write) + 8 * channels + total - sum(loops)
-  return step, 16 * (bands + sums)
+  block = 8 * max(even, odd) + total - sum(loops)
+  return block, 16 * (bands + sums), 4 * sum(ends)
 
 
 if __name__ == "__main__":

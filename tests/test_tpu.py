@@ -91,8 +91,6 @@ def check_with_norm(shape, activation, dtype, tolerance):
   common.assert_close(ours[2], grad_bias, 2e-5)
 
 
-# The interpreter's reciprocal has 8 bits, of which a step of Newton's method
-# makes 16; a TPU's has more.
 def test_kernels_with_a_norm():
   check_with_norm((17, 5, 8, 3, 4), "gelu", jnp.bfloat16, 1e-2)
 

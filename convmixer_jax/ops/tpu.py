@@ -5,7 +5,6 @@ convolution in a train step: the activation and the sums over images that
 BatchNorm needs, in both passes.
 """
 
-import dataclasses
 import functools
 from typing import Any
 from typing import NamedTuple
@@ -15,19 +14,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from convmixer_jax.ops import banded
 from convmixer_jax.ops import partition
+from convmixer_jax.ops import tpu_blocks
 from convmixer_jax.ops import tpu_kernels
-from convmixer_jax.ops.tpu_kernels import Steps
+from convmixer_jax.ops.tpu_blocks import Blocks
 
-_LANES, _WORD = tpu_kernels.LANES, tpu_kernels.WORD
+_LANES, _WORD = tpu_blocks.LANES, tpu_blocks.WORD
 _KINDS = "TPU v5 lite", "TPU v6 lite"  # Those with 128 MiB on the chip.
 _VMEM = 120 * 2**20  # Bytes, of these.
-
-
-def _layout(x, kernel, flipped=False):
-  at = banded.layout(*x.shape[:2], kernel, flipped)
-  return Steps(*dataclasses.astuple(at), x.dtype)
 
 
 def available() -> bool:
@@ -53,93 +47,45 @@ def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
   floats = jnp.bfloat16, jnp.float32
   if x.dtype not in floats or 0 in x.shape or not available():
     return False
-  at = _layout(jax.ShapeDtypeStruct(x.shape[1:], x.dtype), kernel)
-  # The backward kernel has blocks of images, two of each, their words, the
-  # bands, and the sums of the kernel's gradient.
-  size = _LANES**2 * jnp.dtype(at.dtype).itemsize
-  blocks = (11 if norm else 8) * at.lanes * size
-  bands = at.window * (size + 4 * _LANES**2)
-  return at.pixels <= _LANES and blocks + bands < _VMEM
+  at = tpu_blocks.of_maps(jax.eval_shape(_maps, x), kernel)
+  # The backward kernel has blocks of images and their words, two of each; the
+  # bands; and the sums of the kernel's gradient.
+  whole_lanes = at.lanes + -at.lanes % _LANES
+  blocks = 2 * (3 + norm) * at.lanes + 2 * (2 + norm) * whole_lanes
+  channel = _LANES * jnp.dtype(at.dtype).itemsize
+  sums = at.window * _LANES * 4
+  size = _LANES * (channel * (blocks + at.window) + sums)
+  return at.pixels <= _LANES and size < _VMEM
 
 
-def _padded(x, at: Steps):
-  """[H, W, B, C] -> whole groups, steps and lanes of channels, with zeros."""
-  height, width, batch, channels = x.shape
-  padding = [
-    (0, at.groups * at.rows - height),
-    (0, at.row - width),
-    (0, -batch % at.images),
-    (0, -channels % _LANES),
-  ]
-  return jnp.pad(x, padding) if any(after for _, after in padding) else x
-
-
-def _cut(y, shape):
-  """The inverse of `_padded`."""
-  return y[tuple(map(slice, shape))]
-
-
-def _by_lane(values, at: Steps):
-  """[B, C] -> [steps, C, lanes]: an image's value at each of its groups."""
-  values = values.astype(jnp.float32).T
-  channels, batch = values.shape
-  values = jnp.pad(values, [(0, -channels % _LANES), (0, -batch % at.images)])
-  values = values.reshape(len(values), -1, 1, at.images)
-  values = jnp.broadcast_to(values, (*values.shape[:2], at.groups, at.images))
-  return values.reshape(*values.shape[:2], at.lanes).transpose(1, 0, 2)
-
-
-def _by_image(values, shape):
-  """The inverse of `_by_lane`."""
-  _, _, batch, channels = shape
-  values = values.transpose(0, 2, 1).reshape(-1, values.shape[1])
-  return values[:batch, :channels]
-
-
-def _specs(at: Steps):
-  """Blocks of images, of [C, n], of [steps, C, lanes], and of constants."""
-  shape = at.groups * at.rows, at.row, at.images, _LANES
-  images = pl.BlockSpec(shape, lambda c, b: (0, 0, b, c))
-  rows = lambda n: pl.BlockSpec((_LANES, n), lambda c, b: (c, 0))
-  by_lane = pl.BlockSpec((None, _LANES, at.lanes), lambda c, b: (b, c, 0))
-  constant = lambda a: pl.BlockSpec(a.shape, lambda c, b: (0, 0))
-  return images, rows, by_lane, constant
-
-
-def _call(kernel, at: Steps, images, args, results, scratch, interpret):
+def _call(kernel, at: Blocks, args, results, scratch, interpret):
   """Runs a kernel; args and results are (array or shape, block) each.
 
   `plan` knows the kernels by their names.
   """
   activation = kernel.keywords["activation"]
   name = kernel.func.__name__ + (f"_{activation}" if activation else "")
-  *_, batch, channels = images.shape
   arrays, in_specs = zip(*args)
   shapes, out_specs = zip(*results)
   return pl.pallas_call(
     kernel,
-    grid=(channels // _LANES, batch // at.images),
+    grid=(at.blocks + 2,),
     in_specs=in_specs,
     out_specs=out_specs,
     out_shape=shapes,
     scratch_shapes=scratch,
     compiler_params=pltpu.CompilerParams(
-      vmem_limit_bytes=_VMEM, dimension_semantics=("parallel", "arbitrary")
+      vmem_limit_bytes=_VMEM, dimension_semantics=("arbitrary",)
     ),
     name=f"depthwise_{name}",
     interpret=interpret,
   )(*arrays)
 
 
-def _scratch(at: Steps, arrays):
+def _scratch(at: Blocks, arrays):
   words = pltpu.VMEM((_LANES // 8, at.words * 8, at.lanes), _WORD)
   bands = pltpu.VMEM((_LANES, at.words, at.window), _WORD)
-  return [words] * arrays + [bands]
-
-
-def _broadcast(bias, at: Steps):
-  bias = jnp.pad(bias.astype(jnp.float32), (0, -len(bias) % _LANES))
-  return jnp.broadcast_to(bias[:, None], (len(bias), at.lanes))
+  return [words] * (2 * arrays) + [bands]
 
 
 def forward(
@@ -164,30 +110,26 @@ def forward(
     y [H, W, B, C], and with an activation the mean of activation(y + bias) over
     each image, and the sum of squared differences from it: float32 [B, C].
   """
-  at = _layout(x, kernel)
-  images, rows, by_lane, constant = _specs(at)
-  steps, first_rows, mask = _padded(x, at), at.first_words(kernel), at.mask()
+  at = tpu_blocks.of_maps(x, kernel)
+  images, rows, by_lane, constant = at.specs()
+  maps, first_rows, mask = at.padded(x), at.first_words(kernel), at.mask()
   args = [
     (first_rows, rows(first_rows.shape[1])),
     (mask, constant(mask)),
-    (steps, images),
+    (maps, images(0)),
   ]
-  results = [(jax.ShapeDtypeStruct(steps.shape, x.dtype), images)]
-  *_, batch, channels = steps.shape
+  results = [(jax.ShapeDtypeStruct(maps.shape, x.dtype), images(2))]
   if activation:
-    shape = batch // at.images, channels, at.lanes
-    values = jax.ShapeDtypeStruct(shape, jnp.float32)
-    args += [(_broadcast(bias, at), rows(at.lanes)), *_inside(at, constant)]
-    results += [(values, by_lane)] * 2
+    args += [(at.on_lanes(bias), rows(at.lanes)), *_inside(at, constant)]
+    results += [(at.on_lanes_shape, by_lane)] * 2
   body = functools.partial(tpu_kernels.forward, at=at, activation=activation)
-  y, *moments = _call(
-    body, at, steps, args, results, _scratch(at, 1), interpret
-  )
-  by_image = [_by_image(m[..., : at.images], x.shape) for m in moments]
-  return _cut(y, x.shape), *by_image
+  y, *moments = _call(body, at, args, results, _scratch(at, 1), interpret)
+  if activation:
+    moments = at.of_images(*moments)
+  return at.cut(y), *moments
 
 
-def _inside(at: Steps, constant):
+def _inside(at: Blocks, constant):
   if at.is_whole:
     return []
   inside = at.is_pixel().astype(jnp.float32)
@@ -229,45 +171,43 @@ def backward(
     The gradients of x, and of the kernel in float32; with `norm`, of the bias
     too, by image: float32 [B, C].
   """
-  at = _layout(x, kernel, flipped=True)
-  images, rows, by_lane, constant = _specs(at)
+  at = tpu_blocks.of_maps(x, kernel, flipped=True)
+  images, rows, by_lane, constant = at.specs()
   first_rows, mask = at.first_words(kernel[::-1, ::-1]), at.mask()
   row_block = rows(first_rows.shape[1])
   reversed_mask = at.is_tap()[::-1].astype(jnp.float32)
-  steps = _padded(x, at)
+  maps = at.padded(x)
   args = [
     (first_rows, row_block),
     (mask, constant(mask)),
     (reversed_mask, constant(reversed_mask)),
-    (steps, images),
-    (_padded(grad, at), images),
+    (maps, images(0)),
+    (at.padded(grad), images(0)),
   ]
-  *_, batch, channels = steps.shape
   results = [
-    (jax.ShapeDtypeStruct(steps.shape, x.dtype), images),
+    (jax.ShapeDtypeStruct(maps.shape, x.dtype), images(2)),
     (jax.ShapeDtypeStruct(first_rows.shape, jnp.float32), row_block),
   ]
   scratch = _scratch(at, 2)
   scratch += [pltpu.VMEM((_LANES, _LANES, at.window), jnp.float32)]
   if norm is not None:
-    args += [(_padded(norm.y, at), images)]
-    args += [(_broadcast(norm.bias, at), rows(at.lanes))]
-    args += [(_by_lane(v, at), by_lane) for v in (norm.p, norm.q, norm.r)]
+    args += [(at.padded(norm.y), images(0))]
+    args += [(at.on_lanes(norm.bias), rows(at.lanes))]
+    args += [(at.by_lane(v), by_lane) for v in (norm.p, norm.q, norm.r)]
     args += _inside(at, constant)
-    shape = batch // at.images, channels, at.lanes
-    results += [(jax.ShapeDtypeStruct(shape, jnp.float32), by_lane)]
-    scratch += scratch[:1]
+    results += [(at.on_lanes_shape, by_lane)]
+    scratch += scratch[:2]
   body = functools.partial(
     tpu_kernels.backward, at=at, activation=activation, residual=residual
   )
   grad_x, grad_row, *grad_bias = _call(
-    body, at, steps, args, results, scratch, interpret
+    body, at, args, results, scratch, interpret
   )
   taps = at.taps(grad_row.T[:, : x.shape[-1]], before=1)
   return (
-    _cut(grad_x, x.shape),
+    at.cut(grad_x),
     taps[::-1, ::-1],
-    *(_by_image(g[..., : at.images], x.shape) for g in grad_bias),
+    *(at.by_group(g).sum(0) for g in grad_bias),
   )
 
 

@@ -22,16 +22,16 @@ _CAUSES = (
 
 
 # Of ops.tpu's kernels, the bundles that libtpu 0.0.42.1 schedules for a v5e: of
-# a step, and once for each 128 channels. A core issues one a cycle, in order.
-# They are those of 128 lanes and a window of 384 pixels, as all of the paper's
-# models have. Source: python -m benchmarks.tpu_kernels.
+# a block, once for 128 channels, and once for a call. A core issues one a
+# cycle, in order. They are those of 128 lanes and a window of 384 pixels, as
+# all of the paper's models have. Source: python -m benchmarks.tpu_kernels.
 _BUNDLES = {
-  "depthwise_forward": (17_896, 10_128),
-  "depthwise_forward_relu": (20_505, 10_080),
-  "depthwise_forward_gelu": (30_303, 10_080),
-  "depthwise_backward": (32_510, 25_472),
-  "depthwise_backward_relu": (38_298, 25_648),
-  "depthwise_backward_gelu": (46_701, 24_416),
+  "depthwise_forward": (14_167, 10_112, 5_432),
+  "depthwise_forward_relu": (14_692, 10_080, 5_432),
+  "depthwise_forward_gelu": (18_728, 10_144, 5_432),
+  "depthwise_backward": (25_071, 25_456, 7_848),
+  "depthwise_backward_relu": (28_627, 25_648, 10_040),
+  "depthwise_backward_gelu": (34_884, 24_080, 10_000),
 }
 
 
@@ -64,11 +64,17 @@ def kernel_cycles(jaxpr: core.Jaxpr) -> int:
       return None
     # Without an activation it takes about as long as with ReLU.
     name = eqn.params["name"].replace("identity", "relu")
-    step, once = _BUNDLES[name]
-    channels, steps = eqn.params["grid_mapping"].grid
-    return channels * (steps * step + once)
+    block, channels, call = _BUNDLES[name]
+    parts = eqn.outvars[0].aval.shape[-1] // 128
+    return _blocks(eqn) * block + parts * channels + call
 
   return _total(jaxpr, count)
+
+
+def _blocks(eqn):
+  """Blocks of a kernel's maps: two of its steps compute nothing."""
+  (steps,) = eqn.params["grid_mapping"].grid
+  return steps - 2
 
 
 def _total(jaxpr, count):
@@ -91,7 +97,7 @@ def _total(jaxpr, count):
       # branch calls C++, its FLOPs are not visible.
       total += max(inner)
     elif eqn.primitive.name == "pallas_call":
-      total += math.prod(eqn.params["grid_mapping"].grid) * sum(inner)
+      total += _blocks(eqn) * sum(inner)
     elif eqn.primitive.name == "shard_map":  # What each device does.
       total += eqn.params["mesh"].size * sum(inner)
     else:
