@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 
 from convmixer_jax import ops
 from convmixer_jax import sharding
 from convmixer_jax.ops import banded
 from convmixer_jax.ops import normalize
 from convmixer_jax.ops import tpu
+from convmixer_jax.ops import tpu_blocks
+from convmixer_jax.ops import tpu_kernels
 from convmixer_jax.plan import cost
 from tests import common
 from tests import test_ops
@@ -37,13 +40,15 @@ def inputs(shape, dtype):
 
 
 # B, H, W, C, k: even and odd k; maps that fill groups of rows, and do not, and
-# are smaller than the kernel; windows of one, two, three and more groups.
+# are smaller than the kernel; windows of one, two, three and more groups; three
+# groups, which are padded to four.
 SHAPES = [
   (3, 5, 9, 5, 4),
   (2, 32, 32, 2, 9),
   (9, 3, 3, 130, 5),
   (2, 9, 40, 3, 8),
   (20, 16, 16, 3, 1),
+  (2, 40, 7, 3, 4),
 ]
 
 
@@ -92,7 +97,7 @@ def check_with_norm(shape, activation, dtype, tolerance):
 
 
 def test_kernels_with_a_norm():
-  check_with_norm((17, 5, 8, 3, 4), "gelu", jnp.bfloat16, 1e-2)
+  check_with_norm((17, 40, 7, 3, 4), "gelu", jnp.bfloat16, 1e-2)
 
 
 @pytest.mark.slow
@@ -102,13 +107,33 @@ def test_kernels_with_a_norm_in_float32(activation):
 
 
 @pytest.mark.parametrize(
+  ("dtype", "of_value", "of_slope"),
+  [(jnp.bfloat16, 1.21e-5, 4e-5), (jnp.float32, 3e-7, 5e-7)],
+)
+def test_gelu_of_the_kernels(dtype, of_value, of_slope):
+  x = jax.ShapeDtypeStruct((8, 8, 1, 1), dtype)
+  at = tpu_blocks.of_maps(x, jnp.zeros((3, 3, 1)))
+  far = [-1e18, -100, 100, 1e18]
+  t = np.concatenate([np.linspace(-9, 9, 100_001), far]).astype(np.float32)
+  t64 = np.float64(t)
+  below, density = stats.norm.cdf(t64), stats.norm.pdf(t64)
+  value, slope = tpu_kernels.gelu(jnp.asarray(t), at)
+  # Errors of the formula; and of float32, relative to large values.
+  size = np.maximum(np.abs(t64), 1)
+  assert np.max(np.abs(value - t64 * below) / size) < of_value
+  assert np.max(np.abs(slope - (below + t64 * density))) < of_slope
+
+
+@pytest.mark.parametrize(
   ("shape", "dtype", "norm", "expected"),
   [
     ((64, 32, 32, 1536, 9), jnp.bfloat16, True, True),
     ((64, 16, 16, 256, 5), jnp.bfloat16, True, True),
     ((64, 32, 32, 1536, 9), jnp.float32, False, True),
     ((64, 32, 32, 1536, 9), jnp.float32, True, False),  # Of memory.
+    ((64, 28, 28, 768, 15), jnp.bfloat16, True, True),
     ((1, 7, 5, 3, 4), jnp.bfloat16, True, True),
+    ((1, 64, 32, 3, 4), jnp.bfloat16, False, False),  # More than 8 groups.
     ((1, 256, 256, 3, 4), jnp.bfloat16, False, False),
     ((1, 8, 8, 3, 4), jnp.float16, False, False),
     ((0, 8, 8, 3, 4), jnp.bfloat16, False, False),
@@ -211,7 +236,7 @@ from tests import test_tpu
 jax.config.update("jax_enable_compilation_cache", False)
 mesh = sharding.make_mesh(devices)
 spec = lambda *axes: jax.NamedSharding(mesh, jax.P(*axes))
-x = jax.ShapeDtypeStruct((16 * len(devices), 8, 12, 130), jnp.bfloat16,
+x = jax.ShapeDtypeStruct((16 * len(devices), 20, 12, 130), jnp.bfloat16,
                          sharding=spec("data"))
 kernel = jax.ShapeDtypeStruct((5, 5, 130), jnp.bfloat16, sharding=spec())
 args = [jax.ShapeDtypeStruct((130,), jnp.float32, sharding=spec())] * 3

@@ -48,14 +48,14 @@ def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
   if x.dtype not in floats or 0 in x.shape or not available():
     return False
   at = tpu_blocks.of_maps(jax.eval_shape(_maps, x), kernel)
+  if at.pixels > _LANES or at.lanes > _LANES:
+    return False
   # The backward kernel has blocks of images and their words, two of each; the
   # bands; and the sums of the kernel's gradient.
-  whole_lanes = at.lanes + -at.lanes % _LANES
-  blocks = 2 * (3 + norm) * at.lanes + 2 * (2 + norm) * whole_lanes
+  blocks = 2 * (3 + norm) * at.lanes + 2 * (2 + norm) * _LANES
   channel = _LANES * jnp.dtype(at.dtype).itemsize
   sums = at.window * _LANES * 4
-  size = _LANES * (channel * (blocks + at.window) + sums)
-  return at.pixels <= _LANES and size < _VMEM
+  return _LANES * (channel * (blocks + at.window) + sums) < _VMEM
 
 
 def _call(kernel, at: Blocks, args, results, scratch, interpret):

@@ -4,7 +4,6 @@ A block is 128 channels of a few images; see `tpu_kernels`.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -37,13 +36,18 @@ class Blocks(banded.Layout):
     return self.pixels // self.per_word
 
   @property
+  def groups(self) -> int:
+    """Groups of a map: a power of two, so that they and images fill lanes."""
+    return 1 << (super().groups - 1).bit_length()
+
+  @property
   def images(self) -> int:
     """Images of a block: they fill sublanes, and their groups fill lanes.
 
     Half of the lanes in float32, for which the memory would not suffice.
     """
     lanes = LANES * self.per_word // 2
-    return max(8 * self.per_word, lanes // math.gcd(self.groups, lanes))
+    return max(8 * self.per_word, lanes // self.groups)
 
   @property
   def lanes(self) -> int:
@@ -140,7 +144,7 @@ class Blocks(banded.Layout):
     They are the mean, and the sum of squared differences from it.
     """
     mean, squares = self.by_group(mean), self.by_group(squares)
-    count = self.is_pixel().sum(0)[:: self.images, None, None]
+    count = self.is_pixel().sum(0)[:: self.images, None, None]  # Or 0.
     whole = (mean * count).sum(0) / (self.height * self.width)
     return whole, (squares + count * jnp.square(mean - whole)).sum(0)
 

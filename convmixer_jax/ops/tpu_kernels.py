@@ -16,6 +16,7 @@ by a lane.
 import functools
 import math
 
+import jax
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -179,7 +180,7 @@ def _moments(a, inside):
   count = float(LANES)
   centred = a - a[:1]  # Around the first value, in one pass.
   if inside is not None:
-    count = inside[...].sum(0, keepdims=True)
+    count = jnp.maximum(inside[...].sum(0, keepdims=True), 1)
     centred *= inside[...]
   first = centred.sum(0, keepdims=True)
   second = (centred * centred).sum(0, keepdims=True)
@@ -206,7 +207,8 @@ _ERF = {
 }
 
 
-def _gelu(t, at: Blocks):
+def gelu(t: jax.Array, at: Blocks) -> tuple[jax.Array, jax.Array]:
+  """Value and slope of GELU, float32; `at` knows how exact they have to be."""
   square = t * t
   limited = jnp.minimum(square, 30)
   total, *rest = reversed(_ERF[at.per_word])
@@ -221,7 +223,7 @@ def _gelu(t, at: Blocks):
 _ACTIVATIONS = {
   "identity": lambda t, at: (t, jnp.ones_like(t)),
   "relu": lambda t, at: (jnp.maximum(t, 0), (t > 0).astype(t.dtype)),
-  "gelu": _gelu,
+  "gelu": gelu,
 }
 
 
