@@ -95,19 +95,20 @@ def _run(at: Blocks, load, begin, channel, end, store):
     begin()
 
   def all_three(turn):
-    each = at.words // (LANES // 2)  # For two channels.
+    each = at.words // (LANES // 2)  # Words for two channels.
 
-    def part(i):
-      for j in range(16):
-        c = pl.multiple_of(8 * (2 * i + j // 8), 8) + j % 8
-        of = functools.partial(_channel, 2 * i + j // 8, j % 8)
-        channel(c, of, 1 - turn)
-        for n in range(each if j % 2 else 0):
-          word = (8 * i + j // 2) * each + n
+    def sixteen(i):
+      for pair in range(8):
+        for j in (2 * pair, 2 * pair + 1):
+          eight, j = 2 * i + j // 8, j % 8
+          c = pl.multiple_of(8 * eight, 8) + j
+          channel(c, functools.partial(_channel, eight, j), 1 - turn)
+        for n in range(each):
+          word = (8 * i + pair) * each + n
           store(word, turn)
           load(word, turn)
 
-    _for(LANES // 16, part)
+    _for(LANES // 16, sixteen)
 
   lax.switch(
     jnp.where(t == 0, 2, jnp.where(computes, lax.rem(t, 2), 3)),
