@@ -2,9 +2,10 @@
 
   python -m benchmarks.tpu_kernels --kind v5e --json
 
-A TPU's core issues one VLIW bundle a cycle, in order. So the bundles of a step,
-times the steps, over the clock rate, is the time of a kernel's arithmetic if it
-does not wait for memory. Beside it stand the times of its bytes at the memory's
+A TPU's core issues one VLIW bundle a cycle, in order. So the bundles of all
+blocks of images, of what is done once for 128 channels, and once for a call,
+over the clock rate, are the time of a kernel's arithmetic if it does not wait
+for memory. Beside it stand the times of its bytes at the memory's
 full bandwidth and of its products at the peak rate; it needs the largest of the
 three. These are estimates: nothing runs. Needs libtpu, and no TPU.
 """
@@ -57,8 +58,9 @@ def main() -> None:
   if _JSON.value:
     print(json.dumps({"rows": rows} | benchmarks.provenance(), indent=2))
     return
-  print(f"{'kernel':26}{'shape':26}k  bundles: block, channels, call ms: "
-        "schedule  bytes  products")  # fmt: skip
+  bundles = f"{'bundles: block':>14}{'channels':>10}{'call':>10}"
+  times = f"{'ms: schedule':>17}{'bytes':>7}{'products':>10}"
+  print(f"{'kernel':26}{'shape':26}k{bundles}{times}")
   for row in rows:
     print(
       f"{row['kernel']:26}{row['shape']!s:26}{row['k']}"
@@ -70,14 +72,14 @@ def main() -> None:
 
 def _row(folder, devices, shape, name, fused):
   *image, k, activation = shape
-  batch, height, width, channels = image
+  batch, height, width, depth = image
   sharding = jax.sharding.SingleDeviceSharding(devices[0])
   array = lambda *shape, dtype=jnp.bfloat16: jax.ShapeDtypeStruct(
     shape, dtype, sharding=sharding
   )
-  maps, kernel = array(height, width, batch, channels), array(k, k, channels)
-  bias = array(channels, dtype=jnp.float32)
-  by_image = array(batch, channels, dtype=jnp.float32)
+  maps, kernel = array(height, width, batch, depth), array(k, k, depth)
+  bias = array(depth, dtype=jnp.float32)
+  by_image = array(batch, depth, dtype=jnp.float32)
   if name == "forward":
     args = (maps, kernel, bias) if fused else (maps, kernel)
     function = tpu.forward
@@ -95,9 +97,9 @@ def _row(folder, devices, shape, name, fused):
     path.unlink()
   traced = jax.jit(function).trace(*args)
   text = traced.lower().compile().as_text()
-  call = next(x for x in text.splitlines() if "tpu_custom_call" in x)
-  called = re.search(r"%([\w.-]+) = ", call)[1]
-  block, once, call = _bundles(folder, called, name == "backward")
+  line = next(x for x in text.splitlines() if "tpu_custom_call" in x)
+  called = re.search(r"%([\w.-]+) = ", line)[1]
+  block, channels, call = _bundles(folder, called, name == "backward")
   chip = topology.CHIPS[devices[0].device_kind]
   at = tpu_blocks.of_maps(maps, kernel)
   parts = at.blocks // at.per_channels
@@ -107,9 +109,11 @@ def _row(folder, devices, shape, name, fused):
     "shape": image,
     "k": k,
     "block": block,
-    "channels": once,
+    "channels": channels,
     "call": call,
-    "schedule_ms": 1e3 * (at.blocks * block + parts * once + call) / chip.clock,
+    "schedule_ms": 1e3
+    * (at.blocks * block + parts * channels + call)
+    / chip.clock,
     "bytes_ms": 1e3 * moved / chip.bandwidth,
     "products_ms": 1e3 * cost.flops(traced.jaxpr.jaxpr) / chip.flops,
   }

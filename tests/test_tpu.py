@@ -41,11 +41,11 @@ def inputs(shape, dtype):
 
 # B, H, W, C, k: even and odd k; maps that fill groups of rows, and do not, and
 # are smaller than the kernel; windows of one, two, three and more groups; three
-# groups, which are padded to four.
+# groups, which are padded to four; several blocks of images and of channels.
 SHAPES = [
   (3, 5, 9, 5, 4),
   (2, 32, 32, 2, 9),
-  (9, 3, 3, 130, 5),
+  (140, 3, 3, 130, 5),
   (2, 9, 40, 3, 8),
   (20, 16, 16, 3, 1),
   (2, 40, 7, 3, 4),
@@ -97,13 +97,13 @@ def check_with_norm(shape, activation, dtype, tolerance):
 
 
 def test_kernels_with_a_norm():
-  check_with_norm((17, 40, 7, 3, 4), "gelu", jnp.bfloat16, 1e-2)
+  check_with_norm((70, 40, 7, 3, 4), "gelu", jnp.bfloat16, 1e-2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("activation", ["gelu", "relu", "identity"])
 def test_kernels_with_a_norm_in_float32(activation):
-  check_with_norm((3, 5, 9, 5, 4), activation, jnp.float32, 2e-5)
+  check_with_norm((130, 5, 9, 130, 4), activation, jnp.float32, 2e-5)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,8 @@ def test_gelu_of_the_kernels(dtype, of_value, of_slope):
     ((64, 32, 32, 1536, 9), jnp.float32, True, False),  # Of memory.
     ((64, 28, 28, 768, 15), jnp.bfloat16, True, True),
     ((1, 7, 5, 3, 4), jnp.bfloat16, True, True),
-    ((1, 64, 32, 3, 4), jnp.bfloat16, False, False),  # More than 8 groups.
+    ((1, 64, 32, 3, 4), jnp.bfloat16, False, False),  # More than 8 groups;
+    ((1, 64, 32, 3, 2), jnp.float32, False, True),  # 16 in float32.
     ((1, 256, 256, 3, 4), jnp.bfloat16, False, False),
     ((1, 8, 8, 3, 4), jnp.float16, False, False),
     ((0, 8, 8, 3, 4), jnp.bfloat16, False, False),
@@ -211,6 +212,21 @@ def test_products_are_counted():
     assert cost.flops(jaxpr) == products * product
     # Each device makes its own bands.
     assert cycles < cost.kernel_cycles(jaxpr) < 8 * cycles
+    mapped = jax.vmap(lambda *args: function(*args), (0, None))  # noqa: B023
+    pairs = jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+    jaxpr = jax.jit(mapped).trace(pairs, kernel).jaxpr.jaxpr
+    assert cost.flops(jaxpr) == 2 * products * product
+    assert cost.kernel_cycles(jaxpr) == 2 * cycles
+
+
+def test_schedules_are_those_of_the_benchmark():
+  path = common.ROOT / "benchmarks/results/tpu_kernels_v5e.json"
+  rows = json.loads(path.read_text())["rows"]
+  for row in rows[:8]:  # Of 1536 channels with GELU, and 768 with ReLU.
+    kernel, *norm = row["kernel"].split(", ")
+    name = "_".join(["depthwise", kernel, *norm[:1]])
+    expected = row["block"], row["channels"], row["call"]
+    assert cost.BUNDLES[name] == expected, name
 
 
 def test_wide_maps_are_banded_too():

@@ -757,9 +757,12 @@ ffi::Error with_type(const ffi::AnyBuffer& x, const F& f) {
   return ffi::Error::Success();
 }
 
-// Calls f(T{}, Act{}); `activation` is an index into batch_norm.ACTIVATIONS.
+// Calls f(T{}, Act{}); `activation` is an index into native.ACTIVATIONS.
 template <class F>
 ffi::Error with_types(const ffi::AnyBuffer& x, int64_t activation, const F& f) {
+  if (activation < 0 || activation > 2) {
+    return ffi::Error::InvalidArgument("unknown activation");
+  }
   return with_type(x, [&](auto element) {
     switch (activation) {
       case 0: return f(element, Identity{});

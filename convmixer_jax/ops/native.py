@@ -35,6 +35,7 @@ IMPLEMENTATIONS = (
   "cuda",
 )
 
+ACTIVATIONS = "identity", "relu", "gelu"  # Of native.cc, in its order.
 _DTYPES = (jnp.float32, jnp.bfloat16)
 _LOCK = threading.Lock()
 _portable = contextvars.ContextVar("portable", default=False)

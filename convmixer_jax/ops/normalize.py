@@ -35,7 +35,7 @@ def _gelu(x):
 STATISTICS = "statistics"
 AVERAGES = "running_averages"
 
-# The order is native.cc's.
+# native.cc and tpu_kernels have those of native.ACTIVATIONS.
 ACTIVATIONS = {"identity": lambda x: x, "relu": nn.relu, "gelu": _gelu}
 
 
@@ -274,12 +274,13 @@ def conv_groups(*args: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 def _dispatch(static, name, plain, *args, more=(), **attributes):
   implementation, activation = static
-  index = [*ACTIVATIONS].index(activation)
-  plain = functools.partial(plain, ACTIVATIONS[activation])
-  call = functools.partial(native.call, name, activation=index, **attributes)
-  fused = derivative.with_derivatives_of(
-    plain, lambda *all_args: tuple(call(*all_args[: len(args)]))
-  )
+  plain = fused = functools.partial(plain, ACTIVATIONS[activation])
+  if activation in native.ACTIVATIONS:
+    attributes["activation"] = native.ACTIVATIONS.index(activation)
+    call = functools.partial(native.call, name, **attributes)
+    fused = derivative.with_derivatives_of(
+      plain, lambda *all_args: tuple(call(*all_args[: len(args)]))
+    )
   return native.dispatch(
     implementation, *args, *more, native=fused, shift=plain, xla=plain
   )

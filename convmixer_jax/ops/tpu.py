@@ -20,6 +20,7 @@ from convmixer_jax.ops import tpu_kernels
 from convmixer_jax.ops.tpu_blocks import Blocks
 
 _LANES, _WORD = tpu_blocks.LANES, tpu_blocks.WORD
+ACTIVATIONS = frozenset(tpu_kernels.ACTIVATIONS)  # That a norm may have.
 _KINDS = "TPU v5 lite", "TPU v6 lite"  # Those with 128 MiB on the chip.
 _VMEM = 120 * 2**20  # Bytes, of these.
 

@@ -44,7 +44,7 @@ class Blocks(banded.Layout):
   def images(self) -> int:
     """Images of a block: they fill sublanes, and their groups fill lanes.
 
-    Half of the lanes in float32, for which the memory would not suffice.
+    In float32 half of the lanes, if the groups allow: memory holds no more.
     """
     lanes = LANES * self.per_word // 2
     return max(8 * self.per_word, lanes // self.groups)
@@ -151,20 +151,20 @@ class Blocks(banded.Layout):
   def specs(self) -> tuple[Any, ...]:
     """Of images, [C, n], [per_channels, C, lanes], and constants.
 
-    The first, images(n), are those of n grid steps before; the second and
-    third are of one step before. See `tpu_kernels`.
+    The first, images(lag), are those of `lag` steps of the grid before; the
+    second and third are of one step before. See `tpu_kernels._run`.
     """
 
-    def block(shape, before, index):
+    def block(shape, lag, index):
       def at_step(t):
-        n = jnp.clip(t - before, 0, self.blocks - 1)
+        n = jnp.clip(t - lag, 0, self.blocks - 1)
         per_channels = jnp.int32(self.per_channels)
         return index(lax.div(n, per_channels), lax.rem(n, per_channels))
 
       return pl.BlockSpec(shape, at_step)
 
-    shape = self.groups * self.rows, self.row, self.images, LANES
-    images = lambda before: block(shape, before, lambda c, b: (0, 0, b, c))
+    maps = self.groups * self.rows, self.row, self.images, LANES
+    images = lambda lag: block(maps, lag, lambda c, b: (0, 0, b, c))
     rows = lambda n: block((LANES, n), 1, lambda c, b: (c, 0))
     lanes = block((None, LANES, self.lanes), 1, lambda c, b: (b, c, 0))
     constant = lambda array: pl.BlockSpec(array.shape, lambda t: (0, 0))

@@ -1,14 +1,14 @@
 """Pallas kernels of `tpu`.
 
 A block is 128 channels of a few images, with channels in the lanes, as the
-network has them. Three steps of the grid work on it:
+network has them. There are three parts of work on it:
 
 1. transpose each pixel, [(group, image), channel], to [channel, ...],
 2. collect the pixels of each channel by loads with a stride, and multiply,
 3. transpose the results back.
 
-A grid step does one of them for each of three blocks, at the same time: they
-use different units of the core. bfloat16 is handled as words of two pixels. The
+A step of the grid does each part for another block, at the same time: they use
+different units of the core. bfloat16 is handled as words of two pixels. The
 bands are built once per channel, from a row that each next row repeats, shifted
 by a lane.
 """
@@ -28,7 +28,8 @@ from convmixer_jax.ops.tpu_blocks import WORD
 
 # --- Parts of the kernels. `words` scratch is [16, words * 8, lanes]: channel
 # 8 i + j has word w in [i, 8 w + j], so that a stride of 8 collects its words.
-# There are two of them in turns: for steps 1 and 3, and for step 2.
+# There are two of them, which take turns: parts 1 and 3 use one, part 2 uses the
+# other.
 
 
 def _bits(x):
@@ -76,16 +77,21 @@ def _store(i, words, target, at: Blocks):
 
 
 def _is_first(at: Blocks):
-  """Whether step 2's block is the first of its channels."""
+  """Whether the block of part 2 is the first of its channels."""
   return lax.rem(pl.program_id(0) - 1, at.per_channels) == 0
 
 
 def _run(at: Blocks, load, begin, channel, end, store):
-  """A step of the grid: load(i, turn) for the words of block t, and so on.
+  """A step of the grid, t: part 1 of block t, 2 of t - 1, and 3 of t - 2.
 
-  channel(c, of, turn) computes block t - 1; of(words) is the channel in them.
-  `begin` and `end` are called before and after the blocks of 128 channels.
-  store(i, turn) is for block t - 2, and comes before load(i, turn).
+  load(i, turn) and store(i, turn) are parts 1 and 3 of word i, the store first;
+  channel(c, of, turn) is part 2, and of(words) is the channel in them. `turn`
+  is which of the two scratch arrays they use. `begin` and `end` are called
+  before and after the blocks of 128 channels.
+
+  The first step only loads, and the last one only stores. The second one stores
+  what nobody has written, to where the third one stores the first block; the
+  last but one loads a block again. Neither reaches a result.
   """
   t = pl.program_id(0)
   computes = (t > 0) & (t <= at.blocks)
@@ -211,7 +217,7 @@ _ERF = {
 def gelu(t: jax.Array, at: Blocks) -> tuple[jax.Array, jax.Array]:
   """Value and slope of GELU, float32; `at` knows how exact they have to be."""
   square = t * t
-  limited = jnp.minimum(square, 30)
+  limited = jnp.minimum(square, 30)  # From there on, tanh is 1.
   total, *rest = reversed(_ERF[at.per_word])
   for c in rest:
     total = total * limited + c
@@ -221,7 +227,7 @@ def gelu(t: jax.Array, at: Blocks) -> tuple[jax.Array, jax.Array]:
   return t * below, slope
 
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
   "identity": lambda t, at: (t, jnp.ones_like(t)),
   "relu": lambda t, at: (jnp.maximum(t, 0), (t > 0).astype(t.dtype)),
   "gelu": gelu,
@@ -252,7 +258,7 @@ def forward(*refs, at: Blocks, activation):
     words_of[...] = pltpu.bitcast(result, WORD)
     if activation:
       t = result.astype(jnp.float32) + bias[pl.ds(c, 1), :]
-      a, _ = _ACTIVATIONS[activation](t, at)
+      a, _ = ACTIVATIONS[activation](t, at)
       average, square = _moments(a, inside)
       mean[pl.ds(c, 1), :] = average
       squares[pl.ds(c, 1), :] = square
@@ -300,7 +306,7 @@ def backward(*refs, at: Blocks, activation, residual):
     if activation:
       row = lambda values: values[pl.ds(c, 1), :]
       t = wide(of(y_words[turn])[...]) + row(bias)
-      a, slope = _ACTIVATIONS[activation](t, at)
+      a, slope = ACTIVATIONS[activation](t, at)
       g = (wide(after) * row(p) + a * row(q) + row(r)) * slope
       if inside is not None:
         g *= inside[...]

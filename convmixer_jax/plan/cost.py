@@ -25,13 +25,13 @@ _CAUSES = (
 # a block, once for 128 channels, and once for a call. A core issues one a
 # cycle, in order. They are those of 128 lanes and a window of 384 pixels, as
 # all of the paper's models have. Source: python -m benchmarks.tpu_kernels.
-_BUNDLES = {
+BUNDLES = {
   "depthwise_forward": (14_167, 10_112, 5_432),
   "depthwise_forward_relu": (14_692, 10_080, 5_432),
   "depthwise_forward_gelu": (18_728, 10_144, 5_432),
   "depthwise_backward": (25_071, 25_456, 7_848),
-  "depthwise_backward_relu": (28_627, 25_648, 10_040),
-  "depthwise_backward_gelu": (34_884, 24_080, 10_000),
+  "depthwise_backward_relu": (28_627, 25_664, 10_040),
+  "depthwise_backward_gelu": (34_885, 24_128, 10_000),
 }
 
 
@@ -54,7 +54,7 @@ def flops(jaxpr: core.Jaxpr) -> int:
 
 
 def kernel_cycles(jaxpr: core.Jaxpr) -> int:
-  """Cycles of ops.tpu's kernels, of all devices together; see `_BUNDLES`.
+  """Cycles of ops.tpu's kernels, of all devices together; see `BUNDLES`.
 
   Other chips are assumed to need as many.
   """
@@ -64,17 +64,22 @@ def kernel_cycles(jaxpr: core.Jaxpr) -> int:
       return None
     # Without an activation it takes about as long as with ReLU.
     name = eqn.params["name"].replace("identity", "relu")
-    block, channels, call = _BUNDLES[name]
+    block, channels, call = BUNDLES[name]
+    *batched, _ = eqn.params["grid_mapping"].grid
     parts = eqn.outvars[0].aval.shape[-1] // 128
-    return _blocks(eqn) * block + parts * channels + call
+    calls = math.prod(batched)
+    return _blocks(eqn) * block + calls * (parts * channels + call)
 
   return _total(jaxpr, count)
 
 
 def _blocks(eqn):
-  """Blocks of a kernel's maps: two of its steps compute nothing."""
-  (steps,) = eqn.params["grid_mapping"].grid
-  return steps - 2
+  """Blocks of the maps of ops.tpu's kernels, in all of a vmap's calls.
+
+  The first and the last step of their grid compute nothing.
+  """
+  *batched, steps = eqn.params["grid_mapping"].grid
+  return math.prod(batched) * (steps - 2)
 
 
 def _total(jaxpr, count):
