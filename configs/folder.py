@@ -23,14 +23,16 @@ def get_config(variant: str = "scratch"):
     raise ValueError(f"configs/folder.py:{variant}: has {', '.join(VARIANTS)}")
   config = config_lib.defaults()
   config.model.name = "convmixer_256_8"
-  config.model.patch_size = 7  # As the paper's models for 224 pixels, and next.
+  # As in the paper's models for 224 pixels.
+  config.model.patch_size = 7
   config.model.kernel_size = 7
 
   config.data.name = "folder"
   config.data.image_size = 224
   config.data.eval_split = "val"
-  config.data.mean = (0.485, 0.456, 0.406)  # ImageNet's: the published weights'
-  config.data.std = (0.229, 0.224, 0.225)  # own, and good for photographs.
+  # ImageNet's: those of the published weights, and good for photographs.
+  config.data.mean = (0.485, 0.456, 0.406)
+  config.data.std = (0.229, 0.224, 0.225)
   config.data.crop_pct = 0.96  # timm's models.
 
   config.augment.crop_scale = (0.35, 1.0)  # From 0.08 many miss the object.
@@ -41,8 +43,9 @@ def get_config(variant: str = "scratch"):
   config.augment.label_smoothing = 0.1  # configs/imagenet.py, timm's default.
 
   config.optim.schedule = "cosine"
-  config.optim.learning_rate = 0.01  # This and the next three: as cifar10.py's
-  config.optim.weight_decay = 0.01  # paper_wd1e-2, which has batches of 64 too.
+  # As cifar10.py's paper_wd1e-2, which has batches of 64 too.
+  config.optim.learning_rate = 0.01
+  config.optim.weight_decay = 0.01
   config.optim.eps = 1e-3
   config.optim.clip_norm = 1.0
   config.optim.warmup_epochs = 5.0

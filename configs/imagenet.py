@@ -73,7 +73,6 @@ def get_config(variant: str = "1536_20"):
   config.optim.betas = (0.9, 0.999)  # Default.
   config.optim.clip_norm = 1.0  # Command.
 
-  # Epochs: 150 in the command, 300 in the authors' repository.
   config.batch_size = 640  # Command: ten GPUs with 64 images each.
   config.log_every = 50
 

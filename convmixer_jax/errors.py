@@ -44,7 +44,13 @@ def reason(error: BaseException) -> str:
 
 
 def platform_error(error: BaseException) -> UserError | None:
-  """A line for jax's error that JAX_PLATFORMS names no platform here."""
+  """A line for jax's error that memory ran out, or a platform is not here."""
+  if "RESOURCE_EXHAUSTED" in str(error):
+    return UserError(
+      "out of memory: take a smaller batch, or in training more"
+      " --config.accum_steps, or --config.model.remat; `python -m"
+      f" convmixer_jax.plan` says what fits ({first_line(error)})"
+    )
   if "Unable to initialize backend" not in str(error):
     return None
   chosen = os.environ.get("JAX_PLATFORMS", "")

@@ -4,7 +4,8 @@
   python -m convmixer_jax.main --config configs/cifar10.py \\
       --workdir runs/p4 --config.model.patch_size=4 --config.seed=1
   python -m convmixer_jax.main --config configs/imagenet.py:768_32 \\
-      --config.data.name=folder --config.data.dir=/data/imagenet
+      --config.data.name=folder --config.data.dir=/data/imagenet \\
+      --config.data.eval_split=val
   python -m convmixer_jax.main --workdir runs/cifar10 --mode eval \\
       --confusion matrix.csv
   python -m convmixer_jax.main --config configs/imagenet.py --mode eval \\

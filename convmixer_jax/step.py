@@ -13,7 +13,9 @@ import optax
 
 Batch = dict[str, jax.Array]
 DROPOUT = 0xD0  # Folded into a step's key, for the model's own randomness.
-MOST_COUNTED = 1000  # Classes of a confusion matrix; one for them takes 4 MB.
+# With more classes there is no confusion matrix; this one takes 4 MB, int32.
+MOST_COUNTED = 1000
+# Augmentation and normalisation:
 # (key, images uint8 [B, H, W, C], targets [B, K]) -> (float images, targets)
 Augment = Callable[
   [jax.Array, jax.Array, jax.Array], tuple[jax.Array, jax.Array]

@@ -58,18 +58,20 @@ def train_and_evaluate(
   config_lib.check(config, jax.device_count())
   best = best_lib.Best(config, workdir)
   changes = workdir_lib.config_changes(config, workdir, config_lib.FREE_FIELDS)
-  if changes and not accept_changes:
-    texts = "; ".join(changes.values())
-    raise UserError(
-      f"{workdir} holds a run of another config ({texts}); pass another"
-      " --workdir, or --accept_changes to resume anyway"
-    )
   saved = checkpoint.latest_step(workdir)
   if saved is None and workdir_lib.lacks_checkpoints(workdir):
     raise UserError(
       f"{workdir}: has the metrics.jsonl of a run, but no checkpoints; put"
       " checkpoints/ back, pass another --workdir, or remove metrics.jsonl to"
       " start again"
+    )
+  if saved is None and not workdir_lib.read_metrics(workdir):
+    changes = {}  # That run ended before it had anything to resume.
+  if changes and not accept_changes:
+    texts = "; ".join(changes.values())
+    raise UserError(
+      f"{workdir} holds a run of another config ({texts}); pass another"
+      " --workdir, or --accept_changes to resume anyway"
     )
   data, batch_size = config.data, config.batch_size
   train_source, eval_source = (
@@ -89,7 +91,7 @@ def train_and_evaluate(
   if profile and profile.stop > total_steps:
     text = f"--profile={profile.start}:{profile.stop}"
     raise UserError(f"{text}: the run has only {total_steps} steps")
-  if (saved := checkpoint.latest_step(workdir)) is not None:
+  if saved is not None:
     _check_progress(recipe, workdir, changes, saved)
     classes.check(workdir, train_source.class_names, trains=False)
 
@@ -152,7 +154,10 @@ def train_and_evaluate(
       logger.write_classes(train_source.class_names)
       logger.print_parameters(recipe.shapes["params"])
     else:
-      logger.say(f"resuming {workdir} from step {first_step}")
+      changed = (
+        f" with changes: {'; '.join(changes.values())}" if changes else ""
+      )
+      logger.say(f"resuming {workdir} from step {first_step}{changed}")
     operations = models.operations(recipe.model)
     if operations in ("cuda", "pallas"):
       operations += " for what it supports, xla for the rest"

@@ -27,7 +27,8 @@ class Cell:
 
   Attributes:
     name: name of its folder.
-    config: config file, with variant; relative to this project.
+    config: config file, with variant; relative to the current folder, or else
+      to this project.
     overrides: dotted field -> value.
     table: the table in paper.csv; '' if the cell was not published.
     row: the model or label of its row in that table.

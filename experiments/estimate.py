@@ -28,7 +28,7 @@ def print_hours(runs: Sequence[runs_lib.Run]) -> None:
   smallest = min(runs, key=lambda run: costs[run.name][1])
   speed, measured = _measured_speed(smallest.cell, costs[smallest.name][1])
   width = max(len(run.name) for run in runs)
-  print(f"{'run':{width}}  parameters  GFLOP/image  epochs{'time':>14}")
+  print(f"{'run':{width}}  parameters  GFLOP/image  epochs{'time':>18}")
   total = 0.0
   for run in runs:
     parameters, flops = costs[run.name]
@@ -36,7 +36,7 @@ def print_hours(runs: Sequence[runs_lib.Run]) -> None:
     total += hours * (run.status != "finished")
     print(
       f"{run.name:{width}}{parameters:12,}"
-      f"{flops / 1e9:13.3g}{run.epochs:8}{report.long_time(hours):>14}"
+      f"{flops / 1e9:13.3g}{run.epochs:8}{report.long_time(hours):>18}"
       + ("  finished" if run.status == "finished" else "")
     )
   print(
@@ -97,7 +97,7 @@ def print_hours_on(
     parameters, flops = costs[name]
     print(
       f"{run.name:{width}}{parameters:12,}{flops / 1e9:13.3g}{run.epochs:8}"
-      + "".join(f"{report.long_time(x):>14}" for x in hours[name])
+      + "".join(f"{report.long_time(x):>18}" for x in hours[name])
       + ("  finished" if run.status == "finished" else ""),
       flush=True,
     )

@@ -312,6 +312,8 @@ def get(*names: str) -> Sweep:
   elif name in SWEEPS:
     sweep = dataclasses.replace(SWEEPS[name], name=name)
   else:
+    if name.endswith(".py"):
+      raise UserError(f"{name}: add the name of its sweep, {name}:NAME")
     near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
     raise UserError(f"{name}: no such sweep; nearest is {near}; known: {known}")
   for cell, seed in sweep.runs():

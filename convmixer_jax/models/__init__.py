@@ -174,11 +174,11 @@ def create_model(
   """
   family, arguments = find(name)
   given = {k: v for k, v in overrides.items() if v is not None}
-  for field, value in given.items():
-    if field not in family.MODEL.__dataclass_fields__:
-      raise UserError(
-        f"model.{field}={value!r}: {name} has no such field; leave it None"
-      )
+  if lacks := sorted(given.keys() - family.MODEL.__dataclass_fields__.keys()):
+    raise UserError(
+      f"model.name={name}: has no {' or '.join(lacks)}; leave them None, as"
+      f" with --config.model.{lacks[0]}=None"
+    )
   try:
     return family.MODEL(num_classes=num_classes, **(arguments | given))
   except TypeError as e:

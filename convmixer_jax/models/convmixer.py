@@ -9,8 +9,10 @@ global average pooling and a linear head:
           pointwise convolution: mixes channels, one location at a time
   head    mean over locations, then one linear layer -> [B, num_classes]
 
-Every convolution is followed by the activation and then by BatchNorm, in this
-order. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
+Every convolution is followed by the activation, by BatchNorm and, if there is
+one, by the addition of the residual, in this order. A norm takes the
+convolution before it and the residual, so that all of it can be one operation;
+see `layers`. Weights start as PyTorch's do, uniform in +-1/sqrt(fan_in).
 """
 
 from collections.abc import Mapping
@@ -32,8 +34,8 @@ NORMS = {"batch": ops.BatchNorm, "layer": layers.LayerNorm}
 class Block(nn.Module):
   """One block: [B, H, W, dim] -> the same shape. See ConvMixer's attributes."""
 
-  conv: Any  # layers.Conv and layers.PointwiseConv, with their features.
-  pointwise_conv: Any
+  conv: Any  # layers.Conv and layers.PointwiseConv, with their features;
+  pointwise_conv: Any  # an entry of NORMS, with the activation.
   norm: Any
   kernel_size: int
   depthwise_residual: bool

@@ -34,20 +34,19 @@ def depthwise_conv(
         code, and its grouped convolution to scalar code.
       'native': native.cc, for float32 and bfloat16 on CPUs; 'shift' if it
         cannot be compiled.
-      'banded': products with banded matrices; see `banded`. In these and the
-        next two an infinity or NaN spreads farther than the kernel reaches.
-      'pallas': the same in kernels for TPUs (v5e and v6e), where there are some
-        for the shape (see `tpu.supported`); otherwise, and on other platforms,
-        as 'auto'. `BatchNorm` then fuses more with them in training. They have
-        not run on a TPU yet.
-      'cuda': depthwise.cu on NVIDIA's GPUs, where it can be compiled and
-        `cuda.supported`; otherwise 'xla'. On other platforms as 'auto'.
+      'banded': products with banded matrices; see `banded`.
+      'pallas': such products in kernels for TPUs (v5e and v6e), where there are
+        some for the shape (see `tpu.supported`); otherwise, and on other
+        platforms, as 'auto'. `BatchNorm` then fuses more with them in training.
+        They have not run on a TPU yet.
+      'cuda': such products in depthwise.cu on NVIDIA's GPUs, where it can be
+        compiled and `cuda.supported`; otherwise 'xla'. On other platforms as
+        'auto'.
       'auto' or None: 'native' on CPUs. On GPUs 'cuda' where it was measured to
-        be faster, `cuda.FASTER_FROM`, otherwise 'xla'. On TPUs 'xla'. On CPUs
-        the shape does not matter: of 14, 'native' has the fastest gradients in
-        all. Its forward pass takes 3 times as long as 'shift' with one channel,
-        1.3 times as long as 'xla' with k = 1, and at most 1.08 times as long as
-        the fastest otherwise (benchmarks/results/implementations.json).
+        be faster, `cuda.FASTER_FROM`, otherwise 'xla'. On TPUs 'xla'. See
+        docs/speed.md.
+      With 'banded', 'pallas' and 'cuda', an infinity or NaN spreads farther
+      than the kernel reaches.
 
   Returns:
     [B, H, W, C], of x's dtype.

@@ -28,8 +28,8 @@ from convmixer_jax.ops.tpu_blocks import WORD
 
 # --- Parts of the kernels. `words` scratch is [16, words * 8, lanes]: channel
 # 8 i + j has word w in [i, 8 w + j], so that a stride of 8 collects its words.
-# There are two of them, which take turns: parts 1 and 3 use one, part 2 uses the
-# other.
+# There are two of them, which take turns: parts 1 and 3 use one, part 2 uses
+# the other.
 
 
 def _bits(x):
