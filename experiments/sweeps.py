@@ -313,7 +313,8 @@ def get(*names: str) -> Sweep:
     sweep = dataclasses.replace(SWEEPS[name], name=name)
   else:
     if name.endswith(".py"):
-      raise UserError(f"{name}: add the name of its sweep, {name}:NAME")
+      known = f"{name}:NAME; known: {known}"
+      raise UserError(f"{name}: add the name of its sweep, {known}")
     near = difflib.get_close_matches(name, SWEEPS, 1, cutoff=0)[0]
     raise UserError(f"{name}: no such sweep; nearest is {near}; known: {known}")
   for cell, seed in sweep.runs():

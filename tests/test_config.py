@@ -17,6 +17,7 @@ import pytest
 
 from convmixer_jax import cli
 from convmixer_jax import config as config_lib
+from convmixer_jax import errors
 from convmixer_jax import recipe as recipe_lib
 from convmixer_jax import workdir as workdir_lib
 from convmixer_jax.data import sources
@@ -123,7 +124,7 @@ MISTAKES = [
   ([DIGITS, "--config.batch_size=many"], "integer from 1 to"),
   ([DIGITS, "--config.deterministic=7"], "true or false"),
   ([DIGITS, "--config.batch_size=None"], "an integer from 1 to"),
-  ([DIGITS, "--config.model.heads=2"], "has no heads; leave them None, as"),
+  ([DIGITS, "--config.model.heads=2"], "no such field: heads; leave it None, as"),
   ([DIGITS, "--config.batch_size=30"], "multiple of the 4 devices"),
   ([DIGITS, "--config.data.name=digit"], "nearest are digits"),
   ([DIGITS, "--config.data.train_split=trian"], "has train, test"),
@@ -238,6 +239,16 @@ def test_a_config_that_states_a_mistake(tmp_path, returns, says):
   assert (code, out) == (2, "")
   assert err.startswith(f"error: --config={path}: {says}"), err
   assert len(err.splitlines()) == 1
+
+
+def test_too_little_memory_is_one_line():
+  text = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd more."
+  said = str(errors.platform_error(RuntimeError(text)))
+  assert said.startswith("out of memory: take a smaller batch"), said
+  assert said.endswith(
+    "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)"
+  )
+  assert errors.platform_error(RuntimeError("something else")) is None
 
 
 @pytest.mark.slow

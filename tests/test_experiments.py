@@ -219,6 +219,7 @@ def test_costs_of_unknown_classes_are_unknown(tmp_path):
   ("args", "says"),
   [
     (["smok", "--root=x"], "nearest is smoke"),
+    (["mine.py", "--root=x"], "add the name of its sweep, mine.py:NAME"),
     (["smoke"], "--root: is required"),
     (["smoke", "--root=README.md"], "Not a directory"),
     (["smoke", "--root=x", "--only=5/4"], "--only=5/4: must be I/N"),

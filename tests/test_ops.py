@@ -357,6 +357,30 @@ def activated(implementation, activation, x):
   return ops.normalize.affine(how, x, zero[0], one, zero, None)
 
 
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("implementation", [None, "native", "pallas"])
+def test_an_activation_of_ones_own(monkeypatch, implementation, train):
+  """native.cc and the TPU's kernels lack it: XLA computes it."""
+  monkeypatch.setitem(ops.ACTIVATIONS, "silu", jax.nn.silu)
+  x, kernel, bias = normal(0, 4, 5, 6, 3), normal(1, 3, 3, 3), normal(2, 3)
+
+  def gradients(implementation):
+    module = ops.BatchNorm(activation="silu", implementation=implementation)
+    variables = module.init(jax.random.key(0), x, False)
+
+    def loss(x, kernel, bias):
+      conv = ops.Convolution(ops.depthwise_conv, kernel, bias)
+      y, _ = module.apply(
+        variables, x, train, conv=conv, residual=x, mutable=["batch_stats"]
+      )
+      return jnp.sin(y).sum()
+
+    return jax.value_and_grad(loss, range(3))(x, kernel, bias)
+
+  error = common.tree_error(gradients(implementation), gradients("xla"))
+  assert error < 5e-6
+
+
 # Half of a unit in the last place of 12 is 4.8e-7.
 @pytest.mark.parametrize(
   ("implementation", "bound"), [("xla", 1e-6), ("native", 5e-7)]

@@ -66,6 +66,16 @@ def unbroken(tmp_path_factory):
   return workdir, train_digits(workdir, eval_every=4)
 
 
+def test_a_run_that_saved_nothing_may_get_another_config(tmp_path):
+  """One that ran out of memory in its first step, for example."""
+  too_large = common.digits_config(**TEN_STEPS, batch_size=1000)
+  (tmp_path / "config.json").write_text(too_large.to_json())
+  (tmp_path / "metrics.jsonl").touch()
+  assert int(train_digits(tmp_path).step) == 10
+  config = json.loads((tmp_path / "config.json").read_text())
+  assert config["batch_size"] == 32
+
+
 def test_a_run(unbroken, capsys):
   workdir, state = unbroken
   assert int(state.step) == 10

@@ -176,7 +176,7 @@ def create_model(
   given = {k: v for k, v in overrides.items() if v is not None}
   if lacks := sorted(given.keys() - family.MODEL.__dataclass_fields__.keys()):
     raise UserError(
-      f"model.name={name}: has no {' or '.join(lacks)}; leave them None, as"
+      f"model.name={name}: no such field: {', '.join(lacks)}; leave it None, as"
       f" with --config.model.{lacks[0]}=None"
     )
   try:
