@@ -135,7 +135,8 @@ FIELDS: dict[str, Field] = {
   "optim.learning_rate": Field(0.01, rules.number(0),
     "Peak learning rate, absolute: not scaled by the batch size."),
   "optim.schedule": Field("onecycle", rules.choice(*optim.SCHEDULES),
-    "Learning rate over time; see optim.make_schedule."),
+    "Learning rate over time; see optim.make_schedule. With 1 epoch, onecycle"
+    " leaves out its peak."),
   "optim.warmup_epochs": Field(0.0, rules.number(0),
     "Epochs of linear warm-up; not for onecycle, which has its own."),
   "optim.weight_decay": Field(0.0, rules.number(0),
