@@ -28,8 +28,9 @@ def make_schedule(
   the peak to 0. constant: the peak. The last two rise linearly from 0 during
   warm-up.
 
-  Update i, counted from 0, uses the value at i + 1. So the first update has a
-  rate above 0, and the last one has 0 if the schedule ends there.
+  Update i, counted from 0, uses the value at i + 1, as in the authors' script.
+  So the first update has a rate above 0, and the last one has 0 if the schedule
+  ends there.
 
   Args:
     name: one of `SCHEDULES`.
