@@ -119,12 +119,13 @@ def match(
       )
     else:
       text = f"{path} is {has[path].shape}; the model's is {wants[path].shape}"
-    found, ours = (x[1] if x else {} for x in (known, model))
-    differ = [k for k in found if k in ours and found[k] != ours[k]]
-    told = (f"{k} is {found[k]} there and {ours[k]} here" for k in differ)
-    raise UserError(
-      f"{name}: {text}" + (f" ({', '.join(told)})" if differ else "")
+    sizes = model[1] if known and model else {}
+    told = ", ".join(
+      f"{k} is {known[1][k]} there and {v} here"
+      for k, v in sizes.items()
+      if k != "num_classes" and known[1].get(k, v) != v
     )
+    raise UserError(f"{name}: {text}" + (f" ({told})" if told else ""))
   if anew and jax.process_index() == 0:
     print(
       f"init_from: the weights have {theirs} classes, the data {ours}: the head"

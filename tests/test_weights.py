@@ -305,7 +305,10 @@ def test_what_does_not_fit_is_named(tmp_path):
   model = common.tiny_model(dim=16)
   shapes = models.variable_shapes(model)
   name = "weights.pth"
-  with pytest.raises(UserError, match=r"^weights.pth: .* is \(.*model's is \("):
+  with pytest.raises(
+    UserError,
+    match=r"^weights.pth: .* is \(.*model's is \(.*dim is \d+ there and 16 here",
+  ):
     weights.match(variables, shapes, name)
   own = jax.tree.map(lambda x: np.zeros(x.shape), shapes)
   other = models.variable_shapes(model.clone(num_classes=3))
