@@ -307,7 +307,7 @@ def test_what_does_not_fit_is_named(tmp_path):
   name = "weights.pth"
   with pytest.raises(
     UserError,
-    match=r"^weights.pth: .* is \(.*model's is \(.*dim is \d+ there and 16 here",
+    match=r"^weights.pth: .* is \(.*model's is .*dim is \d+ there and 16 here",
   ):
     weights.match(variables, shapes, name)
   own = jax.tree.map(lambda x: np.zeros(x.shape), shapes)
