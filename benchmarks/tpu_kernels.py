@@ -5,8 +5,8 @@
 A TPU's core issues one VLIW bundle a cycle, in order. So the bundles of all
 blocks of images, of what is done once for 128 channels, and once for a call,
 over the clock rate, are the time of a kernel's arithmetic if it does not wait
-for memory. Beside it stand the times of its bytes at the memory's
-full bandwidth and of its products at the peak rate; it needs the largest of the
+for memory. Beside it stand the times of its bytes at the memory's full
+bandwidth and of its products at the peak rate; it needs the largest of the
 three. These are estimates: nothing runs. Needs libtpu, and no TPU.
 """
 
@@ -58,13 +58,13 @@ def main() -> None:
   if _JSON.value:
     print(json.dumps({"rows": rows} | benchmarks.provenance(), indent=2))
     return
-  bundles = f"{'bundles: block':>14}{'channels':>10}{'call':>10}"
+  bundles = f"{'bundles: block':>16}{'channels':>10}{'call':>10}"
   times = f"{'ms: schedule':>17}{'bytes':>7}{'products':>10}"
   print(f"{'kernel':26}{'shape':26}k{bundles}{times}")
   for row in rows:
     print(
       f"{row['kernel']:26}{row['shape']!s:26}{row['k']}"
-      f" {row['block']:12,.0f} {row['channels']:9,.0f} {row['call']:9,.0f}"
+      f" {row['block']:15,.0f} {row['channels']:9,.0f} {row['call']:9,.0f}"
       f" {row['schedule_ms']:16.3f} {row['bytes_ms']:6.3f}"
       f" {row['products_ms']:9.3f}"
     )

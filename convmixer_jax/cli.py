@@ -22,10 +22,10 @@ from ml_collections import config_flags
 from ml_collections.config_flags import tuple_parser
 
 from convmixer_jax import config as config_lib
+from convmixer_jax import errors
 from convmixer_jax import files
 from convmixer_jax import runtime
 from convmixer_jax import workdir as workdir_lib
-from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
 
 
@@ -263,7 +263,7 @@ def run(
   try:
     app.run(call, flags_parser=lambda argv: parse_flags(argv, flag_values))
   except (UserError, RuntimeError) as e:
-    if not isinstance(known := platform_error(e) or e, UserError):
+    if not isinstance(known := errors.of_jax(e) or e, UserError):
       raise
     print(f"error: {known}", file=sys.stderr, flush=True)
     code = 2

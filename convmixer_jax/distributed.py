@@ -21,9 +21,9 @@ from typing import Any
 import jax
 from jax._src import distributed as jax_distributed  # Its key-value store.
 
+from convmixer_jax import errors
 from convmixer_jax import runtime
 from convmixer_jax.errors import first_line
-from convmixer_jax.errors import platform_error
 from convmixer_jax.errors import UserError
 
 LOST = 75  # Exit code, sysexits.h's EX_TEMPFAIL: a restart may help.
@@ -229,7 +229,7 @@ class _Watch:
         time.sleep(self._timeout + 10)
         text = first_line(cause)
         self._exit(f"lost another process: {text}; {_RESTART}", LOST)
-    if isinstance(known := platform_error(e) or e, UserError):
+    if isinstance(known := errors.of_jax(e) or e, UserError):
       self._exit(str(known), 2)
     if isinstance(e, KeyboardInterrupt):
       self._exit("interrupted", 128 + signal.SIGINT)

@@ -43,8 +43,11 @@ def reason(error: BaseException) -> str:
   return os.strerror(int(code[1])) if code else first_line(error)[:200]
 
 
-def platform_error(error: BaseException) -> UserError | None:
-  """A line for jax's error that memory ran out, or a platform is not here."""
+def of_jax(error: BaseException) -> UserError | None:
+  """A line for jax's error that memory ran out, or a platform is not here.
+
+  None for any other exception.
+  """
   if "RESOURCE_EXHAUSTED" in str(error):
     return UserError(
       "out of memory: take a smaller batch, or in training more"

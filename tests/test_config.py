@@ -243,12 +243,12 @@ def test_a_config_that_states_a_mistake(tmp_path, returns, says):
 
 def test_too_little_memory_is_one_line():
   text = "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nAnd more."
-  said = str(errors.platform_error(RuntimeError(text)))
+  said = str(errors.of_jax(RuntimeError(text)))
   assert said.startswith("out of memory: take a smaller batch"), said
   assert said.endswith(
     "(RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.)"
   )
-  assert errors.platform_error(RuntimeError("something else")) is None
+  assert errors.of_jax(RuntimeError("something else")) is None
 
 
 @pytest.mark.slow

@@ -95,9 +95,8 @@ class BatchNorm(nn.Module):
         fused = (
           self.implementation == "pallas"
           and operation is depthwise_conv
-          and self.activation in tpu.ACTIVATIONS
           and (residual is None or residual_is_x)
-          and tpu.supported(x, kernel, norm=True)
+          and tpu.supported(x, kernel, self.activation)
         )
       else:
         fused = operation in normalize.FUSED

@@ -20,7 +20,6 @@ from convmixer_jax.ops import tpu_kernels
 from convmixer_jax.ops.tpu_blocks import Blocks
 
 _LANES, _WORD = tpu_blocks.LANES, tpu_blocks.WORD
-ACTIVATIONS = frozenset(tpu_kernels.ACTIVATIONS)  # That a norm may have.
 _KINDS = "TPU v5 lite", "TPU v6 lite"  # Those with 128 MiB on the chip.
 _VMEM = 120 * 2**20  # Bytes, of these.
 
@@ -43,20 +42,26 @@ def compiler_options(device: Any) -> dict[str, Any]:
   return {"xla_tpu_scoped_vmem_limit_kib": 48 * 2**10}
 
 
-def supported(x: Any, kernel: Any, norm: bool = False) -> bool:
-  """Whether `conv` and `conv_vjp`, or these with a norm, can run on x."""
+def supported(x: Any, kernel: Any, activation: str | None = None) -> bool:
+  """Whether `conv` and `conv_vjp` can run on x, [B, H, W, C].
+
+  With an activation: whether `conv_moments` and `conv_norm_vjp` can.
+  """
   floats = jnp.bfloat16, jnp.float32
   if x.dtype not in floats or 0 in x.shape or not available():
+    return False
+  if activation is not None and activation not in tpu_kernels.ACTIVATIONS:
     return False
   at = tpu_blocks.of_maps(jax.eval_shape(_maps, x), kernel)
   if at.pixels > _LANES or at.lanes > _LANES:
     return False
-  # The backward kernel has blocks of images and their words, two of each; the
-  # bands; and the sums of the kernel's gradient.
-  blocks = 2 * (3 + norm) * at.lanes + 2 * (2 + norm) * _LANES
-  channel = _LANES * jnp.dtype(at.dtype).itemsize
-  sums = at.window * _LANES * 4
-  return _LANES * (channel * (blocks + at.window) + sums) < _VMEM
+  # Of 128 channels and pixels, the backward kernel has blocks of images (two of
+  # each array), their words (two of each array that is read, on whole lanes),
+  # the bands, and the sums of the kernel's gradient in float32.
+  read = 2 if activation is None else 3
+  columns = 2 * (read + 1) * at.lanes + 2 * read * _LANES + at.window
+  column = _LANES**2 * jnp.dtype(at.dtype).itemsize
+  return columns * column + at.window * _LANES**2 * 4 < _VMEM
 
 
 def _call(kernel, at: Blocks, args, results, scratch, interpret):
@@ -122,7 +127,7 @@ def forward(
   results = [(jax.ShapeDtypeStruct(maps.shape, x.dtype), images(2))]
   if activation:
     args += [(at.on_lanes(bias), rows(at.lanes)), *_inside(at, constant)]
-    results += [(at.on_lanes_shape, by_lane)] * 2
+    results += [(at.by_lane_shape, by_lane)] * 2
   body = functools.partial(tpu_kernels.forward, at=at, activation=activation)
   y, *moments = _call(body, at, args, results, _scratch(at, 1), interpret)
   if activation:
@@ -196,7 +201,7 @@ def backward(
     args += [(at.on_lanes(norm.bias), rows(at.lanes))]
     args += [(at.by_lane(v), by_lane) for v in (norm.p, norm.q, norm.r)]
     args += _inside(at, constant)
-    results += [(at.on_lanes_shape, by_lane)]
+    results += [(at.by_lane_shape, by_lane)]
     scratch += scratch[:2]
   body = functools.partial(
     tpu_kernels.backward, at=at, activation=activation, residual=residual

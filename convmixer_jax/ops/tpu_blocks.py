@@ -109,19 +109,19 @@ class Blocks(banded.Layout):
     return x[: self.height, : self.width, : self.batch, : self.channels]
 
   def on_lanes(self, bias: jax.Array) -> jax.Array:
-    """[C] -> [whole C, lanes], float32."""
+    """[C] -> [C padded to whole lanes, lanes], float32: the same on each."""
     bias = jnp.pad(bias.astype(jnp.float32), (0, -self.channels % LANES))
     return jnp.broadcast_to(bias[:, None], (len(bias), self.lanes))
 
   @property
-  def on_lanes_shape(self) -> jax.ShapeDtypeStruct:
-    """Of values of images or groups: [per_channels, whole C, lanes]."""
+  def by_lane_shape(self) -> jax.ShapeDtypeStruct:
+    """[per_channels, whole C, lanes], float32: a value for each group."""
     channels = self.channels + -self.channels % LANES
     shape = self.per_channels, channels, self.lanes
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
   def by_lane(self, values: jax.Array) -> jax.Array:
-    """[B, C] -> [per_channels, whole C, lanes], for each group; float32."""
+    """[B, C] -> `by_lane_shape`: an image's value at each of its groups."""
     padding = [(0, -self.batch % self.images), (0, -self.channels % LANES)]
     values = jnp.pad(values.astype(jnp.float32), padding)
     values = values.reshape(-1, 1, self.images, values.shape[-1])
@@ -130,7 +130,7 @@ class Blocks(banded.Layout):
     return values.reshape(len(values), self.lanes, -1).swapaxes(1, 2)
 
   def by_group(self, values: jax.Array) -> jax.Array:
-    """[per_channels, whole C, lanes] -> [groups, B, C]."""
+    """`by_lane_shape` -> [groups, B, C]."""
     values = values.reshape(len(values), -1, self.groups, self.images)
     values = values.transpose(2, 0, 3, 1)
     values = values.reshape(self.groups, -1, values.shape[-1])
@@ -139,20 +139,22 @@ class Blocks(banded.Layout):
   def of_images(
     self, mean: jax.Array, squares: jax.Array
   ) -> tuple[jax.Array, jax.Array]:
-    """Moments of images, [B, C], from those of their groups, as on lanes.
+    """Moments of groups, of `by_lane_shape`, -> of images, [B, C].
 
     They are the mean, and the sum of squared differences from it.
     """
     mean, squares = self.by_group(mean), self.by_group(squares)
-    count = self.is_pixel().sum(0)[:: self.images, None, None]  # Or 0.
+    # Pixels of each group; 0 in one that fills up the lanes.
+    count = self.is_pixel().sum(0)[:: self.images, None, None]
     whole = (mean * count).sum(0) / (self.height * self.width)
     return whole, (squares + count * jnp.square(mean - whole)).sum(0)
 
   def specs(self) -> tuple[Any, ...]:
-    """Of images, [C, n], [per_channels, C, lanes], and constants.
+    """Block specs, by what a step of the grid reads or writes of an array.
 
-    The first, images(lag), are those of `lag` steps of the grid before; the
-    second and third are of one step before. See `tpu_kernels._run`.
+    images(lag): of images, those of `lag` steps before. rows(n): of [C, n], and
+    lanes: of `by_lane_shape`, both of one step before, which is when part 2 is
+    computed; see `tpu_kernels._run`. constant(array): all of it.
     """
 
     def block(shape, lag, index):
