@@ -20,8 +20,9 @@ Data: TFDS's imagenet2012, or the usual folders of JPEGs with
 
 from convmixer_jax import config as config_lib
 
-# variant -> (model, epochs). The epochs of 1024_20 are not known; those of
-# 1536_20 are used.
+# variant -> (model, epochs). Of ConvMixer, 150 are in the authors' command, and
+# 300 in their repository. The epochs of 1024_20 are not known; those of 1536_20
+# are used.
 VARIANTS = {
   "1536_20": ("convmixer_1536_20", 150),
   "768_32": ("convmixer_768_32", 300),
